@@ -1,0 +1,1 @@
+"""Measured latency tables as JSON files: data only, read through `profilers.table`."""

@@ -1,0 +1,135 @@
+"""`ofa-deploy train`: the command around progressive shrinking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.errors import DataError, MissingDependency, SpaceError
+from ofa_deploy.families import mbv3
+from ofa_deploy.space import SearchSpace
+from ofa_deploy.space_file import decode_space
+from profilers.json_reader import parse_json
+
+SPACE_NAMES = ("mbv3-small", "mbv3-imagenet-w1.0", "mbv3-imagenet-w1.2")
+
+
+def named_space(name: str, *, class_count: int) -> SearchSpace:
+    """The space of a name in `SPACE_NAMES`, or of a JSON file."""
+    if name == "mbv3-small":
+        return mbv3.small(class_count=class_count)
+    if name in SPACE_NAMES:
+        width = float(name.rsplit("w", 1)[1])
+        return mbv3.imagenet(width=width, class_count=class_count)
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        return decode_space(parse_json(path.read_text(encoding="utf-8")))
+    raise SpaceError(
+        f"{name!r} is neither a space ({', '.join(SPACE_NAMES)}) nor a .json file"
+    )
+
+
+def load_with_progress(
+    path: Path, *, skip_bad: bool, console: Console
+) -> ImageSet:
+    """Read a data set behind a progress bar."""
+    with Progress(
+        TextColumn("reading {task.fields[source]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} images"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("read", source=path.name, total=None)
+        data, bad = load_images(
+            path,
+            skip_bad=skip_bad,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if bad:
+        console.print(f"left out {len(bad)} unreadable images: {', '.join(bad[:5])} …")
+    return data
+
+
+def train(
+    *,
+    data_path: Path,
+    space_name: str,
+    out: Path,
+    resume: bool,
+    skip_bad: bool,
+    epochs_scale: float,
+    batch_size: int,
+    stop_after: str | None,
+    threads: int,
+    console: Console,
+) -> None:
+    """Train a supernet, with a line per epoch and a bar for the rest."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependency("PyTorch", extra="train") from error
+    from dataclasses import replace
+
+    from ofa_deploy.train.precision import prefers_bf16
+    from ofa_deploy.train.progressive import (
+        ProgressiveTraining,
+        RunSettings,
+        TrainingProgress,
+    )
+    from ofa_deploy.train.recipe import default_recipe
+
+    torch.set_num_threads(threads)
+    data = load_with_progress(data_path, skip_bad=skip_bad, console=console)
+    height, width = data.images.shape[1:3]
+    if height != width:
+        raise DataError(
+            f"images are {width}×{height}; training needs square ones: crop them first"
+        )
+    recipe = replace(default_recipe().scaled(epochs_scale), batch_size=batch_size)
+    training = ProgressiveTraining(
+        space=named_space(space_name, class_count=len(data.class_names)),
+        data=data,
+        recipe=recipe,
+        settings=RunSettings(folder=out, resume=resume, stop_after=stop_after),
+        bf16=prefers_bf16(),
+    )
+    with Progress(
+        TextColumn("{task.fields[phase]}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("train", phase="starting", detail="", total=None)
+
+        def show(now: TrainingProgress) -> None:
+            bar.update(
+                task,
+                completed=now.step,
+                total=now.steps,
+                phase=f"{now.phase} {now.epoch}/{now.epochs}",
+                detail=(
+                    f"loss {now.loss:.3f}  {now.images_per_s:.0f} images/s  "
+                    f"ETA {now.eta_s / 60:.0f} min"
+                ),
+            )
+            if now.step and now.step % training.steps_per_epoch == 0:
+                shown = "  ".join(f"{k} {v:.2%}" for k, v in now.accuracies.items())
+                console.print(
+                    f"{now.phase} {now.step // training.steps_per_epoch}/{now.epochs}  "
+                    f"loss {now.loss:.3f}  validation {shown}  "
+                    f"{now.images_per_s:.0f} images/s  ETA {now.eta_s / 60:.0f} min"
+                )
+
+        training.run(show)
+    console.print(f"trained in {training.elapsed_s / 60:.0f} min; results in {out}")

@@ -1,0 +1,240 @@
+"""Labelled images from a folder or zip of class folders, or from an .npz file.
+
+All images are kept as one uint8 array: a small data set fits, and nothing is decoded
+twice.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ofa_deploy.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+Progress = Callable[[int, int], None]
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images of one size with their labels.
+
+    Args:
+        images: `(count, height, width, 3)` uint8, RGB.
+        labels: `(count,)` int64, each in `0..len(class_names) - 1`.
+        class_names: In label order.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"images must be uint8 of shape (count, height, width, 3); got "
+                f"{self.images.dtype} of shape {self.images.shape}"
+            )
+        if self.images.shape[3] != 3:
+            raise DataError(
+                f"images must have 3 channels in the last axis; got shape "
+                f"{self.images.shape}"
+            )
+        if self.labels.shape != (len(self.images),):
+            raise DataError(
+                f"{len(self.images)} images but labels of shape {self.labels.shape}"
+            )
+        if len(self.images) == 0:
+            raise DataError("there are no images")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"labels go from {low} to {high}, but there are "
+                f"{len(self.class_names)} classes; allowed is "
+                f"0..{len(self.class_names) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
+        """The images at `index`, in that order."""
+        return ImageSet(
+            images=self.images[index],
+            labels=self.labels[index],
+            class_names=self.class_names,
+        )
+
+
+def split_validation(data: ImageSet, *, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Training and validation parts; the last images of each class validate."""
+    validates = np.zeros(len(data), dtype=bool)
+    for label in range(len(data.class_names)):
+        members = np.flatnonzero(data.labels == label)
+        held_out = round(len(members) * fraction)
+        if held_out == 0 or held_out == len(members):
+            raise DataError(
+                f"class {data.class_names[label]!r} has {len(members)} images: too few "
+                f"to hold out {fraction:.0%} for validation"
+            )
+        validates[members[-held_out:]] = True
+    return data.take(~validates), data.take(validates)
+
+
+def load_images(
+    path: Path, *, skip_bad: bool = False, progress: Progress | None = None
+) -> tuple[ImageSet, tuple[str, ...]]:
+    """Read a data set.
+
+    Args:
+        path: A folder or .zip of class folders, or an .npz with `images` and `labels`
+            (and, if wanted, `class_names`).
+        skip_bad: Leave unreadable images out instead of refusing the set.
+        progress: Called with (done, total).
+
+    Returns:
+        The images, and the names of those that were left out.
+
+    Raises:
+        DataError: Missing or empty classes, unreadable images, images of several
+            sizes, a wrong shape.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a folder, .zip or .npz of images")
+    if path.suffix == ".npz":
+        return _load_npz(path), ()
+    if path.is_dir():
+        return _load_files(path.name, _folder_files(path), skip_bad, progress)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return _load_files(path.name, _zip_files(archive), skip_bad, progress)
+    raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+
+
+# (class name, file name, read) of every file in a class folder; None marks a class
+# folder itself, so that an empty one is seen.
+_Entry = tuple[str, str, Callable[[], bytes] | None]
+
+
+def _folder_files(root: Path) -> Iterator[_Entry]:
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        yield folder.name, folder.name, None
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                yield folder.name, f"{folder.name}/{file.name}", file.read_bytes
+
+
+def _zip_files(archive: zipfile.ZipFile) -> Iterator[_Entry]:
+    for name in sorted(archive.namelist()):
+        parts = name.rstrip("/").split("/")
+        if name.endswith("/"):
+            continue
+        if len(parts) >= 2 and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield parts[-2], name, lambda name=name: archive.read(name)
+    # Folder entries tell of classes without images; folders of folders are not classes.
+    folders = {n.rstrip("/") for n in archive.namelist() if n.endswith("/")}
+    parents = {n.rsplit("/", 1)[0] for n in folders if "/" in n}
+    for folder in sorted(folders - parents):
+        yield folder.rsplit("/", 1)[-1], folder, None
+
+
+def _load_files(
+    source: str, entries: Iterator[_Entry], skip_bad: bool, progress: Progress | None
+) -> tuple[ImageSet, tuple[str, ...]]:
+    listed = list(entries)
+    class_names = tuple(sorted({class_name for class_name, _, _ in listed}))
+    files = [(c, n, read) for c, n, read in listed if read is not None]
+    _require_classes(source, class_names, {c for c, _, _ in files})
+    label_of = {name: label for label, name in enumerate(class_names)}
+    images, labels, bad = [], [], []
+    for done, (class_name, name, read) in enumerate(files):
+        try:
+            with Image.open(io.BytesIO(read())) as image:
+                images.append(np.asarray(image.convert("RGB")))
+            labels.append(label_of[class_name])
+        except Exception:  # Pillow raises many classes for a damaged file
+            bad.append(name)
+        if progress and done % 500 == 499:
+            progress(done + 1, len(files))
+    if bad and not skip_bad:
+        shown = ", ".join(bad[:_SHOWN]) + (", …" if len(bad) > _SHOWN else "")
+        raise DataError(
+            f"{source}: {len(bad)} of {len(files)} images cannot be read ({shown}); "
+            "repair or remove them, or pass --skip-bad to leave them out"
+        )
+    _require_classes(source, class_names, {class_names[label] for label in labels})
+    _require_one_size(source, images)
+    data = ImageSet(
+        images=np.stack(images),
+        labels=np.array(labels, dtype=np.int64),
+        class_names=class_names,
+    )
+    return data, tuple(bad)
+
+
+def _require_classes(source: str, names: tuple[str, ...], filled: set[str]) -> None:
+    if len(names) < 2:
+        raise DataError(
+            f"{source} has {len(names)} class folders; at least 2 are needed, each "
+            f"with images ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    empty = [name for name in names if name not in filled]
+    if empty:
+        raise DataError(
+            f"{source}: no readable images in class {', '.join(map(repr, empty))}; "
+            "add some or remove the folder"
+        )
+
+
+def _require_one_size(source: str, images: list[NDArray[np.uint8]]) -> None:
+    shapes = {image.shape[:2] for image in images}
+    if len(shapes) > 1:
+        shown = ", ".join(f"{w}×{h}" for h, w in sorted(shapes)[:_SHOWN])
+        raise DataError(
+            f"{source}: images have {len(shapes)} different sizes ({shown}); "
+            "resize them to one size first"
+        )
+
+
+def _load_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy and zipfile raise many classes here
+        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+    missing = {"images", "labels"} - set(arrays)
+    if missing:
+        raise DataError(
+            f"{path} has no array {', '.join(sorted(missing))}; it needs `images` "
+            "(count, height, width, 3) uint8 and `labels` (count,)"
+        )
+    labels = arrays["labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise DataError(
+            f"{path}: labels must be integers of shape (count,); got {labels.dtype} "
+            f"of shape {labels.shape}"
+        )
+    names = arrays.get("class_names")
+    count = int(labels.max()) + 1
+    class_names = (
+        tuple(str(n) for n in names)
+        if names is not None
+        else tuple(f"class {i}" for i in range(count))
+    )
+    data = ImageSet(
+        images=arrays["images"],
+        labels=labels.astype(np.int64),
+        class_names=class_names,
+    )
+    _require_classes(
+        path.name, class_names, {class_names[i] for i in np.unique(data.labels)}
+    )
+    return data

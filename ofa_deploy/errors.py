@@ -1,0 +1,126 @@
+"""Every error that the library raises on purpose.
+
+```
+DeployError
+├── FormatError            a file is not what it should be; knows the path inside it
+├── MissingDependency      ends with the pip line
+├── BackendError
+│   ├── ModelRejected      the runtime does not load the model
+│   └── RunFailed          it loaded, and failed while running
+├── DeviceError
+│   └── DeviceUnfit
+├── MeasurementError
+│   ├── UnstableMeasurement
+│   └── IncompatibleTables
+├── SpaceError             a config that is not in the space
+├── DataError              images that cannot be used
+├── TrainingError          a run folder that cannot be continued
+├── UnmeasuredBlock        the latency table does not hold a block of the plan
+├── InfeasibleBudget       carries the budget and the fastest reachable latency
+├── ParityError            carries the report
+└── BundleError
+    └── DigestMismatch
+```
+
+The upper half is defined in `profilers`, which runs on the device without this package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from profilers.errors import (
+    BackendError,
+    DeployError,
+    DeviceError,
+    DeviceUnfit,
+    FormatError,
+    IncompatibleTables,
+    MeasurementError,
+    MissingDependency,
+    ModelRejected,
+    RunFailed,
+    UnstableMeasurement,
+)
+
+if TYPE_CHECKING:
+    from ofa_deploy.verify import ParityReport
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "DataError",
+    "DeployError",
+    "DeviceError",
+    "DeviceUnfit",
+    "DigestMismatch",
+    "FormatError",
+    "IncompatibleTables",
+    "InfeasibleBudget",
+    "MeasurementError",
+    "MissingDependency",
+    "ModelRejected",
+    "ParityError",
+    "RunFailed",
+    "SpaceError",
+    "TrainingError",
+    "UnmeasuredBlock",
+    "UnstableMeasurement",
+]
+
+
+class SpaceError(DeployError):
+    """A config, genome or id does not describe a network of the space."""
+
+
+class DataError(DeployError):
+    """Images, labels or their folder cannot be used."""
+
+
+class TrainingError(DeployError):
+    """A training run cannot be started or continued."""
+
+
+class UnmeasuredBlock(DeployError):
+    """The latency table holds no measurement for a block that a plan needs."""
+
+
+class InfeasibleBudget(DeployError):
+    """No network of the space meets the budget.
+
+    Attributes:
+        budget_ms: What was asked for.
+        fastest_ms: The fastest that can be reached.
+    """
+
+    def __init__(self, message: str, *, budget_ms: float, fastest_ms: float) -> None:
+        super().__init__(message)
+        self.budget_ms = budget_ms
+        self.fastest_ms = fastest_ms
+
+
+class ParityError(DeployError):
+    """The exported file does not compute what the reference computes."""
+
+    def __init__(self, message: str, *, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class BundleError(DeployError):
+    """A bundle cannot be written or read."""
+
+
+class DigestMismatch(BundleError):
+    """A file is not the one whose digest was recorded."""
+
+    def __init__(self, path: Path, *, expected: str, actual: str) -> None:
+        super().__init__(
+            f"{path.name} has sha256 {actual[:16]}…, the recorded one is "
+            f"{expected[:16]}…; the file was changed or damaged. Restore it from "
+            "where it came from; do not use it"
+        )
+        self.path = path
+        self.expected = expected
+        self.actual = actual

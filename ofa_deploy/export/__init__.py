@@ -1,0 +1,1 @@
+"""Writing a plan with its weights in the formats that runtimes read."""

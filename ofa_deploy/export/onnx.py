@@ -1,0 +1,275 @@
+"""A plan with its weights as ONNX, written node by node.
+
+Three forms of one network: fused (convolutions with bias), unfused (with batch norms,
+the parity reference), and the statistics graph, in which each batch norm normalises by
+its batch and gives the batch's mean and variance as extra outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from ofa_deploy.fuse import BATCH_NORM_EPS
+from ofa_deploy.layers import (
+    BlockPlan,
+    ConvLayer,
+    Layer,
+    LayerActivation,
+    LinearLayer,
+    PoolLayer,
+    SqueezeExciteLayer,
+)
+from ofa_deploy.materialise import Weights
+from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
+
+# 17 is read by every runtime in use; later opsets add nothing that a plan needs.
+OPSET = 17
+IR_VERSION = 8
+INPUT_NAME = "image"
+OUTPUT_NAME = "logits"
+
+Form = Literal["fused", "unfused", "statistics"]
+
+
+def emit_network(
+    plan: NetworkPlan, weights: Weights, *, form: Form, batch: int | None = 1
+) -> bytes:
+    """The network as a serialised ONNX model.
+
+    Args:
+        plan: The network.
+        weights: Fused ones for the form "fused", else unfused ones.
+        form: Which graph.
+        batch: Images per inference; None leaves it free.
+
+    Returns:
+        Input `image` `(batch, 3, resolution, resolution)`, output `logits`
+        `(batch, class_count)`; in the statistics form also `{layer}.mean` and
+        `{layer}.variance`, `(channels,)`, for every batch norm.
+    """
+    graph = _Graph(weights, form)
+    value = INPUT_NAME
+    for block in plan.blocks:
+        value = graph.add_block(block, value)
+    graph.add("Identity", [value], OUTPUT_NAME)
+    shape = [batch or "N", IMAGE_CHANNELS, plan.resolution, plan.resolution]
+    return graph.serialise(
+        name=plan.config.id,
+        input_shape=shape,
+        output_shape=[batch or "N", plan.class_count],
+    )
+
+
+def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
+    """One block as a model of its own, with random fused weights, to be timed.
+
+    Args:
+        block: The block; its layers fix all sizes.
+        rng: Source of the weights. Their values do not matter, but must not be zero
+            or denormal, which run at other speeds.
+    """
+    weights: dict[str, NDArray[np.float32]] = {}
+    for layer in block.layers:
+        for name, shape in _fused_shapes(layer).items():
+            values = rng.standard_normal(shape, dtype=np.float32)
+            fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+            weights[f"{layer.name}.{name}"] = values / np.float32(fan_in**0.5)
+    graph = _Graph(weights, "fused")
+    graph.add("Identity", [graph.add_block(block, INPUT_NAME)], OUTPUT_NAME)
+    flat = isinstance(block.layers[-1], LinearLayer)
+    spatial = [] if flat else [block.out_size, block.out_size]
+    return graph.serialise(
+        name=block.key,
+        input_shape=[1, block.in_channels, block.in_size, block.in_size],
+        output_shape=[1, block.out_channels, *spatial],
+    )
+
+
+def _fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    if isinstance(layer, PoolLayer):
+        return {}
+    if isinstance(layer, LinearLayer):
+        return {
+            "weight": (layer.out_channels, layer.in_channels),
+            "bias": (layer.out_channels,),
+        }
+    if isinstance(layer, SqueezeExciteLayer):
+        channels, middle = layer.channels, layer.middle_channels
+        return {
+            "reduce.weight": (middle, channels, 1, 1),
+            "reduce.bias": (middle,),
+            "expand.weight": (channels, middle, 1, 1),
+            "expand.bias": (channels,),
+        }
+    shapes: dict[str, tuple[int, ...]] = {"weight": layer.weight_shape}
+    if layer.batch_norm:
+        shapes["bias"] = (layer.out_channels,)
+    return shapes
+
+
+class _Graph:
+    """Nodes and initialisers of a model under construction."""
+
+    def __init__(self, weights: Weights, form: Form) -> None:
+        self._weights = weights
+        self._form = form
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._statistics: list[tuple[str, int]] = []
+
+    def add(
+        self, op: str, inputs: list[str], output: str, **attributes: int | float | list[int]
+    ) -> str:
+        """Add a node with one output, and return the output's name."""
+        self._nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def add_block(self, block: BlockPlan, value: str) -> str:
+        """Add a block's layers, and its shortcut."""
+        entered = value
+        for layer in block.layers:
+            value = self._add_layer(layer, value)
+        if block.residual:
+            value = self.add("Add", [value, entered], f"{block.name}.sum")
+        return value
+
+    def _add_layer(self, layer: Layer, value: str) -> str:
+        if isinstance(layer, ConvLayer):
+            return self._add_conv(layer, value)
+        if isinstance(layer, SqueezeExciteLayer):
+            return self._add_gate(layer, value)
+        if isinstance(layer, PoolLayer):
+            return self.add("GlobalAveragePool", [value], f"{layer.name}.out")
+        flat = self.add("Flatten", [value], f"{layer.name}.flat", axis=1)
+        names = [self._constant(f"{layer.name}.{n}") for n in ("weight", "bias")]
+        return self.add("Gemm", [flat, *names], f"{layer.name}.out", transB=1)
+
+    def _add_conv(self, layer: ConvLayer, value: str) -> str:
+        name = layer.name
+        inputs = [value, self._constant(f"{name}.weight")]
+        if layer.batch_norm and self._form == "fused":
+            inputs.append(self._constant(f"{name}.bias"))
+        padding = layer.kernel // 2
+        value = self.add(
+            "Conv",
+            inputs,
+            f"{name}.conv",
+            kernel_shape=[layer.kernel] * 2,
+            strides=[layer.stride] * 2,
+            pads=[padding] * 4,
+            group=layer.groups,
+        )
+        if layer.batch_norm and self._form == "unfused":
+            value = self._add_batch_norm(name, value)
+        elif layer.batch_norm and self._form == "statistics":
+            value = self._add_batch_statistics(name, layer.out_channels, value)
+        return self._add_activation(name, layer.activation, value)
+
+    def _add_activation(
+        self, name: str, activation: LayerActivation, value: str
+    ) -> str:
+        if activation == "relu":
+            return self.add("Relu", [value], f"{name}.act")
+        if activation == "hswish":
+            return self.add("HardSwish", [value], f"{name}.act")
+        return value
+
+    def _add_batch_norm(self, name: str, value: str) -> str:
+        tensors = ("gamma", "beta", "mean", "variance")
+        names = [self._constant(f"{name}.norm.{tensor}") for tensor in tensors]
+        return self.add(
+            "BatchNormalization",
+            [value, *names],
+            f"{name}.norm",
+            epsilon=BATCH_NORM_EPS,
+        )
+
+    def _add_batch_statistics(self, name: str, channels: int, value: str) -> str:
+        axes = [0, 2, 3]
+        mean = self.add("ReduceMean", [value], f"{name}.mean4", axes=axes, keepdims=1)
+        centred = self.add("Sub", [value, mean], f"{name}.centred")
+        squared = self.add("Mul", [centred, centred], f"{name}.squared")
+        variance = self.add(
+            "ReduceMean", [squared], f"{name}.variance4", axes=axes, keepdims=1
+        )
+        eps = self._add_array("eps", np.array(BATCH_NORM_EPS, dtype=np.float32))
+        shifted = self.add("Add", [variance, eps], f"{name}.shifted")
+        spread = self.add("Sqrt", [shifted], f"{name}.spread")
+        normal = self.add("Div", [centred, spread], f"{name}.normal")
+        shape = (1, channels, 1, 1)
+        gamma, beta = (
+            self._add_array(
+                f"{name}.norm.{tensor}",
+                self._weights[f"{name}.norm.{tensor}"].reshape(shape),
+            )
+            for tensor in ("gamma", "beta")
+        )
+        scaled = self.add("Mul", [normal, gamma], f"{name}.scaled")
+        flat = self._add_array("flat", np.array([-1], dtype=np.int64))
+        self.add("Reshape", [mean, flat], f"{name}.mean")
+        self.add("Reshape", [variance, flat], f"{name}.variance")
+        self._statistics.append((name, channels))
+        return self.add("Add", [scaled, beta], f"{name}.norm")
+
+    def _add_gate(self, layer: SqueezeExciteLayer, value: str) -> str:
+        name = layer.name
+        gate = self.add("GlobalAveragePool", [value], f"{name}.mean")
+        for part in ("reduce", "expand"):
+            names = [self._constant(f"{name}.{part}.{n}") for n in ("weight", "bias")]
+            gate = self.add("Conv", [gate, *names], f"{name}.{part}")
+            if part == "reduce":
+                gate = self.add("Relu", [gate], f"{name}.relu")
+        # relu6(x + 3) / 6
+        gate = self.add(
+            "HardSigmoid", [gate], f"{name}.gate", alpha=1.0 / 6.0, beta=0.5
+        )
+        return self.add("Mul", [value, gate], f"{name}.scaled")
+
+    def _constant(self, name: str) -> str:
+        return self._add_array(name, self._weights[name])
+
+    def _add_array(self, name: str, array: NDArray[np.float32 | np.int64]) -> str:
+        if name not in self._constants:
+            kind = TensorProto.INT64 if array.dtype == np.int64 else TensorProto.FLOAT
+            tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
+            tensor.raw_data = np.ascontiguousarray(array).tobytes()
+            self._constants[name] = tensor
+        return name
+
+    def serialise(
+        self,
+        *,
+        name: str,
+        input_shape: list[int | str],
+        output_shape: list[int | str],
+    ) -> bytes:
+        """The finished model."""
+
+        def value(label: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+            return helper.make_tensor_value_info(label, TensorProto.FLOAT, shape)
+
+        outputs = [value(OUTPUT_NAME, output_shape)]
+        for layer, channels in self._statistics:
+            outputs += [
+                value(f"{layer}.{part}", [channels]) for part in ("mean", "variance")
+            ]
+        graph = helper.make_graph(
+            self._nodes,
+            name,
+            [value(INPUT_NAME, input_shape)],
+            outputs,
+            list(self._constants.values()),
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="ofa-deploy",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+        serialised: bytes = model.SerializeToString()
+        return serialised

@@ -1,0 +1,200 @@
+"""What a plan is made of: layers with all their sizes known.
+
+A layer names the stored supernet tensors it is cut from (`name`) and how large the cut
+is; nothing else in the product decides a size. Spatial sizes are square, in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LayerActivation = Literal["none", "relu", "hswish"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvLayer:
+    """A convolution with the batch norm (or bias) and activation behind it.
+
+    Args:
+        name: Prefix of its stored tensors.
+        in_channels: Width of its input; a prefix of the stored one.
+        out_channels: Width of its output; a prefix of the stored one.
+        kernel: Active kernel size; padding is `kernel // 2`.
+        kernels: All kernel sizes the stored weight serves, ascending; the last one is
+            the stored size. Smaller ones are reached by the chained transforms.
+        stride: 1 or 2.
+        depthwise: Whether each channel is filtered alone (then in == out channels).
+        batch_norm: Whether batch norm follows. Without one there is no bias either.
+        activation: What follows.
+        in_size: Height and width of the input.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    kernels: tuple[int, ...]
+    stride: int
+    depthwise: bool
+    batch_norm: bool
+    activation: LayerActivation
+    in_size: int
+
+    @property
+    def groups(self) -> int:
+        """Convolution groups."""
+        return self.out_channels if self.depthwise else 1
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return (self.in_size - 1) // self.stride + 1
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the active weight, `(out, in / groups, kernel, kernel)`."""
+        inputs = 1 if self.depthwise else self.in_channels
+        return (self.out_channels, inputs, self.kernel, self.kernel)
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image."""
+        out, inputs, height, width = self.weight_shape
+        return out * inputs * height * width * self.out_size**2
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights, and the biases that a folded batch norm leaves."""
+        out, inputs, height, width = self.weight_shape
+        return out * inputs * height * width + (out if self.batch_norm else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqueezeExciteLayer:
+    """Scale channels by a gate computed from their means: two 1×1 convs with bias."""
+
+    name: str
+    channels: int
+    middle_channels: int
+    in_size: int
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output: unchanged."""
+        return self.in_size
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image: the two 1×1 convolutions."""
+        return 2 * self.channels * self.middle_channels
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases."""
+        return self.mac_count + self.channels + self.middle_channels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLayer:
+    """Mean over height and width, kept as 1×1."""
+
+    name: str
+    channels: int
+    in_size: int
+    mac_count: int = 0
+    parameter_count: int = 0
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output: 1."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayer:
+    """The classifier: flatten, then a linear layer with bias."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+
+    @property
+    def in_size(self) -> int:
+        """Height and width of the input: 1."""
+        return 1
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output: 1."""
+        return 1
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image."""
+        return self.in_channels * self.out_channels
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases."""
+        return self.mac_count + self.out_channels
+
+
+Layer = ConvLayer | SqueezeExciteLayer | PoolLayer | LinearLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """The unit that is timed: layers in sequence, with or without a shortcut around.
+
+    Args:
+        name: Where it stands, such as `stage2.block1`.
+        in_channels: Width of its input.
+        out_channels: Width of its output.
+        in_size: Height and width of its input.
+        layers: In order; one's output is the next one's input.
+        residual: Whether the input is added to the output.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    in_size: int
+    layers: tuple[Layer, ...]
+    residual: bool
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of its output."""
+        return self.layers[-1].out_size
+
+    @property
+    def key(self) -> str:
+        """Everything its latency depends on; blocks with one key are timed once."""
+        parts = [f"in{self.in_channels}x{self.in_size}"]
+        parts += [_layer_key(layer) for layer in self.layers]
+        if self.residual:
+            parts.append("add")
+        return "_".join(parts)
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image."""
+        return sum(layer.mac_count for layer in self.layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases once batch norms are folded."""
+        return sum(layer.parameter_count for layer in self.layers)
+
+
+def _layer_key(layer: Layer) -> str:
+    if isinstance(layer, ConvLayer):
+        kind = "dw" if layer.depthwise else "conv"
+        act = "" if layer.activation == "none" else f"-{layer.activation}"
+        return f"{kind}{layer.out_channels}k{layer.kernel}s{layer.stride}{act}"
+    if isinstance(layer, SqueezeExciteLayer):
+        return f"se{layer.middle_channels}"
+    if isinstance(layer, PoolLayer):
+        return "pool"
+    return f"fc{layer.out_channels}"

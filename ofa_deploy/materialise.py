@@ -1,0 +1,94 @@
+"""From supernet weights to one network's own weights: prefix slices, kernel transforms.
+
+Weights are a mapping from tensor names (`stage1.block1.expand.weight`) to float32
+arrays. What the names are, per layer of a plan:
+
+- convolution: `.weight`, and with batch norm `.norm.gamma`, `.norm.beta`, `.norm.mean`,
+  `.norm.variance`; in a supernet also `.transform_7to5` and the like
+- squeeze-and-excite: `.reduce.weight`, `.reduce.bias`, `.expand.weight`, `.expand.bias`
+- classifier: `.weight`, `.bias`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.layers import (
+    ConvLayer,
+    Layer,
+    LinearLayer,
+    PoolLayer,
+    SqueezeExciteLayer,
+)
+from ofa_deploy.plan import NetworkPlan
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+NORM_TENSORS = ("gamma", "beta", "mean", "variance")
+
+
+def materialise(stored: Weights, plan: NetworkPlan) -> dict[str, NDArray[np.float32]]:
+    """The unfused weights of a plan, cut from a supernet's.
+
+    The batch-norm statistics are the supernet's shared ones, which suit no single
+    network: recalibrate before use.
+
+    Args:
+        stored: The supernet's weights.
+        plan: Of a space that the supernet was trained on.
+    """
+    result: dict[str, NDArray[np.float32]] = {}
+    for layer in plan.layers:
+        for name, array in _cut(stored, layer).items():
+            result[f"{layer.name}.{name}"] = np.ascontiguousarray(array)
+    return result
+
+
+def _cut(stored: Weights, layer: Layer) -> dict[str, NDArray[np.float32]]:
+    if isinstance(layer, PoolLayer):
+        return {}
+    if isinstance(layer, LinearLayer):
+        return {name: stored[f"{layer.name}.{name}"] for name in ("weight", "bias")}
+    if isinstance(layer, SqueezeExciteLayer):
+        return _cut_gate(stored, layer)
+    cut = {"weight": active_kernel(stored, layer)}
+    if layer.batch_norm:
+        for name in NORM_TENSORS:
+            tensor = stored[f"{layer.name}.norm.{name}"]
+            cut[f"norm.{name}"] = tensor[: layer.out_channels]
+    return cut
+
+
+def _cut_gate(
+    stored: Weights, layer: SqueezeExciteLayer
+) -> dict[str, NDArray[np.float32]]:
+    channels, middle, name = layer.channels, layer.middle_channels, layer.name
+    return {
+        "reduce.weight": stored[f"{name}.reduce.weight"][:middle, :channels],
+        "reduce.bias": stored[f"{name}.reduce.bias"][:middle],
+        "expand.weight": stored[f"{name}.expand.weight"][:channels, :middle],
+        "expand.bias": stored[f"{name}.expand.bias"][:channels],
+    }
+
+
+def active_kernel(stored: Weights, layer: ConvLayer) -> NDArray[np.float32]:
+    """The layer's weight: prefix slices, then centre crops with transforms, chained.
+
+    `K5 = crop(K7) @ M75ᵀ`, `K3 = crop(K5) @ M53ᵀ` over the flattened kernels
+    (Once-for-All, section 3.3); the largest kernel passes through no matrix.
+    """
+    out, inputs = layer.weight_shape[:2]
+    weight = stored[f"{layer.name}.weight"][:out, :inputs]
+    for smaller, larger in reversed(list(pairwise(layer.kernels))):
+        if layer.kernel == larger:
+            break
+        border = (larger - smaller) // 2
+        centre = weight[..., border:-border, border:-border]
+        matrix = stored[f"{layer.name}.transform_{larger}to{smaller}"]
+        flat = centre.reshape(out, inputs, smaller**2) @ matrix.T
+        weight = flat.reshape(centre.shape)
+    return weight

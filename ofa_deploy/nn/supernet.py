@@ -1,0 +1,153 @@
+"""The once-for-all supernet: one set of weights, and a plan that says which part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ofa_deploy.layers import ConvLayer, Layer, LinearLayer, PoolLayer
+from ofa_deploy.nn.elastic import (
+    Classifier,
+    ElasticConv,
+    ElasticSqueezeExcite,
+)
+from ofa_deploy.plan import NetworkPlan, lower
+from ofa_deploy.space import SearchSpace
+
+
+class Supernet(nn.Module):
+    """Weights of the largest network of a space, of which every other is a part.
+
+    No sub-network is ever "active": `supernet(x, plan)` takes it as an argument. The
+    names in `state_dict()` are the layer names of the plans.
+
+    Args:
+        space: What it contains.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__()
+        self.space = space
+        for layer in lower(space, space.largest()).layers:
+            module = _build(layer)
+            if module is not None:
+                _attach(self, layer.name, module)
+
+    def forward(self, x: Tensor, plan: NetworkPlan) -> Tensor:
+        """Logits `(N, class_count)` of images `(N, 3, resolution, resolution)`."""
+        for block in plan.blocks:
+            shortcut = x
+            for layer in block.layers:
+                x = self._apply_layer(x, layer)
+            if block.residual:
+                x = x + shortcut
+        return x
+
+    def _apply_layer(self, x: Tensor, layer: Layer) -> Tensor:
+        if isinstance(layer, PoolLayer):
+            return x.mean((2, 3), keepdim=True)
+        module = self.get_submodule(layer.name)
+        if isinstance(layer, LinearLayer):
+            result = module(x.flatten(1))
+        else:
+            result = module(x, layer)
+        assert isinstance(result, Tensor)
+        return result
+
+
+def _build(layer: Layer) -> nn.Module | None:
+    if isinstance(layer, ConvLayer):
+        return ElasticConv(layer)
+    if isinstance(layer, LinearLayer):
+        return Classifier(layer)
+    if isinstance(layer, PoolLayer):
+        return None
+    return ElasticSqueezeExcite(layer)
+
+
+def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Register a module under a dotted name, making the parents that are missing."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(last, module)
+
+
+@torch.no_grad()
+def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
+    """Order middle channels by the L1 norm of the weights that read them.
+
+    The function that the full network computes does not change; a narrower prefix then
+    keeps the channels that matter most. Channels are sorted only inside the segments
+    that already trained widths cut, so that those widths keep their channels.
+
+    Args:
+        supernet: Changed in place.
+        supported_expands: How many of each stage's largest expand ratios have been
+            trained as prefixes so far; 1 when only the full width has.
+    """
+    plan = lower(supernet.space, supernet.space.largest())
+    for block in plan.blocks:
+        if not block.name.startswith("stage"):
+            continue
+        stage = supernet.space.stages[int(block.name[len("stage")]) - 1]
+        widths = [
+            _middle_channels(block.in_channels, expand)
+            for expand in stage.expands[::-1][:supported_expands]
+        ]
+        _sort_block(supernet, block.name, widths)
+
+
+def _middle_channels(in_channels: int, expand: int) -> int:
+    from ofa_deploy.families.mbv3 import make_divisible
+
+    return make_divisible(round(in_channels * expand))
+
+
+def _sort_block(supernet: Supernet, block: str, widths: list[int]) -> None:
+    project = supernet.get_submodule(f"{block}.project")
+    assert isinstance(project, ElasticConv)
+    importance = project.weight.abs().sum((0, 2, 3))
+    order = _segment_order(importance, widths)
+    project.weight.copy_(project.weight[:, order])
+    for name in ("expand", "depthwise"):
+        if hasattr(supernet.get_submodule(block), name):
+            conv = supernet.get_submodule(f"{block}.{name}")
+            assert isinstance(conv, ElasticConv)
+            _permute_outputs(conv, order)
+    if hasattr(supernet.get_submodule(block), "se"):
+        gate = supernet.get_submodule(f"{block}.se")
+        assert isinstance(gate, ElasticSqueezeExcite)
+        _permute_gate(gate, order)
+
+
+def _segment_order(importance: Tensor, widths: list[int]) -> Tensor:
+    """Descending order inside each segment between consecutive widths."""
+    bounds = [0, *sorted(widths)]
+    parts = [
+        low + importance[low:high].argsort(descending=True, stable=True)
+        for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
+    return torch.cat(parts)
+
+
+def _permute_outputs(conv: ElasticConv, order: Tensor) -> None:
+    conv.weight.copy_(conv.weight[order])
+    norm = conv.norm
+    assert norm is not None
+    for tensor in (norm.gamma, norm.beta, norm.mean, norm.variance):
+        tensor.copy_(tensor[order])
+
+
+def _permute_gate(gate: ElasticSqueezeExcite, order: Tensor) -> None:
+    reduce, expand = gate.reduce, gate.expand
+    assert reduce.bias is not None and expand.bias is not None
+    expand.weight.copy_(expand.weight[order])
+    expand.bias.copy_(expand.bias[order])
+    reduce.weight.copy_(reduce.weight[:, order])
+    inner = expand.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
+    expand.weight.copy_(expand.weight[:, inner])
+    reduce.weight.copy_(reduce.weight[inner])
+    reduce.bias.copy_(reduce.bias[inner])

@@ -1,0 +1,240 @@
+"""The one lowering: which layers, of which sizes, a config means.
+
+Everything that needs a layer's size reads a `NetworkPlan`: the torch builder, the ONNX
+emitter, the cost counters, the work order and the predictors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ofa_deploy.families.mbv3 import lower_block, pointwise
+from ofa_deploy.layers import (
+    BlockPlan,
+    ConvLayer,
+    Layer,
+    LinearLayer,
+    PoolLayer,
+    SqueezeExciteLayer,
+)
+from ofa_deploy.space import BlockConfig, SearchSpace, StageSpace, SubnetConfig
+
+IMAGE_CHANNELS = 3
+BYTES_PER_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPlan:
+    """A network as blocks in sequence; the input is `(N, 3, resolution, resolution)`.
+
+    Args:
+        space_name: The space it comes from.
+        config: The config it was lowered from.
+        blocks: In order.
+        class_count: Width of the output, `(N, class_count)` logits.
+    """
+
+    space_name: str
+    config: SubnetConfig
+    blocks: tuple[BlockPlan, ...]
+    class_count: int
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the input."""
+        return self.config.resolution
+
+    @property
+    def layers(self) -> Iterator[Layer]:
+        """All layers, in order."""
+        return (layer for block in self.blocks for layer in block.layers)
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image: convolutions, gates and classifier."""
+        return sum(block.mac_count for block in self.blocks)
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases once batch norms are folded."""
+        return sum(block.parameter_count for block in self.blocks)
+
+    @property
+    def peak_activation_bytes(self) -> int:
+        """Most bytes of float32 activations alive at once: a layer's input, output and
+        the shortcut that waits for it."""
+        return max(_block_peak_floats(b) for b in self.blocks) * BYTES_PER_FLOAT
+
+
+def _block_peak_floats(block: BlockPlan) -> int:
+    shortcut = block.in_channels * block.in_size**2 if block.residual else 0
+    channels, peak = block.in_channels, 0
+    for index, layer in enumerate(block.layers):
+        out_channels = getattr(layer, "out_channels", channels)
+        alive = channels * layer.in_size**2 + out_channels * layer.out_size**2
+        # The first layer reads the shortcut itself: it is alive once, not twice.
+        peak = max(peak, alive + (shortcut if index else 0))
+        channels = out_channels
+    return peak
+
+
+def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
+    """The plan of a config.
+
+    Raises:
+        SpaceError: The config is not in the space.
+    """
+    space.validate(config)
+    blocks = _lower_stem(space, config.resolution)
+    for index, (stage, block_configs) in enumerate(
+        zip(space.stages, config.stages, strict=True)
+    ):
+        for place, block_config in enumerate(block_configs):
+            previous = blocks[-1]
+            blocks.append(
+                lower_block(
+                    name=f"stage{index + 1}.block{place + 1}",
+                    stage=stage,
+                    config=block_config,
+                    in_channels=previous.out_channels,
+                    in_size=previous.out_size,
+                    stride=stage.stride if place == 0 else 1,
+                )
+            )
+    blocks.append(_lower_head(space, blocks[-1]))
+    return NetworkPlan(
+        space_name=space.name,
+        config=config,
+        blocks=tuple(blocks),
+        class_count=space.head.class_count,
+    )
+
+
+def _lower_stem(space: SearchSpace, resolution: int) -> list[BlockPlan]:
+    stem = space.stem
+    conv = ConvLayer(
+        name="stem.conv",
+        in_channels=IMAGE_CHANNELS,
+        out_channels=stem.out_channels,
+        kernel=3,
+        kernels=(3,),
+        stride=stem.stride,
+        depthwise=False,
+        batch_norm=True,
+        activation=stem.activation,
+        in_size=resolution,
+    )
+    blocks = [
+        BlockPlan(
+            name="stem",
+            in_channels=IMAGE_CHANNELS,
+            out_channels=stem.out_channels,
+            in_size=resolution,
+            layers=(conv,),
+            residual=False,
+        )
+    ]
+    if stem.block_channels is not None:
+        first = StageSpace(
+            out_channels=stem.block_channels,
+            stride=1,
+            kernels=(3,),
+            expands=(1,),
+            depths=(1,),
+            activation="relu",
+            squeeze_excite=False,
+        )
+        blocks.append(
+            lower_block(
+                name="stem_block",
+                stage=first,
+                config=BlockConfig(kernel=3, expand=1),
+                in_channels=stem.out_channels,
+                in_size=conv.out_size,
+                stride=1,
+            )
+        )
+    return blocks
+
+
+def _lower_head(space: SearchSpace, last: BlockPlan) -> BlockPlan:
+    head = space.head
+    expanded, features = head.expand_channels, head.feature_channels
+    return BlockPlan(
+        name="head",
+        in_channels=last.out_channels,
+        out_channels=head.class_count,
+        in_size=last.out_size,
+        layers=(
+            pointwise(
+                "head.expand",
+                last.out_channels,
+                expanded,
+                last.out_size,
+                activation=head.activation,
+            ),
+            PoolLayer(name="head.pool", channels=expanded, in_size=last.out_size),
+            pointwise(
+                "head.mix",
+                expanded,
+                features,
+                1,
+                activation=head.activation,
+                batch_norm=False,
+            ),
+            LinearLayer(
+                name="head.classifier",
+                in_channels=features,
+                out_channels=head.class_count,
+            ),
+        ),
+        residual=False,
+    )
+
+
+def all_blocks(space: SearchSpace) -> dict[str, BlockPlan]:
+    """Every block that any network of the space can hold, by key.
+
+    A block's input width and size depend on its place and the resolution alone, never
+    on other blocks' choices, so a pass over uniform networks finds them all.
+    """
+    found: dict[str, BlockPlan] = {}
+    for resolution in space.resolutions:
+        for config in _covering_configs(space, resolution):
+            for block in lower(space, config).blocks:
+                found.setdefault(block.key, block)
+    return found
+
+
+def _covering_configs(space: SearchSpace, resolution: int) -> Iterator[SubnetConfig]:
+    """Networks whose blocks, together, take every choice at every place."""
+    kernel_count = max(len(stage.kernels) for stage in space.stages)
+    expand_count = max(len(stage.expands) for stage in space.stages)
+    for kernel_index in range(kernel_count):
+        for expand_index in range(expand_count):
+            yield SubnetConfig(
+                resolution=resolution,
+                stages=tuple(
+                    (
+                        BlockConfig(
+                            kernel=stage.kernels[min(kernel_index, len(stage.kernels) - 1)],
+                            expand=stage.expands[min(expand_index, len(stage.expands) - 1)],
+                        ),
+                    )
+                    * stage.max_depth
+                    for stage in space.stages
+                ),
+            )
+
+
+__all__ = [
+    "BlockPlan",
+    "ConvLayer",
+    "LinearLayer",
+    "NetworkPlan",
+    "PoolLayer",
+    "SqueezeExciteLayer",
+    "all_blocks",
+    "lower",
+]

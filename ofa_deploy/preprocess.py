@@ -1,0 +1,71 @@
+"""From an image to a network's input; the same in training, search and bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ofa_deploy.errors import DataError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisation:
+    """Mean and spread of the training images, per RGB channel, in 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, images: NDArray[np.uint8]) -> Floats:
+        """`(N, H, W, 3)` uint8 to `(N, 3, H, W)` float32 around 0."""
+        mean = np.array(self.mean, dtype=np.float32)
+        std = np.array(self.std, dtype=np.float32)
+        scaled = (images.astype(np.float32) - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def measure_normalisation(images: NDArray[np.uint8]) -> Normalisation:
+    """Statistics of `(N, H, W, 3)` uint8 images."""
+    flat = images.reshape(-1, 3)
+    mean = flat.mean(axis=0, dtype=np.float64)
+    std = flat.std(axis=0, dtype=np.float64)
+    return Normalisation(
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+    )
+
+
+def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize `(N, H, W, 3)` to `(N, size, size, 3)`, bilinear with antialiasing."""
+    if images.shape[1:3] == (size, size):
+        return images
+    return np.stack(
+        [
+            np.asarray(
+                Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+            )
+            for image in images
+        ]
+    )
+
+
+def prepare(
+    images: NDArray[np.uint8], *, resolution: int, normalisation: Normalisation
+) -> Floats:
+    """Network input `(N, 3, resolution, resolution)` of `(N, H, W, 3)` uint8 images."""
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise DataError(
+            "images must be uint8 of shape (count, height, width, 3); got "
+            f"{images.dtype} of shape {images.shape}"
+        )
+    return normalisation.apply(resize(images, resolution))
+
+
+def batches(images: Sequence[np.ndarray] | Floats, size: int) -> list[Floats]:
+    """Consecutive parts of at most `size` images."""
+    return [np.asarray(images[i : i + size]) for i in range(0, len(images), size)]

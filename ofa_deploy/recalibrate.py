@@ -1,0 +1,78 @@
+"""Batch-norm statistics of one network, from a statistics graph run by a runtime.
+
+A supernet's running statistics are shared by all its networks and right for none, so
+each network's are estimated anew from images, as the Once-for-All code does: every batch
+norm normalises by its batch, and the batches' means and biased variances are averaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.errors import DataError
+from ofa_deploy.export.onnx import INPUT_NAME, emit_network
+from ofa_deploy.layers import ConvLayer
+from ofa_deploy.materialise import Weights
+from ofa_deploy.plan import NetworkPlan
+from profilers.backends.base import Backend
+
+CALIBRATION_BATCH = 200
+
+
+def recalibrate(
+    weights: Weights,
+    plan: NetworkPlan,
+    inputs: NDArray[np.float32],
+    *,
+    backend: Backend,
+    threads: int,
+    batch_size: int = CALIBRATION_BATCH,
+) -> dict[str, NDArray[np.float32]]:
+    """The same weights with statistics that fit this network.
+
+    Args:
+        weights: Unfused, as `materialise` gives them.
+        plan: The network.
+        inputs: Network inputs, `(N, 3, resolution, resolution)`, N at least 2.
+        backend: Runs the statistics graph.
+        threads: Of the runtime.
+        batch_size: Images per pass; a last batch of one image joins the one before.
+
+    Raises:
+        DataError: Fewer than two images.
+    """
+    if len(inputs) < 2:
+        raise DataError(
+            f"{len(inputs)} calibration images are too few; batch statistics need at "
+            "least 2, and some hundreds to be good"
+        )
+    names = [
+        f"{layer.name}.{part}"
+        for layer in plan.layers
+        if isinstance(layer, ConvLayer) and layer.batch_norm
+        for part in ("mean", "variance")
+    ]
+    model = emit_network(plan, weights, form="statistics", batch=None)
+    sums = {name: np.zeros(0) for name in names}
+    with backend.load(model, threads=threads) as session:
+        for batch in _batches(inputs, batch_size):
+            outputs = session.run({INPUT_NAME: batch})
+            for name in names:
+                value = outputs[name].astype(np.float64) * len(batch)
+                sums[name] = value if not sums[name].size else sums[name] + value
+    result = dict(weights)
+    for name, total in sums.items():
+        layer_name, part = name.rsplit(".", 1)
+        result[f"{layer_name}.norm.{part}"] = (total / len(inputs)).astype(np.float32)
+    return result
+
+
+def _batches(
+    inputs: NDArray[np.float32], batch_size: int
+) -> list[NDArray[np.float32]]:
+    bounds = list(range(0, len(inputs), batch_size)) + [len(inputs)]
+    # One image alone has no spread at 1×1 feature maps.
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    return [inputs[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]

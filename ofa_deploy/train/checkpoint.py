@@ -1,0 +1,94 @@
+"""A training run's state on disk: one safetensors file, replaced atomically.
+
+All randomness of a step is derived from (seed, phase, step), so weights, momentum and
+the position are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ofa_deploy.errors import TrainingError
+from profilers.files import write_atomically
+
+FORMAT_VERSION = "1"
+_MOMENTUM = "momentum/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a run stands, and what it belongs to.
+
+    Args:
+        phase: Index of the phase.
+        step: Steps done in it.
+        recipe_sha256: Of the recipe.
+        data_sha256: Of the training images and labels.
+        elapsed_s: Time spent so far, over all sittings.
+    """
+
+    phase: int
+    step: int
+    recipe_sha256: str
+    data_sha256: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """Position, weights by name, and momentum by parameter name."""
+
+    position: Position
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Save a run's state."""
+    tensors = {k: v.detach().contiguous() for k, v in checkpoint.weights.items()}
+    for name, tensor in checkpoint.momentum.items():
+        tensors[_MOMENTUM + name] = tensor.detach().contiguous()
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "position": json.dumps(asdict(checkpoint.position), sort_keys=True),
+    }
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Load a run's state.
+
+    Raises:
+        TrainingError: Not a checkpoint, or damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}
+        position = Position(**json.loads(metadata["position"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise TrainingError(
+            f"{path} is not a readable checkpoint ({error}); delete the run's folder "
+            "and start again without --resume"
+        ) from error
+    return Checkpoint(
+        position=position,
+        weights={k: v for k, v in tensors.items() if not k.startswith(_MOMENTUM)},
+        momentum={
+            k.removeprefix(_MOMENTUM): v
+            for k, v in tensors.items()
+            if k.startswith(_MOMENTUM)
+        },
+    )
+
+
+def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A detached copy that later training does not change."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,164 @@
+"""The schedule of progressive shrinking, as values.
+
+Source: Once-for-All (ICLR 2020), section 3.3 and appendix; the published run uses the
+same phases with far more epochs on ImageNet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.space import SearchSpace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One stage of progressive shrinking.
+
+    Args:
+        name: For people, and for the file that keeps its result.
+        epochs: Passes over the training images; 0 leaves the phase out.
+        warmup_epochs: Of those, with a rising learning rate.
+        peak_learning_rate: After the warm-up; it then falls along a cosine to 0.
+        subnet_count: Sub-networks sampled per step; their gradients are summed.
+        kernel_choices: How many of the largest kernel sizes are sampled.
+        depth_choices: How many of the largest depths are sampled.
+        expand_choices: How many of the largest expand ratios are sampled.
+        distill: Whether the full network of the first phase teaches.
+        sorted_expands: Sort channels before the phase, keeping the prefixes of this
+            many of the largest expand ratios; None for no sorting.
+    """
+
+    name: str
+    epochs: int
+    warmup_epochs: float = 0.0
+    peak_learning_rate: float
+    subnet_count: int = 1
+    kernel_choices: int = 1
+    depth_choices: int = 1
+    expand_choices: int = 1
+    distill: bool = True
+    sorted_expands: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides a training run besides the data and the space."""
+
+    phases: tuple[Phase, ...]
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    distillation_ratio: float = 1.0
+    crop_padding: int = 4
+    validation_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise TrainingError(
+                f"batch_size={self.batch_size} must be at least 2: batch norm needs "
+                "more than one image"
+            )
+        if not self.phases or self.phases[0].distill:
+            raise TrainingError(
+                "the first phase trains the teacher and cannot have one itself"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all its fields."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same recipe with `factor` times the epochs, at least 1 a phase."""
+        if not factor > 0:
+            raise TrainingError(f"epochs scale {factor} must be above 0")
+        phases = tuple(
+            replace(
+                phase,
+                epochs=max(1, round(phase.epochs * factor)) if phase.epochs else 0,
+                warmup_epochs=phase.warmup_epochs * factor,
+            )
+            for phase in self.phases
+        )
+        return replace(self, phases=phases)
+
+
+def default_recipe() -> Recipe:
+    """Progressive shrinking in about fifty epochs; rates found on short runs."""
+    return Recipe(
+        phases=(
+            Phase(
+                name="full",
+                epochs=20,
+                warmup_epochs=5,
+                peak_learning_rate=0.15,
+                distill=False,
+            ),
+            Phase(
+                name="kernel",
+                epochs=3,
+                warmup_epochs=0.5,
+                peak_learning_rate=0.04,
+                kernel_choices=3,
+            ),
+            Phase(
+                name="depth1",
+                epochs=1,
+                peak_learning_rate=0.015,
+                subnet_count=2,
+                depth_choices=2,
+                kernel_choices=3,
+            ),
+            Phase(
+                name="depth2",
+                epochs=3,
+                warmup_epochs=0.5,
+                peak_learning_rate=0.03,
+                subnet_count=2,
+                depth_choices=3,
+                kernel_choices=3,
+            ),
+            Phase(
+                name="width1",
+                epochs=2,
+                peak_learning_rate=0.015,
+                subnet_count=4,
+                depth_choices=3,
+                expand_choices=2,
+                sorted_expands=1,
+                kernel_choices=3,
+            ),
+            Phase(
+                name="width2",
+                epochs=6,
+                warmup_epochs=0.5,
+                peak_learning_rate=0.03,
+                subnet_count=4,
+                depth_choices=3,
+                expand_choices=3,
+                sorted_expands=2,
+                kernel_choices=3,
+            ),
+        )
+    )
+
+
+def restrict(space: SearchSpace, phase: Phase) -> SearchSpace:
+    """The part of a space that a phase samples: the largest choices of each kind."""
+    stages = tuple(
+        replace(
+            stage,
+            kernels=stage.kernels[-phase.kernel_choices :],
+            depths=stage.depths[-phase.depth_choices :],
+            expands=stage.expands[-phase.expand_choices :],
+        )
+        for stage in space.stages
+    )
+    return replace(space, stages=stages)

@@ -1,0 +1,167 @@
+"""What a runtime must offer to be measured, and checks that all backends share.
+
+A backend imports its runtime inside its methods, maps the runtime's exceptions to
+`ModelRejected` and `RunFailed`, and never returns a runtime's object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profilers.device import RuntimeSpec
+from profilers.errors import ModelRejected, RunFailed
+
+__all__ = [
+    "DYNAMIC",
+    "Arrays",
+    "Backend",
+    "Session",
+    "check_inputs",
+    "check_threads",
+    "describe_model",
+]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+# Stands in `Session.input_shapes` for a dimension that each run may choose.
+DYNAMIC = -1
+
+
+class Session(Protocol):
+    """A loaded model. Not for use from several threads at once."""
+
+    @property
+    def input_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each input, in the model's order; `DYNAMIC` where free."""
+
+    @property
+    def input_dtypes(self) -> Mapping[str, np.dtype[Any]]:
+        """Element type of each input, in the model's order."""
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the model once.
+
+        Returns:
+            Every output by name, in arrays of the caller's own.
+
+        Raises:
+            RunFailed: The inputs do not fit, the session is closed, or the runtime
+                failed.
+        """
+
+    def prepare(self, inputs: Arrays) -> Callable[[], None]:
+        """Bind inputs, and return a step that runs the model on them.
+
+        This is for timing: the step does no checking, no copying, and gives no
+        outputs. The step keeps `inputs` alive and may read them at each call; it is
+        valid until the next `prepare`, `run`, or `close` of this session.
+
+        Raises:
+            RunFailed: The inputs do not fit, or the session is closed.
+        """
+
+    def close(self) -> None:
+        """Release the runtime's memory. Closing again does nothing."""
+
+    def __enter__(self) -> Session:
+        """Return itself."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the session."""
+
+
+class Backend(Protocol):
+    """A runtime on one kind of processor."""
+
+    @property
+    def name(self) -> str:
+        """The name that tables and command lines use."""
+
+    def load(self, model: Path | bytes, *, threads: int) -> Session:
+        """Load and compile a model.
+
+        Args:
+            model: A file of a kind that the runtime reads, or an ONNX model's bytes.
+            threads: Threads of one inference, at least 1.
+
+        Raises:
+            MissingDependency: The runtime is not installed.
+            ModelRejected: The runtime cannot read or compile the model.
+        """
+
+    def runtime(self, *, threads: int) -> RuntimeSpec:
+        """Describe the runtime, for a table's header.
+
+        Raises:
+            MissingDependency: The runtime is not installed.
+        """
+
+
+def check_threads(threads: int) -> None:
+    """Raise `ValueError` unless `threads` is at least 1."""
+    if threads < 1:
+        raise ValueError(f"threads={threads}; give at least 1")
+
+
+def describe_model(model: Path | bytes) -> str:
+    """Name a model in a message, and check that a model file is there.
+
+    Raises:
+        ModelRejected: `model` is a path and no file is there.
+    """
+    if isinstance(model, bytes):
+        return f"the model given as {len(model)} bytes"
+    if not model.is_file():
+        raise ModelRejected(f"there is no model file {model}; check the path")
+    return model.name
+
+
+def check_inputs(
+    inputs: Arrays,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+) -> list[NDArray[Any]]:
+    """Return the inputs in the model's order, contiguous in memory.
+
+    Runtimes differ in what they refuse and what they quietly convert; here all
+    backends refuse the same.
+
+    Raises:
+        RunFailed: A name, shape, or element type does not fit the model.
+    """
+    if inputs.keys() != shapes.keys():
+        raise RunFailed(
+            f"inputs are named {sorted(inputs)}; the model has {sorted(shapes)}"
+        )
+    for name, shape in shapes.items():
+        given = inputs[name]
+        fits = len(given.shape) == len(shape) and all(
+            wanted in (DYNAMIC, size)
+            for wanted, size in zip(shape, given.shape, strict=True)
+        )
+        if not fits:
+            wanted_text = "x".join("?" if d == DYNAMIC else str(d) for d in shape)
+            given_text = "x".join(str(size) for size in given.shape)
+            raise RunFailed(
+                f"input {name!r} is {given_text or 'a scalar'}; the model takes "
+                f"{wanted_text or 'a scalar'}; resize the array or export the model "
+                "for this shape"
+            )
+        if given.dtype != dtypes[name]:
+            raise RunFailed(
+                f"input {name!r} is {given.dtype}; the model takes {dtypes[name]}; "
+                f"convert it with .astype({str(dtypes[name])!r})"
+            )
+    return [np.ascontiguousarray(inputs[name]) for name in shapes]

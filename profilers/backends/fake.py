@@ -1,0 +1,159 @@
+"""A backend with latencies of one's choice, on a clock of its own.
+
+For tests of whatever measures: the same seed gives the same samples, to the
+nanosecond, and nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profilers.backends.base import Arrays, check_inputs, check_threads
+from profilers.device import RuntimeSpec
+from profilers.errors import ModelRejected, RunFailed
+
+__all__ = ["FakeAnchor", "FakeBackend", "FakeClock", "FakeSession"]
+
+FAKE_INPUT_SHAPE = (1, 3, 8, 8)
+
+LatencyOf = Callable[[Path | bytes], int] | Mapping[str | bytes, int]
+Phases = Callable[[int], float]
+
+
+def _steady(now_ns: int) -> float:
+    return 1.0
+
+
+class FakeClock:
+    """Time that passes only when told to; call it for the time in ns."""
+
+    def __init__(self, start_ns: int = 0) -> None:
+        self.now_ns = start_ns
+
+    def __call__(self) -> int:
+        """Return the time in ns."""
+        return self.now_ns
+
+    def advance(self, duration_ns: int) -> None:
+        """Let `duration_ns` pass, at least 0."""
+        if duration_ns < 0:
+            raise ValueError(f"duration_ns={duration_ns}; time does not run backwards")
+        self.now_ns += duration_ns
+
+
+class FakeAnchor:
+    """An anchor whose time follows the same phases as a `FakeBackend`.
+
+    Args:
+        clock: The clock that it moves.
+        quiet_ns: Its time in the quiet state.
+        phases: As for `FakeBackend`.
+    """
+
+    def __init__(
+        self, clock: FakeClock, *, quiet_ns: int = 250_000, phases: Phases = _steady
+    ) -> None:
+        self._clock = clock
+        self._quiet_ns = quiet_ns
+        self._phases = phases
+
+    def measure_ns(self) -> int:
+        """Let the anchor's time pass and return it."""
+        duration_ns = round(self._quiet_ns * self._phases(self._clock.now_ns))
+        self._clock.advance(duration_ns)
+        return duration_ns
+
+
+class FakeBackend:
+    """Loads anything that it knows a latency for.
+
+    Args:
+        clock: The clock that every run moves.
+        latency_ns: Quiet latency per model: a function of what `load` gets, or a
+            mapping from a model's bytes or its file's name.
+        phases: Factor on every latency as a function of the time in ns: how slow
+            the machine is then.
+    """
+
+    name = "fake"
+
+    def __init__(
+        self, clock: FakeClock, *, latency_ns: LatencyOf, phases: Phases = _steady
+    ) -> None:
+        self.clock = clock
+        self._latency_ns = latency_ns
+        self._phases = phases
+
+    def load(self, model: Path | bytes, *, threads: int) -> FakeSession:
+        """See `Backend.load`."""
+        check_threads(threads)
+        if not isinstance(self._latency_ns, Mapping):
+            return FakeSession(self.clock, self._latency_ns(model), self._phases)
+        key = model if isinstance(model, bytes) else model.name
+        if key not in self._latency_ns:
+            raise ModelRejected(
+                f"the fake backend has no latency for {key!r}; "
+                f"it has {sorted(map(repr, self._latency_ns))}"
+            )
+        return FakeSession(self.clock, self._latency_ns[key], self._phases)
+
+    def runtime(self, *, threads: int) -> RuntimeSpec:
+        """See `Backend.runtime`."""
+        return RuntimeSpec(
+            backend=self.name,
+            version="1",
+            provider="fake",
+            threads=threads,
+            precision="f32",
+        )
+
+
+class FakeSession:
+    """Takes `x` of `FAKE_INPUT_SHAPE`, gives it back as `y`, and moves the clock."""
+
+    def __init__(self, clock: FakeClock, latency_ns: int, phases: Phases) -> None:
+        self._clock = clock
+        self._latency_ns = latency_ns
+        self._phases = phases
+        self._open = True
+        self.input_shapes: dict[str, tuple[int, ...]] = {"x": FAKE_INPUT_SHAPE}
+        self.input_dtypes: dict[str, np.dtype[Any]] = {"x": np.dtype("float32")}
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """See `Session.run`."""
+        self.prepare(inputs)()
+        return {"y": np.array(inputs["x"])}
+
+    def prepare(self, inputs: Arrays) -> Callable[[], None]:
+        """See `Session.prepare`."""
+        if not self._open:
+            raise RunFailed("the session is closed; load the model again")
+        check_inputs(inputs, shapes=self.input_shapes, dtypes=self.input_dtypes)
+        return self._step
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._open = False
+
+    def __enter__(self) -> FakeSession:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the session."""
+        self.close()
+
+    def _step(self) -> None:
+        factor = self._phases(self._clock.now_ns)
+        self._clock.advance(round(self._latency_ns * factor))

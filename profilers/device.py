@@ -1,0 +1,287 @@
+"""What a device is, and the conditions it is in while something is timed.
+
+Everything here is read and recorded, never changed: governor, clocks, and limits are
+the owner's business. What cannot be read is None, not a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "Conditions",
+    "DeviceSpec",
+    "RuntimeSpec",
+    "available_cores",
+    "cgroup_quota_cores",
+    "read_conditions",
+    "this_device",
+]
+
+# With fewer cores than this, the timed process shares them with the system's own work.
+DEDICATED_CORE_COUNT = 4
+
+MEBIBYTES_PER_GIBIBYTE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """The hardware a measurement belongs to.
+
+    Attributes:
+        name: What people call it; does not enter the fingerprint.
+        arch: As `platform.machine()` gives it, for instance `x86_64` or `aarch64`.
+        cpu_model: The processor's own name.
+        core_count: Logical cores of the machine, whatever a process may use of them.
+        accelerator: Name of the GPU or NPU that is measured; None for the CPU.
+        memory_mb: Installed memory as the system reports it.
+    """
+
+    name: str
+    arch: str
+    cpu_model: str
+    core_count: int
+    accelerator: str | None
+    memory_mb: int
+
+    def __post_init__(self) -> None:
+        for field in ("name", "arch", "cpu_model"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is empty; give the device's {field}")
+        if self.core_count < 1:
+            raise ValueError(f"core_count={self.core_count}; a device has at least 1")
+        if self.memory_mb < 1:
+            raise ValueError(f"memory_mb={self.memory_mb}; a device has at least 1")
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that are equal for equal hardware.
+
+        Memory is rounded to GiB: the kernel keeps a varying share of it for itself.
+        """
+        hardware = (
+            self.arch,
+            self.cpu_model,
+            self.core_count,
+            self.accelerator,
+            round(self.memory_mb / MEBIBYTES_PER_GIBIBYTE),
+        )
+        return hashlib.sha256(json.dumps(hardware).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSpec:
+    """The software a measurement belongs to.
+
+    Attributes:
+        backend: Name of the backend, as `get_backend` takes it.
+        version: The runtime's version.
+        provider: The runtime's own name of what executes, for instance `CPU`.
+        threads: Threads of one inference.
+        precision: Arithmetic of one inference, for instance `f32`.
+    """
+
+    backend: str
+    version: str
+    provider: str
+    threads: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        for field in ("backend", "version", "provider", "precision"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is empty; give the runtime's {field}")
+        if self.threads < 1:
+            raise ValueError(f"threads={self.threads}; an inference has at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """The state of the device while something was timed; None where unreadable.
+
+    Attributes:
+        governor: Frequency policy of the first core.
+        frequency_mhz: Present frequency of the first core.
+        temperature_c: The hottest thermal zone.
+        load_average: Runnable processes, averaged over the last minute.
+        affinity_core_count: Cores that this process may run on.
+        cgroup_quota_cores: CPU time that the control group allows, in cores.
+        shared_host: Whether others' work can slow this device down unseen: it is a
+            virtual machine, or has too few cores to leave one to the system.
+    """
+
+    governor: str | None
+    frequency_mhz: float | None
+    temperature_c: float | None
+    load_average: float | None
+    affinity_core_count: int | None
+    cgroup_quota_cores: float | None
+    shared_host: bool
+
+
+def this_device(name: str = "local") -> DeviceSpec:
+    """Describe the machine that this process runs on."""
+    return DeviceSpec(
+        name=name,
+        arch=platform.machine() or "unknown",
+        cpu_model=_cpu_model(),
+        core_count=os.cpu_count() or 1,
+        accelerator=None,
+        memory_mb=_memory_mb(),
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process can really use: affinity and quota, at least 1."""
+    cores = _affinity_core_count() or os.cpu_count() or 1
+    quota = cgroup_quota_cores()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def read_conditions() -> Conditions:
+    """Read the present conditions; takes a few milliseconds."""
+    frequency_directory = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    return Conditions(
+        governor=_read_text(frequency_directory / "scaling_governor"),
+        frequency_mhz=_frequency_mhz(frequency_directory),
+        temperature_c=_temperature_c(Path("/sys/class/thermal")),
+        load_average=_load_average(),
+        affinity_core_count=_affinity_core_count(),
+        cgroup_quota_cores=cgroup_quota_cores(),
+        shared_host=(
+            (os.cpu_count() or 1) < DEDICATED_CORE_COUNT
+            or "hypervisor" in _cpuinfo_value("flags").split()
+        ),
+    )
+
+
+def cgroup_quota_cores(
+    *,
+    mount: Path = Path("/sys/fs/cgroup"),
+    membership: Path = Path("/proc/self/cgroup"),
+) -> float | None:
+    """CPU time that the control groups allow, in cores; None without a limit.
+
+    Args:
+        mount: Where the control group file systems are mounted.
+        membership: The kernel's list of the groups that this process is in.
+    """
+    quotas = []
+    for line in (_read_text(membership) or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers == "":
+            root, read = mount, _quota_version_2
+        elif "cpu" in controllers.split(","):
+            root, read = mount / controllers, _quota_version_1
+            if not root.is_dir():
+                root = mount / "cpu"
+        else:
+            continue
+        # A limit of any ancestor binds too. Inside a container the group's path can
+        # be the host's, which does not exist here; the mount's root then applies.
+        directory = root / group.strip("/")
+        quotas += [
+            read(level)
+            for level in (directory, *directory.parents)
+            if level == root or root in level.parents
+        ]
+    limits = [quota for quota in quotas if quota is not None]
+    return min(limits) if limits else None
+
+
+def _quota_version_2(directory: Path) -> float | None:
+    fields = (_read_text(directory / "cpu.max") or "").split()
+    if len(fields) != 2 or fields[0] == "max":
+        return None
+    return _ratio(fields[0], fields[1])
+
+
+def _quota_version_1(directory: Path) -> float | None:
+    return _ratio(
+        _read_text(directory / "cpu.cfs_quota_us"),
+        _read_text(directory / "cpu.cfs_period_us"),
+    )
+
+
+def _ratio(quota_us: str | None, period_us: str | None) -> float | None:
+    try:
+        quota, period = int(quota_us or ""), int(period_us or "")
+    except ValueError:
+        return None
+    # Version 1 writes -1 for "no limit".
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _affinity_core_count() -> int | None:
+    # Not on macOS and Windows.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return None
+
+
+def _load_average() -> float | None:
+    try:
+        return float(os.getloadavg()[0])
+    except (AttributeError, OSError):
+        return None
+
+
+def _frequency_mhz(directory: Path) -> float | None:
+    frequency_khz = _read_text(directory / "scaling_cur_freq") or ""
+    if frequency_khz.isdigit():
+        return int(frequency_khz) / 1000
+    try:
+        return float(_cpuinfo_value("cpu MHz"))
+    except ValueError:
+        return None
+
+
+def _temperature_c(directory: Path) -> float | None:
+    readings = []
+    for file in directory.glob("thermal_zone*/temp"):
+        try:
+            readings.append(int(_read_text(file) or "") / 1000)
+        except ValueError:
+            continue
+    return max(readings) if readings else None
+
+
+def _cpu_model() -> str:
+    # Boards with ARM cores name themselves in the device tree, not in cpuinfo.
+    tree = (_read_text(Path("/proc/device-tree/model")) or "").rstrip("\0")
+    return (
+        _cpuinfo_value("model name")
+        or _cpuinfo_value("Model")
+        or tree
+        or platform.processor()
+        or "unknown"
+    )
+
+
+def _cpuinfo_value(key: str) -> str:
+    for line in (_read_text(Path("/proc/cpuinfo")) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _memory_mb() -> int:
+    try:
+        size_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1
+    return max(1, size_bytes // 2**20)
+
+
+def _read_text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

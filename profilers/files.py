@@ -1,0 +1,32 @@
+"""Writing files so that a reader sees the old or the new content, never a part."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file at once, or leave it as it was.
+
+    Raises:
+        OSError: No space, no permission; nothing is left behind.
+    """
+    # In the same directory: a rename is atomic within a file system only.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Else a crash may leave the new name on an empty file.
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,312 @@
+"""Timing an exported file in fresh processes: what a user's own process would see.
+
+A process that has measured hundreds of models is not what the model will run in; and
+one process is one draw of memory layout and thread placement. Here each of several new
+interpreters loads the file and times it; the spread between them is part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from profilers import stats
+from profilers.codec import decode_run, encode_flat, encode_run
+from profilers.device import Conditions
+from profilers.errors import FormatError, RunFailed
+from profilers.json_reader import parse_json
+from profilers.measurement import MeasurementRun, MeasureSettings, Stability, Visit
+from profilers.summary import fit_visits, summarize
+
+__all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
+
+STDERR_TAIL_CHARACTERS = 2000
+
+# Beside the measuring itself: starting an interpreter, importing, compiling.
+STARTUP_ALLOWANCE_S = 120.0
+
+# A spread above this says that processes differ, whatever each one says of itself.
+MAX_PROCESS_SPREAD_RATIO = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessReport:
+    """What one fresh process measured.
+
+    Attributes:
+        load_ms: Loading and compiling the model.
+        first_inference_ms: The first run after it.
+        run: Everything after that; one measurement.
+    """
+
+    load_ms: float
+    first_inference_ms: float
+    run: MeasurementRun
+
+    def __post_init__(self) -> None:
+        for field in ("load_ms", "first_inference_ms"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field}={value}; give a finite number above 0")
+        if len(self.run.measurements) != 1:
+            raise ValueError(
+                f"run has {len(self.run.measurements)} measurements; a process "
+                "measures one model"
+            )
+
+    def to_json(self) -> str:
+        """Encode the report in one line."""
+        return json.dumps(
+            {
+                "load_ms": self.load_ms,
+                "first_inference_ms": self.first_inference_ms,
+                "run": encode_run(self.run),
+            },
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> ProcessReport:
+        """Decode a report.
+
+        Raises:
+            FormatError: The text is not a report.
+        """
+        node = parse_json(text)
+        fields = node.fields("load_ms", "first_inference_ms", "run")
+        return node.build(
+            lambda: cls(
+                load_ms=fields["load_ms"].positive(),
+                first_inference_ms=fields["first_inference_ms"].positive(),
+                run=decode_run(fields["run"]),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshMeasurement:
+    """An exported file's latency over several fresh processes.
+
+    Attributes:
+        visits: Raw data of all processes; each process counts its time from 0.
+        process_count: Processes.
+        quiet_ms: Latency in the quiet state.
+        standard_error_ratio: Standard error of `quiet_ms`, as a share of it.
+        median_ms: Plain median of all samples.
+        p90_ms: Percentile of all samples; None where they are too few for it.
+        p95_ms: Likewise.
+        process_spread_ratio: Slowest process's quiet latency over the fastest's,
+            minus 1.
+        first_inference_ms: Median over the processes.
+        load_ms: Median over the processes.
+        conditions: As the last process read them.
+        indicative: The device is shared.
+        stability: Whether the precision asked for was reached.
+    """
+
+    visits: tuple[Visit, ...]
+    process_count: int
+    quiet_ms: float
+    standard_error_ratio: float
+    median_ms: float
+    p90_ms: float | None
+    p95_ms: float | None
+    process_spread_ratio: float
+    first_inference_ms: float
+    load_ms: float
+    conditions: Conditions
+    indicative: bool
+    stability: Stability
+
+    @property
+    def samples_ns(self) -> tuple[int, ...]:
+        """All samples, process after process."""
+        return tuple(sample for visit in self.visits for sample in visit.samples_ns)
+
+
+def measure_in_fresh_process(
+    model_path: Path,
+    *,
+    backend_name: str,
+    threads: int,
+    settings: MeasureSettings,
+    processes: int,
+    beta: float | None = None,
+    anchor_reference_ns: float | None = None,
+    timeout_s: float | None = None,
+    interpreter: str | None = None,
+) -> FreshMeasurement:
+    """Time a model file in fresh interpreter processes, one after the other.
+
+    Args:
+        model_path: The exported file.
+        backend_name: As `get_backend` takes it.
+        threads: Threads of one inference.
+        settings: How carefully, in each process; each has its own seed.
+        processes: At least 1; from 2 on the spread means something.
+        beta: Of the table that the budget was chosen by; None fits it here.
+        anchor_reference_ns: Of that table. Without it, a machine that is slow all
+            along makes the model look slow.
+        timeout_s: For one process; None allows for `settings` and the start.
+        interpreter: Python to run; None takes this one.
+
+    Raises:
+        RunFailed: A process failed, crashed, or took too long.
+    """
+    if processes < 1:
+        raise ValueError(f"processes={processes}; give at least 1")
+    if timeout_s is None:
+        timeout_s = settings.max_seconds + STARTUP_ALLOWANCE_S
+    reports = [
+        _run_process(
+            [
+                interpreter or sys.executable,
+                "-m",
+                "profilers",
+                "measure",
+                str(model_path),
+                "--backend",
+                backend_name,
+                "--threads",
+                str(threads),
+                "--settings",
+                json.dumps({**encode_flat(settings), "seed": settings.seed + number}),
+            ],
+            timeout_s=timeout_s,
+        )
+        for number in range(processes)
+    ]
+    return pool_reports(
+        reports,
+        settings=settings,
+        beta=beta,
+        anchor_reference_ns=anchor_reference_ns,
+    )
+
+
+def pool_reports(
+    reports: Sequence[ProcessReport],
+    *,
+    settings: MeasureSettings,
+    beta: float | None = None,
+    anchor_reference_ns: float | None = None,
+) -> FreshMeasurement:
+    """Combine what several processes measured of one model.
+
+    Args:
+        reports: At least one.
+        settings: What was to be reached.
+        beta: None fits it.
+        anchor_reference_ns: None takes it from the visits.
+    """
+    visits_by_process = [report.run.measurements[0].visits for report in reports]
+    visits = tuple(visit for process in visits_by_process for visit in process)
+    pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
+    # With the pooled slope: a single process hardly sees the anchor vary.
+    effects = fit_visits(
+        visits_by_process,
+        beta=pooled.beta,
+        anchor_reference_ns=math.exp(pooled.reference_log_anchor),
+    ).effect_log
+    spread = math.expm1(float(effects.max() - effects.min()))
+    summary = summarize(
+        reports[0].run.measurements[0].name,
+        visits,
+        effect_log=float(pooled.effect_log[0]),
+        standard_error_log=float(pooled.standard_error_log[0]),
+        settings=settings,
+    )
+    reasons = summary.stability.reasons
+    if spread > MAX_PROCESS_SPREAD_RATIO:
+        reasons = (
+            *reasons,
+            f"processes differ by {spread:.1%}, more than "
+            f"{MAX_PROCESS_SPREAD_RATIO:.0%}",
+        )
+    samples_ns = summary.samples_ns
+    return FreshMeasurement(
+        visits=visits,
+        process_count=len(reports),
+        quiet_ms=summary.quiet_ms,
+        standard_error_ratio=summary.standard_error_ratio,
+        median_ms=summary.median_ms,
+        p90_ms=stats.percentile_ms(samples_ns, 90),
+        p95_ms=stats.percentile_ms(samples_ns, 95),
+        process_spread_ratio=spread,
+        first_inference_ms=median(report.first_inference_ms for report in reports),
+        load_ms=median(report.load_ms for report in reports),
+        conditions=reports[-1].run.conditions,
+        indicative=any(report.run.indicative for report in reports),
+        stability=Stability(
+            verdict="unstable" if reasons else "stable", reasons=reasons
+        ),
+    )
+
+
+def _run_process(command: Sequence[str], *, timeout_s: float) -> ProcessReport:
+    label = f"the process measuring {command[4]}"
+    try:
+        finished = subprocess.run(
+            command,
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
+            env=_environment(),
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(
+            f"{label} took more than {timeout_s:g} s and was stopped; allow more time "
+            "or measure fewer visits"
+        ) from error
+    except OSError as error:
+        raise RunFailed(
+            f"{label} could not be started: {error}; check {command[0]}"
+        ) from error
+    if finished.returncode != 0:
+        raise RunFailed(
+            f"{label} ended {_describe_exit(finished.returncode)}; its last words: "
+            f"{finished.stderr[-STDERR_TAIL_CHARACTERS:].strip() or 'none'}"
+        )
+    # A runtime may print its own lines before ours.
+    lines = finished.stdout.splitlines()
+    try:
+        return ProcessReport.from_json(lines[-1] if lines else "")
+    except FormatError as error:
+        raise RunFailed(
+            f"{label} gave no report ({error}); use the same version of this package "
+            f"for both, and check that {command[0]} is a Python interpreter"
+        ) from error
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"with exit code {code}"
+    # Signals of the system that have no name in Python stay numbers.
+    try:
+        return f"by signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"
+
+
+def _environment() -> dict[str, str]:
+    """The environment, with this package importable wherever it was imported from."""
+    environment = dict(os.environ)
+    home = str(Path(__file__).resolve().parent.parent)
+    # The installed packages' directory is searched anyway; named in PYTHONPATH it
+    # would come before the standard library.
+    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        given = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{home}{os.pathsep}{given}" if given else home
+    return environment

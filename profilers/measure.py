@@ -1,0 +1,312 @@
+"""Timing many models together on a machine whose speed changes by itself.
+
+All models are loaded and stay open. They are visited in shuffled passes, so that each
+is seen at many times far apart; every visit is bracketed by readings of the anchor; the
+quiet-state estimator of `profilers.stats` turns the visits into latencies. Models whose
+standard error is still too large then get extra visits, within bounds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profilers.anchor import Anchor, Clock, MatrixAnchor
+from profilers.backends.base import DYNAMIC, Backend, Session
+from profilers.device import available_cores, read_conditions
+from profilers.errors import DeviceUnfit, MeasurementError, RunFailed
+from profilers.measurement import (
+    Measurement,
+    MeasurementRun,
+    MeasureSettings,
+    ModelUnderTest,
+    Stability,
+    Visit,
+)
+from profilers.stats import QuietStateFit
+from profilers.summary import fit_visits, summarize
+
+__all__ = [
+    "Anchor",
+    "Clock",
+    "MatrixAnchor",
+    "MeasureSettings",
+    "Measurement",
+    "MeasurementRun",
+    "ModelUnderTest",
+    "Stability",
+    "Visit",
+    "measure_models",
+    "random_inputs",
+]
+
+_logger = logging.getLogger(__name__)
+
+Inputs = dict[str, NDArray[Any]]
+Progress = Callable[[int, int], None]
+
+# Runs of one input repeated can be faster than those of changing ones: branch
+# prediction and, in sparse kernels, the data itself.
+INPUT_COUNT = 8
+
+# A call and two clock readings take up to 1 µs, and a timer can tick in 0.1 µs.
+MIN_SAMPLE_NS = 50_000
+MAX_INNER_LOOPS = 1024
+
+# The planned passes and this many times more; beyond, more visits show no more.
+MAX_VISITS_FACTOR = 4
+
+# Share of the models that an extra pass visits: those with the largest errors. Small,
+# so that the errors are looked at often; not one by one, to keep visits apart in time.
+EXTRA_PASS_SHARE = 0.25
+
+
+@dataclass(slots=True)
+class _Bench:
+    """A loaded model and the visits it got so far."""
+
+    name: str
+    session: Session
+    inputs: list[Inputs]
+    inner_loops: int = 1
+    run_count: int = 0
+    visits: list[Visit] = field(default_factory=list)
+
+    def sample_ns(self, clock: Clock) -> int:
+        """Time one run, on the next input; the mean of `inner_loops` runs."""
+        # Binding the input is not part of the inference, so it is not timed.
+        step = self.session.prepare(self.inputs[self.run_count % len(self.inputs)])
+        self.run_count += 1
+        loops = range(self.inner_loops)
+        start_ns = clock()
+        try:
+            for _ in loops:
+                step()
+        except Exception as error:  # whatever the runtime raises; steps do not map
+            raise RunFailed(f"{self.name!r} failed while timed: {error}") from error
+        return round((clock() - start_ns) / self.inner_loops)
+
+
+def measure_models(
+    models: Sequence[ModelUnderTest],
+    *,
+    backend: Backend,
+    threads: int,
+    settings: MeasureSettings,
+    clock: Clock = time.perf_counter_ns,
+    anchor: Anchor | None = None,
+    progress: Progress | None = None,
+    rng: np.random.Generator,
+    beta: float | None = None,
+    anchor_reference_ns: float | None = None,
+) -> MeasurementRun:
+    """Measure models against each other.
+
+    Args:
+        models: With different names.
+        backend: Where they run.
+        threads: Threads of one inference.
+        settings: How carefully.
+        clock: Time in ns.
+        anchor: None takes a `MatrixAnchor` on `clock`.
+        progress: Called after each visit with visits made and visits known to be
+            made; the latter grows if some models need extra ones.
+        rng: Gives the inputs and the order.
+        beta: As an earlier, longer run on this machine found it; None fits it here.
+        anchor_reference_ns: Likewise, the anchor's quiet level of an earlier run. A
+            run of seconds needs it: the machine may be slow all along.
+
+    Raises:
+        DeviceUnfit: `threads` is more than the cores that this process can use.
+        ModelRejected: A model cannot be loaded.
+        RunFailed: A model cannot be run.
+        MeasurementError: A model takes no time by this clock.
+    """
+    names = [model.name for model in models]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{len(names)} models with {len(set(names))} different names; "
+            "give at least one model, and each its own name"
+        )
+    cores = available_cores()
+    if threads > cores:
+        # They would wait for each other, and the latency would be the scheduler's.
+        raise DeviceUnfit(
+            f"threads={threads}; this process can use {cores} cores; "
+            "ask for no more threads than that"
+        )
+    start_ns = clock()
+    if anchor is None:
+        anchor = MatrixAnchor(repeats=settings.anchor_repeats, clock=clock)
+    known = _Known(beta=beta, anchor_reference_ns=anchor_reference_ns)
+    with ExitStack() as stack:
+        shared_inputs: dict[object, list[Inputs]] = {}
+        benches = []
+        for model in models:
+            session = stack.enter_context(backend.load(model.model, threads=threads))
+            inputs = _inputs_for(session, shared_inputs, rng)
+            benches.append(_Bench(name=model.name, session=session, inputs=inputs))
+        for bench in benches:
+            _warm_up(bench, settings, clock)
+        fit = _visit_all(benches, settings, clock, anchor, progress, rng, known)
+    conditions = read_conditions()
+    return MeasurementRun(
+        measurements=tuple(
+            summarize(
+                bench.name,
+                bench.visits,
+                effect_log=float(fit.effect_log[index]),
+                standard_error_log=float(fit.standard_error_log[index]),
+                settings=settings,
+            )
+            for index, bench in enumerate(benches)
+        ),
+        beta=fit.beta,
+        anchor_reference_ns=math.exp(fit.reference_log_anchor),
+        conditions=conditions,
+        duration_s=max(1, clock() - start_ns) / 1e9,
+        indicative=conditions.shared_host,
+    )
+
+
+def random_inputs(session: Session, rng: np.random.Generator) -> Inputs:
+    """Draw one value for each input; free dimensions become 1.
+
+    Floating-point inputs are normal, as normalised images are; integers are small.
+    """
+    inputs: Inputs = {}
+    for name, shape in session.input_shapes.items():
+        size = tuple(1 if length == DYNAMIC else length for length in shape)
+        dtype = session.input_dtypes[name]
+        if dtype.kind == "f":
+            inputs[name] = rng.standard_normal(size, dtype=np.float32).astype(dtype)
+        elif dtype.kind == "b":
+            inputs[name] = rng.integers(0, 2, size).astype(dtype)
+        else:
+            inputs[name] = rng.integers(0, 128, size).astype(dtype)
+    return inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What an earlier run on this machine found."""
+
+    beta: float | None
+    anchor_reference_ns: float | None
+
+
+def _inputs_for(
+    session: Session, shared: dict[object, list[Inputs]], rng: np.random.Generator
+) -> list[Inputs]:
+    # Hundreds of models have a handful of input shapes; their own inputs would take
+    # a gigabyte.
+    key = (
+        tuple(session.input_shapes.items()),
+        tuple((name, str(dtype)) for name, dtype in session.input_dtypes.items()),
+    )
+    if key not in shared:
+        shared[key] = [random_inputs(session, rng) for _ in range(INPUT_COUNT)]
+    return shared[key]
+
+
+def _warm_up(bench: _Bench, settings: MeasureSettings, clock: Clock) -> None:
+    durations_ns = [bench.sample_ns(clock) for _ in range(settings.warmup_runs)]
+    # The least of them: the first runs still allocate.
+    duration_ns = min(durations_ns)
+    if duration_ns < 1:
+        raise MeasurementError(
+            f"{bench.name!r} takes {duration_ns} ns by this clock; a run must take at "
+            "least 1 ns; check that the clock counts in ns and the model does something"
+        )
+    bench.inner_loops = min(math.ceil(MIN_SAMPLE_NS / duration_ns), MAX_INNER_LOOPS)
+
+
+def _visit_all(
+    benches: Sequence[_Bench],
+    settings: MeasureSettings,
+    clock: Clock,
+    anchor: Anchor,
+    progress: Progress | None,
+    rng: np.random.Generator,
+    known: _Known,
+) -> QuietStateFit:
+    start_ns = clock()
+    deadline_ns = start_ns + round(settings.max_seconds * 1e9)
+    done = 0
+    planned = settings.visits * len(benches)
+
+    def visit(chosen: Sequence[_Bench], *, bounded: bool) -> None:
+        nonlocal done
+        anchor_ns = anchor.measure_ns()
+        for index in rng.permutation(len(chosen)):
+            if bounded and clock() >= deadline_ns:
+                return
+            anchor_ns = _visit(
+                chosen[index], settings, clock, anchor, anchor_ns, start_ns
+            )
+            done += 1
+            if progress is not None:
+                progress(done, max(planned, done))
+
+    for number in range(settings.visits):
+        # Two visits each are needed for a standard error, however long they take.
+        visit(benches, bounded=number >= 2)
+
+    max_visits = settings.visits * MAX_VISITS_FACTOR
+    pass_size = math.ceil(len(benches) * EXTRA_PASS_SHARE)
+    while True:  # each turn adds visits, and both their number and time are bounded
+        fit = fit_visits(
+            [bench.visits for bench in benches],
+            beta=known.beta,
+            anchor_reference_ns=known.anchor_reference_ns,
+        )
+        target_log = math.log1p(settings.target_relative_error)
+        imprecise = [
+            index
+            for index in np.argsort(-fit.standard_error_log, kind="stable")
+            if fit.standard_error_log[index] > target_log
+            and len(benches[index].visits) < max_visits
+        ][:pass_size]
+        if not imprecise or clock() >= deadline_ns:
+            return fit
+        _logger.debug("extra visits for %d models", len(imprecise))
+        planned = max(planned, done + len(imprecise))
+        visit([benches[index] for index in imprecise], bounded=True)
+
+
+def _visit(
+    bench: _Bench,
+    settings: MeasureSettings,
+    clock: Clock,
+    anchor: Anchor,
+    anchor_before_ns: int,
+    start_ns: int,
+) -> int:
+    """Visit a model once; return the anchor's reading after it.
+
+    That reading also stands before the next visit: nothing happens in between.
+    """
+    time_ns = clock() - start_ns
+    bench.sample_ns(clock)  # brings the model back into the caches; not kept
+    samples_ns = tuple(
+        max(1, bench.sample_ns(clock)) for _ in range(settings.runs_per_visit)
+    )
+    anchor_after_ns = anchor.measure_ns()
+    bench.visits.append(
+        Visit(
+            time_ns=time_ns,
+            anchor_before_ns=anchor_before_ns,
+            anchor_after_ns=anchor_after_ns,
+            inner_loops=bench.inner_loops,
+            samples_ns=samples_ns,
+        )
+    )
+    return anchor_after_ns

@@ -1,0 +1,234 @@
+"""The values that timing starts from and results in: settings, visits, measurements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from profilers import stats
+from profilers.device import Conditions
+
+__all__ = [
+    "MeasureSettings",
+    "Measurement",
+    "MeasurementRun",
+    "ModelUnderTest",
+    "Stability",
+    "Visit",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureSettings:
+    """How carefully to measure.
+
+    Attributes:
+        visits: Planned visits of each model, at least 2; they are far apart in time.
+        runs_per_visit: Timed runs of one visit.
+        warmup_runs: Untimed runs of each model before the first visit.
+        anchor_repeats: Repeats of the anchor's kernel for one reading.
+        seed: Seed of inputs and order, where the caller makes the generator from it.
+        target_relative_error: Standard error at which a latency is precise enough,
+            as a share of the latency; above it the model gets extra visits.
+        max_seconds: End of visiting. Two visits of each model are always made.
+    """
+
+    visits: int
+    runs_per_visit: int
+    warmup_runs: int
+    anchor_repeats: int
+    seed: int
+    target_relative_error: float
+    max_seconds: float
+
+    def __post_init__(self) -> None:
+        least = {
+            "visits": 2,
+            "runs_per_visit": 1,
+            "warmup_runs": 1,
+            "anchor_repeats": 1,
+            "seed": 0,
+        }
+        for field, minimum in least.items():
+            value = getattr(self, field)
+            if value < minimum:
+                raise ValueError(f"{field}={value}; give at least {minimum}")
+        for field in ("target_relative_error", "max_seconds"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field}={value}; give a finite number above 0")
+
+    @classmethod
+    def screen(cls, *, seed: int = 0) -> MeasureSettings:
+        """For fitting a predictor: many models, a percent or two each."""
+        return cls(
+            visits=18,
+            runs_per_visit=9,
+            warmup_runs=5,
+            anchor_repeats=6,
+            seed=seed,
+            target_relative_error=0.015,
+            max_seconds=60.0,
+        )
+
+    @classmethod
+    def certify(cls, *, seed: int = 0) -> MeasureSettings:
+        """For a shipped model: enough runs for a 99th percentile."""
+        return cls(
+            visits=28,
+            runs_per_visit=25,
+            warmup_runs=20,
+            anchor_repeats=6,
+            seed=seed,
+            target_relative_error=0.01,
+            max_seconds=120.0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """One stay at a model: anchor, runs, anchor. Raw, for better estimators to come.
+
+    Attributes:
+        time_ns: When the visit began, counted from the start of the measuring.
+        anchor_before_ns: The anchor's time just before the runs.
+        anchor_after_ns: The anchor's time just after the runs.
+        inner_loops: Runs that one sample is the mean of; more than one where a
+            single run is too short for the timer.
+        samples_ns: Time of one run, per sample.
+    """
+
+    time_ns: int
+    anchor_before_ns: int
+    anchor_after_ns: int
+    inner_loops: int
+    samples_ns: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.time_ns < 0:
+            raise ValueError(f"time_ns={self.time_ns}; give at least 0")
+        for field in ("anchor_before_ns", "anchor_after_ns", "inner_loops"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}; give at least 1")
+        if not self.samples_ns:
+            raise ValueError("samples_ns is empty; a visit has at least one sample")
+        if min(self.samples_ns) < 1:
+            raise ValueError(
+                f"samples_ns holds {min(self.samples_ns)}; a run takes at least 1 ns"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stability:
+    """Whether a measurement reached the precision asked for.
+
+    Attributes:
+        verdict: `unstable` exactly if there are reasons.
+        reasons: What went wrong, for people.
+    """
+
+    verdict: Literal["stable", "unstable"]
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("stable", "unstable"):
+            raise ValueError(f"verdict={self.verdict!r}; give 'stable' or 'unstable'")
+        if (self.verdict == "unstable") != bool(self.reasons):
+            raise ValueError(
+                f"verdict={self.verdict!r} with {len(self.reasons)} reasons; an "
+                "unstable measurement has at least one, a stable one none"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One model's latency.
+
+    Attributes:
+        name: The model's name.
+        visits: Raw data.
+        quiet_ms: Latency in the machine's quiet state; what budgets speak of.
+        standard_error_ratio: Standard error of `quiet_ms`, as a share of it.
+        median_ms: Plain median of all samples, in whatever state the machine was.
+        stability: Whether the precision asked for was reached.
+    """
+
+    name: str
+    visits: tuple[Visit, ...]
+    quiet_ms: float
+    standard_error_ratio: float
+    median_ms: float
+    stability: Stability
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty; name the model")
+        if not self.visits:
+            raise ValueError(f"{self.name!r} has no visits; measure it first")
+        for field in ("quiet_ms", "median_ms"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field}={value}; give a finite number above 0")
+        error = self.standard_error_ratio
+        if not (math.isfinite(error) and error >= 0):
+            raise ValueError(
+                f"standard_error_ratio={error}; give a finite number, at least 0"
+            )
+
+    @property
+    def samples_ns(self) -> tuple[int, ...]:
+        """All samples, visit after visit."""
+        return tuple(sample for visit in self.visits for sample in visit.samples_ns)
+
+    def percentile_ms(self, percentile: float) -> float | None:
+        """Percentile of all samples; None where they are too few for it."""
+        return stats.percentile_ms(self.samples_ns, percentile)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUnderTest:
+    """A model to measure.
+
+    Attributes:
+        name: Names the measurement.
+        model: What the backend's `load` takes.
+    """
+
+    name: str
+    model: Path | bytes
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty; name the model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementRun:
+    """Models measured together, under one anchor.
+
+    Attributes:
+        measurements: In the order of the models given.
+        beta: Share of the anchor's slowdown that the models have.
+        anchor_reference_ns: The anchor's quiet level, which `quiet_ms` speaks of.
+        conditions: Of the device, read at the end.
+        duration_s: Of everything, loading included.
+        indicative: The device is shared: figures are good for choosing and not for
+            certifying.
+    """
+
+    measurements: tuple[Measurement, ...]
+    beta: float
+    anchor_reference_ns: float
+    conditions: Conditions
+    duration_s: float
+    indicative: bool
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta={self.beta}; give a finite number, at least 0")
+        for field in ("anchor_reference_ns", "duration_s"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field}={value}; give a finite number above 0")

@@ -1,0 +1,90 @@
+"""From raw visits to a measurement: the fit, and what is said of its precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+
+from profilers.measurement import Measurement, MeasureSettings, Stability, Visit
+from profilers.stats import QuietStateFit, quiet_state
+
+__all__ = ["fit_visits", "summarize"]
+
+
+def fit_visits(
+    visits: Sequence[Sequence[Visit]],
+    *,
+    beta: float | None = None,
+    anchor_reference_ns: float | None = None,
+) -> QuietStateFit:
+    """Fit the quiet state to raw visits.
+
+    Args:
+        visits: `visits[m]` are those of model `m`; at least one each.
+        beta: None fits it.
+        anchor_reference_ns: None takes it from the visits.
+    """
+    latency, anchors, models = [], [], []
+    for index, of_model in enumerate(visits):
+        for visit in of_model:
+            latency.append(math.log(median(visit.samples_ns)))
+            anchors.append(
+                0.5
+                * (math.log(visit.anchor_before_ns) + math.log(visit.anchor_after_ns))
+            )
+            models.append(index)
+    return quiet_state(
+        np.array(latency),
+        np.array(anchors),
+        np.array(models, dtype=np.intp),
+        model_count=len(visits),
+        beta=beta,
+        reference_log_anchor=(
+            None if anchor_reference_ns is None else math.log(anchor_reference_ns)
+        ),
+    )
+
+
+def summarize(
+    name: str,
+    visits: Sequence[Visit],
+    *,
+    effect_log: float,
+    standard_error_log: float,
+    settings: MeasureSettings,
+) -> Measurement:
+    """Make one model's measurement from its visits and its part of a fit.
+
+    Args:
+        name: The model's name.
+        visits: Its visits.
+        effect_log: Natural logarithm of its quiet latency in ns.
+        standard_error_log: Standard error of that.
+        settings: What it was to reach.
+    """
+    error = math.expm1(standard_error_log)
+    reasons = []
+    if error > settings.target_relative_error:
+        reasons.append(
+            f"standard error {error:.1%} after {len(visits)} visits is above the "
+            f"target {settings.target_relative_error:.1%}"
+        )
+    if len(visits) < settings.visits:
+        reasons.append(
+            f"only {len(visits)} of {settings.visits} planned visits fitted into "
+            f"{settings.max_seconds:g} s"
+        )
+    samples_ns = [sample for visit in visits for sample in visit.samples_ns]
+    return Measurement(
+        name=name,
+        visits=tuple(visits),
+        quiet_ms=math.exp(effect_log) / 1e6,
+        standard_error_ratio=error,
+        median_ms=median(samples_ns) / 1e6,
+        stability=Stability(
+            verdict="unstable" if reasons else "stable", reasons=tuple(reasons)
+        ),
+    )

@@ -1,0 +1,295 @@
+"""Latency tables: measurements with the conditions they hold under, as JSON files.
+
+A table is written whole or not at all, checked against its own digest when read, and
+diffs well: keys are sorted, one visit is one line. Tables of different hardware or
+software do not mix; `require_compatible` says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from profilers.codec import (
+    decode_conditions,
+    decode_device,
+    decode_measurement,
+    decode_runtime,
+    decode_settings,
+    encode_flat,
+    encode_measurement,
+)
+from profilers.device import Conditions, DeviceSpec, RuntimeSpec
+from profilers.errors import FormatError, IncompatibleTables
+from profilers.json_reader import Json, JsonNode, parse_json
+from profilers.measurement import Measurement, MeasureSettings
+from profilers.order import check_sha256
+
+__all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
+
+FORMAT_VERSION = 1
+
+Origin = Literal["measured", "emulated", "synthetic"]
+
+# Fields of a DeviceSpec that say which one it is, not what it is.
+_DEVICE_IDENTITY = ("name",)
+
+_REMEASURE = "delete the file and re-run `ofa-deploy profile`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyTable:
+    """Measured latencies of a space's blocks and networks on one device.
+
+    Attributes:
+        format_version: Of the file; always `FORMAT_VERSION` in memory.
+        origin: `measured` on the device; `emulated` on another one slowed down;
+            `synthetic` from a formula, for tests.
+        space_name: The search space measured.
+        space_sha256: Digest of that space's definition.
+        device: Hardware.
+        runtime: Software.
+        settings: How it was measured.
+        conditions: State of the device while measuring.
+        beta: Of the quiet-state fit.
+        anchor_reference_ns: The anchor's quiet level, which all latencies speak of.
+        created_at: ISO 8601 date and time.
+        blocks: By name; fused blocks.
+        networks: By name; whole networks.
+    """
+
+    format_version: int = FORMAT_VERSION
+    origin: Origin
+    space_name: str
+    space_sha256: str
+    device: DeviceSpec
+    runtime: RuntimeSpec
+    settings: MeasureSettings
+    conditions: Conditions
+    beta: float
+    anchor_reference_ns: float
+    created_at: str
+    blocks: Mapping[str, Measurement]
+    networks: Mapping[str, Measurement]
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version}; this version has "
+                f"{FORMAT_VERSION}"
+            )
+        if self.origin not in get_args(Origin):
+            raise ValueError(f"origin={self.origin!r}; give one of {get_args(Origin)}")
+        if not self.space_name:
+            raise ValueError("space_name is empty; name the search space")
+        check_sha256(self.space_sha256)
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta={self.beta}; give a finite number, at least 0")
+        reference_ns = self.anchor_reference_ns
+        if not (math.isfinite(reference_ns) and reference_ns > 0):
+            raise ValueError(
+                f"anchor_reference_ns={reference_ns}; give a finite number above 0"
+            )
+        _check_time(self.created_at)
+        for field in ("blocks", "networks"):
+            measurements = dict(getattr(self, field))
+            for name, measurement in measurements.items():
+                if name != measurement.name:
+                    raise ValueError(
+                        f"{field} has {measurement.name!r} under the name {name!r}; "
+                        "use the measurement's own name"
+                    )
+            # A frozen table must not change through the caller's dictionary.
+            object.__setattr__(self, field, MappingProxyType(measurements))
+
+    def save(self, path: Path) -> None:
+        """Write the table, replacing the file at once or leaving it as it was."""
+        content = _encode(self)
+        document: dict[str, Json] = {**content, "sha256": _digest(content)}
+        _write_atomically(path, _pretty(document) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read a table.
+
+        Raises:
+            FormatError: The file cannot be read, is damaged, or of another version.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(
+                f"{path.name} cannot be read as a latency table ({error}); "
+                "check the path, or run `ofa-deploy profile` to make one",
+                path="",
+            ) from error
+        try:
+            return _decode(parse_json(text))
+        except FormatError as error:
+            # The decoder knows the place inside the file; people ask which file.
+            raise error.in_file(path.name) from error.__cause__
+
+
+def require_compatible(
+    table: LatencyTable, device: DeviceSpec, runtime: RuntimeSpec
+) -> None:
+    """Check that a table's latencies hold for this device and runtime.
+
+    Raises:
+        IncompatibleTables: They differ in something that latency depends on.
+    """
+    differences = [
+        f"{kind} {field.name} is {measured!r} in the table and {present!r} here"
+        for kind, then, now in (
+            ("device", table.device, device),
+            ("runtime", table.runtime, runtime),
+        )
+        for field in fields(then)
+        if field.name not in _DEVICE_IDENTITY
+        and (measured := getattr(then, field.name))
+        != (present := getattr(now, field.name))
+        # Compared as the fingerprint does, in GiB: the kernel keeps a varying share.
+        and not (
+            field.name == "memory_mb"
+            and round(measured / 1024) == round(present / 1024)
+        )
+    ]
+    if differences:
+        raise IncompatibleTables(
+            f"the table of {table.device.name!r} does not hold here: "
+            + "; ".join(differences)
+            + ". Run `ofa-deploy profile` on this device to measure a new one"
+        )
+
+
+def _check_time(created_at: str) -> None:
+    try:
+        # Python 3.10 does not know the Z of UTC.
+        datetime.fromisoformat(created_at.replace("Z", "+00:00"))
+    except ValueError:
+        raise ValueError(
+            f"created_at={created_at!r}; give ISO 8601, as 2026-01-31T12:00:00+00:00"
+        ) from None
+
+
+def _encode(table: LatencyTable) -> dict[str, Json]:
+    return {
+        "format_version": table.format_version,
+        "origin": table.origin,
+        "space_name": table.space_name,
+        "space_sha256": table.space_sha256,
+        "device": encode_flat(table.device),
+        "runtime": encode_flat(table.runtime),
+        "settings": encode_flat(table.settings),
+        "conditions": encode_flat(table.conditions),
+        "beta": table.beta,
+        "anchor_reference_ns": table.anchor_reference_ns,
+        "created_at": table.created_at,
+        "blocks": {
+            name: encode_measurement(block) for name, block in table.blocks.items()
+        },
+        "networks": {
+            name: encode_measurement(net) for name, net in table.networks.items()
+        },
+    }
+
+
+def _decode(node: JsonNode) -> LatencyTable:
+    version = JsonNode(
+        node.value.get("format_version") if isinstance(node.value, dict) else None,
+        "format_version",
+    )
+    # Before the keys: those of another version would only look wrong.
+    if version.integer(minimum=1) != FORMAT_VERSION:
+        version.refuse(
+            f"{version.value} is not supported, this version reads {FORMAT_VERSION}; "
+            f"{_REMEASURE}"
+        )
+    names = [field.name for field in fields(LatencyTable)]
+    entries = node.fields(*names, "sha256")
+    table = node.build(
+        lambda: LatencyTable(
+            origin=_decode_origin(entries["origin"]),
+            space_name=entries["space_name"].text(),
+            space_sha256=entries["space_sha256"].text(),
+            device=decode_device(entries["device"]),
+            runtime=decode_runtime(entries["runtime"]),
+            settings=decode_settings(entries["settings"]),
+            conditions=decode_conditions(entries["conditions"]),
+            beta=entries["beta"].number(minimum=0),
+            anchor_reference_ns=entries["anchor_reference_ns"].positive(),
+            created_at=entries["created_at"].text(),
+            blocks=_decode_measurements(entries["blocks"]),
+            networks=_decode_measurements(entries["networks"]),
+        )
+    )
+    if entries["sha256"].text() != _digest(_encode(table)):
+        entries["sha256"].refuse(
+            f"the digest does not match the content: the table was changed or damaged "
+            f"after it was written; {_REMEASURE}"
+        )
+    return table
+
+
+def _decode_origin(node: JsonNode) -> Origin:
+    text = node.text()
+    for origin in get_args(Origin):
+        if text == origin:
+            found: Origin = origin
+            return found
+    node.refuse(f"{text!r} is not allowed; give one of {list(get_args(Origin))}")
+
+
+def _decode_measurements(node: JsonNode) -> dict[str, Measurement]:
+    return {name: decode_measurement(entry) for name, entry in node.entries().items()}
+
+
+def _digest(content: Mapping[str, Json]) -> str:
+    canonical = json.dumps(
+        content, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _pretty(value: Json, indent: str = "") -> str:
+    """Indent objects and lists, but keep everything inside a list on one line."""
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [
+            f"{deeper}{json.dumps(key)}: {_pretty(entry, deeper)}"
+            for key, entry in sorted(value.items())
+        ]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [
+            deeper + json.dumps(item, sort_keys=True, allow_nan=False) for item in value
+        ]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    # In the same directory: a rename is atomic within a file system only.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            # Else a crash may leave the new name on an empty file.
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a table is for everyone.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

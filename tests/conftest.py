@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CIFAR10_VARIABLE = "OFA_DEPLOY_CIFAR10"
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """Folder of the real CIFAR-10 images; the test is skipped where there is none."""
+    named = os.environ.get(CIFAR10_VARIABLE)
+    folder = Path(named or REPOSITORY.parent / "shared" / "data" / "cifar10")
+    if not folder.is_dir():
+        if named:  # a mistyped path must not pass for "not available"
+            pytest.fail(f"{CIFAR10_VARIABLE}={named} is not a folder")
+        pytest.skip(f"no CIFAR-10 in {folder}; name it in {CIFAR10_VARIABLE}")
+    return folder
