@@ -10,6 +10,7 @@ import io
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def _zip_files(archive: zipfile.ZipFile) -> Iterator[_Entry]:
         if name.endswith("/"):
             continue
         if len(parts) >= 2 and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            yield parts[-2], name, lambda name=name: archive.read(name)
+            yield parts[-2], name, partial(archive.read, name)
     # Folder entries tell of classes without images; folders of folders are not classes.
     folders = {n.rstrip("/") for n in archive.namelist() if n.endswith("/")}
     parents = {n.rsplit("/", 1)[0] for n in folders if "/" in n}

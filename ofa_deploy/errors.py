@@ -17,7 +17,7 @@ DeployError
 ├── TrainingError          a run folder that cannot be continued
 ├── UnmeasuredBlock        the latency table does not hold a block of the plan
 ├── InfeasibleBudget       carries the budget and the fastest reachable latency
-├── ParityError            carries the report
+├── ParityError            carries the figures
 └── BundleError
     └── DigestMismatch
 ```
@@ -28,7 +28,6 @@ The upper half is defined in `profilers`, which runs on the device without this 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from profilers.errors import (
     BackendError,
@@ -43,9 +42,6 @@ from profilers.errors import (
     RunFailed,
     UnstableMeasurement,
 )
-
-if TYPE_CHECKING:
-    from ofa_deploy.verify import ParityReport
 
 __all__ = [
     "BackendError",
@@ -101,11 +97,19 @@ class InfeasibleBudget(DeployError):
 
 
 class ParityError(DeployError):
-    """The exported file does not compute what the reference computes."""
+    """The exported file does not compute what the reference computes.
 
-    def __init__(self, message: str, *, report: ParityReport) -> None:
+    Attributes:
+        max_relative_error: Largest difference over the largest reference output.
+        top1_agreement: Share of images with the same top class, 0..1.
+    """
+
+    def __init__(
+        self, message: str, *, max_relative_error: float, top1_agreement: float
+    ) -> None:
         super().__init__(message)
-        self.report = report
+        self.max_relative_error = max_relative_error
+        self.top1_agreement = top1_agreement
 
 
 class BundleError(DeployError):

@@ -62,8 +62,10 @@ class NetworkPlan:
 
     @property
     def peak_activation_bytes(self) -> int:
-        """Most bytes of float32 activations alive at once: a layer's input, output and
-        the shortcut that waits for it."""
+        """Most bytes of float32 activations alive at once.
+
+        A layer's input, its output, and the shortcut that waits for the block's end.
+        """
         return max(_block_peak_floats(b) for b in self.blocks) * BYTES_PER_FLOAT
 
 
@@ -218,8 +220,12 @@ def _covering_configs(space: SearchSpace, resolution: int) -> Iterator[SubnetCon
                 stages=tuple(
                     (
                         BlockConfig(
-                            kernel=stage.kernels[min(kernel_index, len(stage.kernels) - 1)],
-                            expand=stage.expands[min(expand_index, len(stage.expands) - 1)],
+                            kernel=stage.kernels[
+                                min(kernel_index, len(stage.kernels) - 1)
+                            ],
+                            expand=stage.expands[
+                                min(expand_index, len(stage.expands) - 1)
+                            ],
                         ),
                     )
                     * stage.max_depth

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ofa_deploy.errors import DataError
+from profilers.json_reader import JsonNode
 
 Floats = NDArray[np.float32]
 
@@ -40,6 +40,16 @@ def measure_normalisation(images: NDArray[np.uint8]) -> Normalisation:
     )
 
 
+def decode_normalisation(node: JsonNode) -> Normalisation:
+    """A normalisation from JSON."""
+    entries = node.fields("mean", "std")
+    mean = [item.number() for item in entries["mean"].items()]
+    std = [item.positive() for item in entries["std"].items()]
+    if len(mean) != 3 or len(std) != 3:
+        node.refuse("mean and std have one number for each of the 3 channels")
+    return Normalisation(mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
+
+
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resize `(N, H, W, 3)` to `(N, size, size, 3)`, bilinear with antialiasing."""
     if images.shape[1:3] == (size, size):
@@ -64,8 +74,3 @@ def prepare(
             f"{images.dtype} of shape {images.shape}"
         )
     return normalisation.apply(resize(images, resolution))
-
-
-def batches(images: Sequence[np.ndarray] | Floats, size: int) -> list[Floats]:
-    """Consecutive parts of at most `size` images."""
-    return [np.asarray(images[i : i + size]) for i in range(0, len(images), size)]

@@ -1,11 +1,14 @@
 """Batch-norm statistics of one network, from a statistics graph run by a runtime.
 
 A supernet's running statistics are shared by all its networks and right for none, so
-each network's are estimated anew from images, as the Once-for-All code does: every batch
-norm normalises by its batch, and the batches' means and biased variances are averaged.
+each network's are estimated anew from images, as the Once-for-All code does: every
+batch norm normalises by its batch, and the batches' means and biased variances are
+averaged.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +71,9 @@ def recalibrate(
     return result
 
 
-def _batches(
-    inputs: NDArray[np.float32], batch_size: int
-) -> list[NDArray[np.float32]]:
-    bounds = list(range(0, len(inputs), batch_size)) + [len(inputs)]
+def _batches(inputs: NDArray[np.float32], batch_size: int) -> list[NDArray[np.float32]]:
+    bounds = [*range(0, len(inputs), batch_size), len(inputs)]
     # One image alone has no spread at 1×1 feature maps.
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
         del bounds[-2]
-    return [inputs[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [inputs[low:high] for low, high in pairwise(bounds)]

@@ -224,9 +224,7 @@ class SearchSpace:
                 )
             )
             gene += 2 * stage.max_depth
-        return SubnetConfig(
-            resolution=self.resolutions[row[0]], stages=tuple(stages)
-        )
+        return SubnetConfig(resolution=self.resolutions[row[0]], stages=tuple(stages))
 
     def encode(self, config: SubnetConfig) -> NDArray[np.int64]:
         """The row of genes of a config, `(genes,)`."""

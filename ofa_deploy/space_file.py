@@ -32,8 +32,7 @@ _STAGE_FIELDS = (
 
 def encode_space(space: SearchSpace) -> dict[str, object]:
     """The space as JSON objects, lists and numbers."""
-    encoded = json.loads(json.dumps(asdict(space)))
-    assert isinstance(encoded, dict)
+    encoded: dict[str, object] = json.loads(json.dumps(asdict(space)))
     return encoded
 
 

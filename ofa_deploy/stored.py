@@ -1,7 +1,8 @@
 """A trained supernet as a folder of files, read and written without torch.
 
-`supernet.json` says what it is and holds the digests of the other files;
-`weights.safetensors` holds the weights, in float16.
+`supernet.json` says what it is and holds the digests of the other files, all of them
+safetensors: `weights` (float16), `calibration` (uint8 images), `accuracy` (the
+predictor) and `samples` (what the predictor was trained on).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +21,23 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ofa_deploy.errors import DigestMismatch, FormatError
-from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.accuracy import AccuracyPredictor, AccuracySample
+from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space, encode_space
 from profilers.files import write_atomically
-from profilers.json_reader import JsonNode, parse_json
+from profilers.json_reader import parse_json
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "supernet.json"
 WEIGHTS_FILE = "weights.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
+ACCURACY_FILE = "accuracy.safetensors"
+SAMPLES_FILE = "samples.safetensors"
+FILES = (WEIGHTS_FILE, CALIBRATION_FILE, ACCURACY_FILE, SAMPLES_FILE)
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,37 +49,53 @@ class StoredSupernet:
         weights: By the names that `materialise` documents; float32.
         normalisation: Of the images it was trained on.
         class_names: In label order.
-        weights_sha256: Digest of the weights file.
+        calibration: Images for batch-norm statistics, `(n, H, W, 3)` uint8, or None.
+        accuracy: Predictor of its networks' accuracies, or None.
+        samples: What the predictor was trained on, or None.
+        sha256: Digest of the description, and through it of every file.
     """
 
     space: SearchSpace
     weights: Mapping[str, NDArray[np.float32]]
     normalisation: Normalisation
     class_names: tuple[str, ...]
-    weights_sha256: str
+    calibration: NDArray[np.uint8] | None = None
+    accuracy: AccuracyPredictor | None = None
+    samples: AccuracySample | None = None
+    sha256: str = ""
 
 
-def write_supernet(
-    folder: Path,
-    *,
-    space: SearchSpace,
-    weights: Mapping[str, NDArray[np.floating]],
-    normalisation: Normalisation,
-    class_names: tuple[str, ...],
-) -> None:
+def write_supernet(folder: Path, supernet: StoredSupernet) -> None:
     """Write a supernet to a folder, weights rounded to float16."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = save(
-        {k: np.ascontiguousarray(v, dtype=np.float16) for k, v in weights.items()}
-    )
+    contents: dict[str, dict[str, NDArray[Any]]] = {
+        WEIGHTS_FILE: {
+            name: np.ascontiguousarray(array, dtype=np.float16)
+            for name, array in supernet.weights.items()
+        }
+    }
+    if supernet.calibration is not None:
+        contents[CALIBRATION_FILE] = {"images": supernet.calibration}
+    if supernet.accuracy is not None:
+        contents[ACCURACY_FILE] = dict(supernet.accuracy.to_arrays())
+    if supernet.samples is not None:
+        contents[SAMPLES_FILE] = {
+            "genomes": supernet.samples.genomes.astype(np.int64),
+            "accuracy": supernet.samples.accuracy.astype(np.float64),
+            "image_count": np.array([supernet.samples.image_count], dtype=np.int64),
+        }
+    digests = {}
+    for name, arrays in contents.items():
+        data = save(arrays)
+        digests[name] = hashlib.sha256(data).hexdigest()
+        write_atomically(folder / name, data)
     description = {
         "format_version": FORMAT_VERSION,
-        "space": encode_space(space),
-        "normalisation": asdict(normalisation),
-        "class_names": list(class_names),
-        "weights_sha256": hashlib.sha256(content).hexdigest(),
+        "space": encode_space(supernet.space),
+        "normalisation": asdict(supernet.normalisation),
+        "class_names": list(supernet.class_names),
+        "files": digests,
     }
-    write_atomically(folder / WEIGHTS_FILE, content)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     # Last: a folder without it is not taken for a supernet.
     write_atomically(folder / DESCRIPTION_FILE, text.encode())
@@ -80,19 +106,26 @@ def read_supernet(folder: Path) -> StoredSupernet:
 
     Raises:
         FormatError: Not such a folder, or damaged.
-        DigestMismatch: The weights are not the ones that were written.
+        DigestMismatch: A file is not the one that was written.
     """
     path = folder / DESCRIPTION_FILE
     try:
-        node = parse_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(
             f"{folder} is not a supernet's folder ({error}); give one that "
             "`ofa-deploy train` wrote, or the name of one in the zoo",
             path="",
         ) from error
-    entries = node.fields(
-        "format_version", "space", "normalisation", "class_names", "weights_sha256"
+    try:
+        return _decode(folder, text)
+    except FormatError as error:
+        raise error.in_file(path.name) from error
+
+
+def _decode(folder: Path, text: str) -> StoredSupernet:
+    entries = parse_json(text).fields(
+        "format_version", "space", "normalisation", "class_names", "files"
     )
     if entries["format_version"].integer(minimum=1) != FORMAT_VERSION:
         entries["format_version"].refuse(
@@ -104,40 +137,77 @@ def read_supernet(folder: Path) -> StoredSupernet:
         entries["class_names"].refuse(
             f"{len(class_names)} names for {space.head.class_count} classes"
         )
+    files = {name: node.text() for name, node in entries["files"].entries().items()}
+    if WEIGHTS_FILE not in files or not set(files) <= set(FILES):
+        entries["files"].refuse(
+            f"{sorted(files)}: {WEIGHTS_FILE} must be there, and nothing but {FILES}"
+        )
+    read = {name: _read(folder / name, digest) for name, digest in files.items()}
+    calibration = read.get(CALIBRATION_FILE)
+    accuracy, samples = read.get(ACCURACY_FILE), read.get(SAMPLES_FILE)
     return StoredSupernet(
         space=space,
-        weights=_read_weights(
-            folder / WEIGHTS_FILE, entries["weights_sha256"].text()
-        ),
-        normalisation=_decode_normalisation(entries["normalisation"]),
+        weights=_require_weights(space, read[WEIGHTS_FILE]),
+        normalisation=decode_normalisation(entries["normalisation"]),
         class_names=class_names,
-        weights_sha256=entries["weights_sha256"].text(),
+        calibration=None if calibration is None else _images(calibration),
+        accuracy=(
+            None if accuracy is None else AccuracyPredictor.from_arrays(space, accuracy)
+        ),
+        samples=None if samples is None else _samples(samples),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
-def _read_weights(path: Path, expected: str) -> Mapping[str, NDArray[np.float32]]:
+def _read(path: Path, expected: str) -> Arrays:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise FormatError(
-            f"the supernet's weights cannot be read: {error}", path=""
-        ) from error
+        raise FormatError(f"{path.name} cannot be read: {error}", path="") from error
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise DigestMismatch(path, expected=expected, actual=actual)
     try:
-        tensors = load(content)
+        return load(content)
     except SafetensorError as error:
-        raise FormatError(f"{path.name} is not safetensors: {error}", path="") from error
-    return MappingProxyType({k: v.astype(np.float32) for k, v in tensors.items()})
+        raise FormatError(
+            f"{path.name} is not safetensors: {error}", path=""
+        ) from error
 
 
-def _decode_normalisation(node: JsonNode) -> Normalisation:
-    entries = node.fields("mean", "std")
-    mean = [item.number() for item in entries["mean"].items()]
-    std = [item.positive() for item in entries["std"].items()]
-    if len(mean) != 3 or len(std) != 3:
-        node.refuse("mean and std have one number for each of the 3 channels")
-    return Normalisation(
-        mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2])
-    )
+def _require_weights(
+    space: SearchSpace, arrays: Arrays
+) -> Mapping[str, NDArray[np.float32]]:
+    weights = {name: array.astype(np.float32) for name, array in arrays.items()}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise FormatError(f"{name} holds NaN or infinity", path="weights")
+    for layer in lower(space, space.largest()).layers:
+        name = f"{layer.name}.weight"
+        shape = getattr(layer, "weight_shape", None)
+        if shape is not None and (name not in weights or weights[name].shape != shape):
+            found = weights[name].shape if name in weights else "nothing"
+            raise FormatError(
+                f"{name} should have shape {shape}; found {found}", path="weights"
+            )
+    return MappingProxyType(weights)
+
+
+def _images(arrays: Arrays) -> NDArray[np.uint8]:
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4:
+        raise FormatError(
+            "calibration images must be uint8 (n, H, W, 3)", path="calibration"
+        )
+    return images
+
+
+def _samples(arrays: Arrays) -> AccuracySample:
+    try:
+        return AccuracySample(
+            genomes=arrays["genomes"],
+            accuracy=arrays["accuracy"],
+            image_count=int(arrays["image_count"][0]),
+        )
+    except KeyError as error:
+        raise FormatError(f"missing array {error}", path="samples") from error

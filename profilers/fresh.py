@@ -132,6 +132,10 @@ class FreshMeasurement:
         """All samples, process after process."""
         return tuple(sample for visit in self.visits for sample in visit.samples_ns)
 
+    def percentile_ms(self, percentile: float) -> float | None:
+        """Percentile of all samples; None where they are too few for it."""
+        return stats.percentile_ms(self.samples_ns, percentile)
+
 
 def measure_in_fresh_process(
     model_path: Path,

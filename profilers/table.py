@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -30,6 +28,7 @@ from profilers.codec import (
 )
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.errors import FormatError, IncompatibleTables
+from profilers.files import write_atomically
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Measurement, MeasureSettings
 from profilers.order import check_sha256
@@ -115,7 +114,7 @@ class LatencyTable:
         """Write the table, replacing the file at once or leaving it as it was."""
         content = _encode(self)
         document: dict[str, Json] = {**content, "sha256": _digest(content)}
-        _write_atomically(path, _pretty(document) + "\n")
+        write_atomically(path, f"{_pretty(document)}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
@@ -275,21 +274,3 @@ def _pretty(value: Json, indent: str = "") -> str:
         ]
         return "[\n" + ",\n".join(lines) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    # In the same directory: a rename is atomic within a file system only.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            # Else a crash may leave the new name on an empty file.
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a table is for everyone.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

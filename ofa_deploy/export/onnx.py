@@ -7,6 +7,7 @@ its batch and gives the batch's mean and variance as extra outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -73,12 +74,7 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
         rng: Source of the weights. Their values do not matter, but must not be zero
             or denormal, which run at other speeds.
     """
-    weights: dict[str, NDArray[np.float32]] = {}
-    for layer in block.layers:
-        for name, shape in _fused_shapes(layer).items():
-            values = rng.standard_normal(shape, dtype=np.float32)
-            fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-            weights[f"{layer.name}.{name}"] = values / np.float32(fan_in**0.5)
+    weights = random_weights(block.layers, rng=rng)
     graph = _Graph(weights, "fused")
     graph.add("Identity", [graph.add_block(block, INPUT_NAME)], OUTPUT_NAME)
     flat = isinstance(block.layers[-1], LinearLayer)
@@ -88,6 +84,19 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
         input_shape=[1, block.in_channels, block.in_size, block.in_size],
         output_shape=[1, block.out_channels, *spatial],
     )
+
+
+def random_weights(
+    layers: Iterable[Layer], *, rng: np.random.Generator
+) -> dict[str, NDArray[np.float32]]:
+    """Fused weights of unit gain, for timing a network that is not trained."""
+    weights: dict[str, NDArray[np.float32]] = {}
+    for layer in layers:
+        for name, shape in _fused_shapes(layer).items():
+            values = rng.standard_normal(shape, dtype=np.float32)
+            fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+            weights[f"{layer.name}.{name}"] = values / np.float32(fan_in**0.5)
+    return weights
 
 
 def _fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -123,10 +132,18 @@ class _Graph:
         self._statistics: list[tuple[str, int]] = []
 
     def add(
-        self, op: str, inputs: list[str], output: str, **attributes: int | float | list[int]
+        self,
+        op: str,
+        inputs: list[str],
+        output: str,
+        **attributes: int | float | list[int],
     ) -> str:
         """Add a node with one output, and return the output's name."""
-        self._nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        node = helper.make_node(op, inputs, [output])
+        node.attribute.extend(
+            helper.make_attribute(name, value) for name, value in attributes.items()
+        )
+        self._nodes.append(node)
         return output
 
     def add_block(self, block: BlockPlan, value: str) -> str:

@@ -43,6 +43,11 @@ def make_divisible(value: float, divisor: int = CHANNEL_DIVISOR) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+def middle_channels(in_channels: int, expand: int) -> int:
+    """Width inside a block; it depends on the block's input, as published."""
+    return make_divisible(round(in_channels * expand))
+
+
 def imagenet(*, width: float = 1.0, class_count: int = 1000) -> SearchSpace:
     """The published geometry for 224×224 images; `width` is 1.0 or 1.2."""
     if width not in (1.0, 1.2):
@@ -137,9 +142,11 @@ def lower_block(
     stride: int,
 ) -> BlockPlan:
     """One inverted residual block with every size known."""
-    middle = make_divisible(round(in_channels * config.expand))
+    middle = middle_channels(in_channels, config.expand)
     if stage.block == "fused_mbconv":
-        layers = _dense_layers(name, stage, config, in_channels, middle, in_size, stride)
+        layers = _dense_layers(
+            name, stage, config, in_channels, middle, in_size, stride
+        )
     else:
         layers = _depthwise_layers(
             name, stage, config, in_channels, middle, in_size, stride

@@ -113,7 +113,8 @@ class ElasticSqueezeExcite(nn.Module):
         channels, middle = layer.channels, layer.middle_channels
         gate = x.mean((2, 3), keepdim=True)
         reduce, expand = self.reduce, self.expand
-        assert reduce.bias is not None and expand.bias is not None
+        assert reduce.bias is not None
+        assert expand.bias is not None
         gate = F.conv2d(gate, reduce.weight[:middle, :channels], reduce.bias[:middle])
         gate = F.conv2d(
             F.relu(gate), expand.weight[:channels, :middle], expand.bias[:channels]

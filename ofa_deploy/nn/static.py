@@ -147,7 +147,8 @@ def _tensors(layer: Layer, module: nn.Module) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {"weight": module.conv.weight}
         norm = module.norm
         if isinstance(norm, nn.BatchNorm2d):
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             tensors |= {
                 "norm.gamma": norm.weight,
                 "norm.beta": norm.bias,

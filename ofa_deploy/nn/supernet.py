@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
+from ofa_deploy.families.mbv3 import middle_channels
 from ofa_deploy.layers import ConvLayer, Layer, LinearLayer, PoolLayer
 from ofa_deploy.nn.elastic import (
     Classifier,
@@ -55,6 +58,18 @@ class Supernet(nn.Module):
         return result
 
 
+def new_supernet(space: SearchSpace) -> Supernet:
+    """An untrained supernet in the memory format that trains fastest on CPUs."""
+    supernet = Supernet(space)
+    # Conv weights alone take the format; `nn.Module.to` has no typed overload for it.
+    for parameter in supernet.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(
+                memory_format=torch.channels_last
+            )
+    return supernet
+
+
 def _build(layer: Layer) -> nn.Module | None:
     if isinstance(layer, ConvLayer):
         return ElasticConv(layer)
@@ -94,16 +109,10 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
             continue
         stage = supernet.space.stages[int(block.name[len("stage")]) - 1]
         widths = [
-            _middle_channels(block.in_channels, expand)
+            middle_channels(block.in_channels, expand)
             for expand in stage.expands[::-1][:supported_expands]
         ]
         _sort_block(supernet, block.name, widths)
-
-
-def _middle_channels(in_channels: int, expand: int) -> int:
-    from ofa_deploy.families.mbv3 import make_divisible
-
-    return make_divisible(round(in_channels * expand))
 
 
 def _sort_block(supernet: Supernet, block: str, widths: list[int]) -> None:
@@ -128,7 +137,7 @@ def _segment_order(importance: Tensor, widths: list[int]) -> Tensor:
     bounds = [0, *sorted(widths)]
     parts = [
         low + importance[low:high].argsort(descending=True, stable=True)
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in pairwise(bounds)
     ]
     return torch.cat(parts)
 
@@ -143,7 +152,8 @@ def _permute_outputs(conv: ElasticConv, order: Tensor) -> None:
 
 def _permute_gate(gate: ElasticSqueezeExcite, order: Tensor) -> None:
     reduce, expand = gate.reduce, gate.expand
-    assert reduce.bias is not None and expand.bias is not None
+    assert reduce.bias is not None
+    assert expand.bias is not None
     expand.weight.copy_(expand.weight[order])
     expand.bias.copy_(expand.bias[order])
     reduce.weight.copy_(reduce.weight[:, order])

@@ -10,7 +10,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -71,7 +70,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}
+            tensors: dict[str, Tensor] = {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 - the file is not iterable
+            }
         position = Position(**json.loads(metadata["position"]))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise TrainingError(

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet, split_validation
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.supernet import Supernet, sort_channels
+from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.preprocess import Normalisation, measure_normalisation
 from ofa_deploy.space import SearchSpace
-from ofa_deploy.stored import write_supernet
+from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.train.augment import crop_and_flip, network_input
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
@@ -146,7 +146,7 @@ class ProgressiveTraining:
         self._elapsed_before_s = 0.0
         self._started_s = clock()
         torch.manual_seed(recipe.seed)
-        self.supernet = Supernet(space).to(memory_format=torch.channels_last)
+        self.supernet = new_supernet(space)
         self._teacher: Supernet | None = None
         self._phase_index = 0
         self._step = 0
@@ -160,6 +160,11 @@ class ProgressiveTraining:
     def elapsed_s(self) -> float:
         """Training time over all sittings."""
         return self._elapsed_before_s + self._clock() - self._started_s
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last phase is done."""
+        return self._phase_index == len(self.recipe.phases)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -236,13 +241,14 @@ class ProgressiveTraining:
 
     def _load_teacher(self) -> None:
         teacher = read_checkpoint(self.settings.folder / TEACHER_FILE)
-        self._teacher = Supernet(self.space).to(memory_format=torch.channels_last)
+        self._teacher = new_supernet(self.space)
         self._teacher.load_state_dict(teacher.weights)
         # Batch statistics, as published: they suit every resolution.
         self._teacher.train()
 
     def _make_optimizer(self) -> torch.optim.SGD:
-        decayed, plain = [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for name, parameter in self.supernet.named_parameters():
             # Decay would pull the kernel transforms from identity towards zero.
             exempt = parameter.ndim == 1 or "transform" in name
@@ -275,10 +281,12 @@ class ProgressiveTraining:
         tensors = self.supernet.state_dict()
         write_supernet(
             self.settings.folder / SUPERNET_FOLDER,
-            space=self.space,
-            weights={k: v.detach().float().numpy() for k, v in tensors.items()},
-            normalisation=self.normalisation,
-            class_names=self.training.class_names,
+            StoredSupernet(
+                space=self.space,
+                weights={k: v.detach().float().numpy() for k, v in tensors.items()},
+                normalisation=self.normalisation,
+                class_names=self.training.class_names,
+            ),
         )
 
     def _enter_phase(self, index: int) -> None:
@@ -332,7 +340,9 @@ class ProgressiveTraining:
             if ends_epoch:
                 loss_sum, loss_count = 0.0, 0
 
-    def _report(self, phase: Phase, loss: float, steps_per_s: float) -> TrainingProgress:
+    def _report(
+        self, phase: Phase, loss: float, steps_per_s: float
+    ) -> TrainingProgress:
         steps = phase.epochs * self.steps_per_epoch
         weights = [_step_cost(p) for p in self.recipe.phases]
         current = weights[self._phase_index]
@@ -491,7 +501,7 @@ def _step_cost(phase: Phase) -> float:
 
 
 def _digest(data: ImageSet) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(data.images))
-    digest.update(np.ascontiguousarray(data.labels))
+    digest = hashlib.sha256(data.images.tobytes())
+    digest.update(data.labels.tobytes())
     digest.update("\n".join(data.class_names).encode())
     return digest.hexdigest()

@@ -97,7 +97,7 @@ def default_recipe() -> Recipe:
             Phase(
                 name="full",
                 epochs=20,
-                warmup_epochs=5,
+                warmup_epochs=4,
                 peak_learning_rate=0.15,
                 distill=False,
             ),

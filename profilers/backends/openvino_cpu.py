@@ -39,7 +39,7 @@ class OpenVinoCpu:
         """See `Backend.load`."""
         check_threads(threads)
         label = describe_model(model)
-        openvino = _import_openvino()
+        openvino = import_openvino()
         if self._core is None:
             self._core = openvino.Core()
         settings = {
@@ -67,7 +67,7 @@ class OpenVinoCpu:
         return RuntimeSpec(
             backend=self.name,
             # "2026.1.0-20000-abcdef": the build's hash says nothing to people.
-            version=str(_import_openvino().get_version()).split("-")[0],
+            version=str(import_openvino().get_version()).split("-")[0],
             provider="CPU",
             threads=threads,
             precision="f32",
@@ -156,7 +156,7 @@ def _port_names(ports: Any, kind: str) -> list[str]:
     ]
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     try:
         with _without_telemetry():
             import openvino

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
-from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.errors import DataError, MissingDependency, SpaceError
 from ofa_deploy.families import mbv3
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
+from profilers.backends import get_backend
+from profilers.backends.base import Backend
 from profilers.json_reader import parse_json
+
+if TYPE_CHECKING:
+    from ofa_deploy.train.progressive import ProgressiveTraining
 
 SPACE_NAMES = ("mbv3-small", "mbv3-imagenet-w1.0", "mbv3-imagenet-w1.2")
 
@@ -35,29 +36,6 @@ def named_space(name: str, *, class_count: int) -> SearchSpace:
     raise SpaceError(
         f"{name!r} is neither a space ({', '.join(SPACE_NAMES)}) nor a .json file"
     )
-
-
-def load_with_progress(
-    path: Path, *, skip_bad: bool, console: Console
-) -> ImageSet:
-    """Read a data set behind a progress bar."""
-    with Progress(
-        TextColumn("reading {task.fields[source]}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} images"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("read", source=path.name, total=None)
-        data, bad = load_images(
-            path,
-            skip_bad=skip_bad,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if bad:
-        console.print(f"left out {len(bad)} unreadable images: {', '.join(bad[:5])} …")
-    return data
 
 
 def train(
@@ -133,3 +111,37 @@ def train(
 
         training.run(show)
     console.print(f"trained in {training.elapsed_s / 60:.0f} min; results in {out}")
+    if training.is_complete:
+        _finish(training, out=out, threads=threads, console=console)
+
+
+def _finish(
+    training: ProgressiveTraining, *, out: Path, threads: int, console: Console
+) -> None:
+    """Make what specialising needs besides the weights."""
+    from ofa_deploy.train.finish import finish_supernet
+    from ofa_deploy.train.progressive import SUPERNET_FOLDER
+
+    with StageBar(console) as bar:
+        finish_supernet(
+            out,
+            training=training.training,
+            validation=training.validation,
+            backend=_installed_backend(),
+            threads=threads,
+            seed=training.recipe.seed,
+            progress=bar.advance_stage,
+        )
+    console.print(f"the supernet is complete: {out / SUPERNET_FOLDER}")
+
+
+def _installed_backend() -> Backend:
+    """OpenVINO where it is installed, since it is faster; else ONNX Runtime."""
+    for name in ("openvino-cpu", "onnxruntime-cpu"):
+        backend = get_backend(name)
+        try:
+            backend.runtime(threads=1)
+        except MissingDependency:
+            continue
+        return backend
+    raise MissingDependency("ONNX Runtime", extra="openvino")

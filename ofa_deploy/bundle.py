@@ -1,0 +1,252 @@
+"""The artifact: a model with everything needed to trust, check and use it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+
+from ofa_deploy.errors import BundleError, DataError, DigestMismatch, FormatError
+from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
+from ofa_deploy.exporting import REFERENCE_FILE
+from ofa_deploy.manifest import MANIFEST_FILE, FileRecord, Manifest
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.verify import (
+    ParityReport,
+    compare_outputs,
+    require_parity,
+    run_one_by_one,
+)
+from profilers.backends import get_backend
+from profilers.backends.base import Session
+from profilers.files import write_atomically
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a model says of one image.
+
+    Args:
+        label: Index of the top class.
+        class_name: Its name.
+        probability: Of the top class, 0..1.
+        probabilities: Of all classes, by name.
+    """
+
+    label: int
+    class_name: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Bundle:
+    """A bundle's folder, opened; use it as a context manager or close it.
+
+    Args:
+        path: The folder.
+        manifest: What it says; `Bundle.open` reads it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._session: Session | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle and check every file's digest.
+
+        Raises:
+            BundleError: The folder is no bundle, or a file is missing.
+            DigestMismatch: A file is not the one that was written.
+            FormatError: The manifest is damaged.
+        """
+        folder = Path(path)
+        if not (folder / MANIFEST_FILE).is_file():
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST_FILE}; give a folder "
+                "that `ofa-deploy specialize` wrote"
+            )
+        bundle = cls(folder, Manifest.read(folder / MANIFEST_FILE))
+        bundle.check_digests()
+        return bundle
+
+    @property
+    def model_path(self) -> Path:
+        """The file that the target's runtime loads."""
+        return self.path / self.manifest.model_file
+
+    def check_digests(self) -> None:
+        """Compare every file with its recorded digest.
+
+        Raises:
+            BundleError: A file is missing.
+            DigestMismatch: A file was changed.
+        """
+        for name, record in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(
+                    f"{self.path} lacks {name}, which its manifest lists; the bundle "
+                    "is not complete. Copy it again, or make it anew"
+                )
+            actual = hashlib.sha256(file.read_bytes()).hexdigest()
+            if actual != record.sha256:
+                raise DigestMismatch(file, expected=record.sha256, actual=actual)
+
+    def check(self) -> ParityReport:
+        """Check digests, and that the model still computes what was recorded.
+
+        Runs the model on this machine's runtime and compares it with the outputs that
+        the unfused reference gave when the bundle was made.
+
+        Raises:
+            BundleError: A file is missing.
+            DigestMismatch: A file was changed.
+            ParityError: The outputs differ.
+        """
+        self.check_digests()
+        try:
+            reference = load_tensors((self.path / REFERENCE_FILE).read_bytes())
+            inputs, outputs = reference[INPUT_NAME], reference[OUTPUT_NAME]
+        except (SafetensorError, KeyError) as error:
+            raise FormatError(
+                f"{REFERENCE_FILE} is damaged: {error}", path=""
+            ) from error
+        found = run_one_by_one(self._open_session(), inputs)
+        report = compare_outputs(found, outputs)
+        require_parity(report, what=f"{self.manifest.model_file} on this machine")
+        return report
+
+    def predict(
+        self, image: str | Path | Image.Image | NDArray[np.uint8]
+    ) -> Prediction:
+        """Classify one image.
+
+        Args:
+            image: A file, a Pillow image, or an `(H, W, 3)` uint8 RGB array, of any
+                size; it is resized as in training.
+
+        Raises:
+            DataError: Not such an image.
+        """
+        inputs = prepare(
+            _as_pixels(image)[None],
+            resolution=self.manifest.resolution,
+            normalisation=self.manifest.normalisation,
+        )
+        logits = self._open_session().run({INPUT_NAME: inputs})[OUTPUT_NAME][0]
+        shifted = np.exp(logits.astype(np.float64) - logits.max())
+        shares = shifted / shifted.sum()
+        label = int(shares.argmax())
+        names = self.manifest.class_names
+        return Prediction(
+            label=label,
+            class_name=names[label],
+            probability=float(shares[label]),
+            probabilities={n: float(p) for n, p in zip(names, shares, strict=True)},
+        )
+
+    def close(self) -> None:
+        """Release the runtime. Closing again does nothing."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_session(self) -> Session:
+        if self._session is None:
+            runtime = self.manifest.runtime
+            backend = get_backend(runtime.backend)
+            self._session = backend.load(self.model_path, threads=runtime.threads)
+        return self._session
+
+
+def _as_pixels(
+    image: str | Path | Image.Image | NDArray[np.uint8],
+) -> NDArray[np.uint8]:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(
+                "an image array must be uint8 of shape (height, width, 3); got "
+                f"{image.dtype} of shape {image.shape}"
+            )
+        return image
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(image) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except Exception as error:  # Pillow raises many classes for a damaged file
+        raise DataError(f"{image} cannot be read as an image: {error}") from error
+
+
+@contextmanager
+def new_bundle_folder(out: Path) -> Iterator[Path]:
+    """A folder to write a bundle in, which becomes `out` at the end, or vanishes.
+
+    Until everything is written, nothing is at `out`; whatever interrupts the writing
+    leaves no folder that a reader would take for a bundle.
+
+    Raises:
+        BundleError: `out` exists and is not an empty folder.
+    """
+    require_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
+        require_free(out)
+        if out.exists():
+            out.rmdir()
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def require_free(out: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        BundleError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(
+            f"{out} exists and is not an empty folder; name another output folder, or "
+            "remove it first"
+        )
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Digest and size of every file in a bundle's folder but the manifest."""
+    return {
+        file.name: FileRecord(
+            sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+            size_bytes=file.stat().st_size,
+        )
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest: the last file of a bundle."""
+    write_atomically(folder / MANIFEST_FILE, manifest.to_json().encode())

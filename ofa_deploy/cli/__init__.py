@@ -1,0 +1,209 @@
+"""The command line: the only place of the library that prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ofa_deploy.cli import train as training
+from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.cli.tables import (
+    show_bundle,
+    show_bundle_json,
+    show_diagnosis,
+    show_range,
+    show_table,
+)
+
+app = typer.Typer(
+    help="Specialise a once-for-all supernet to a device and a latency budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True, highlight=False)
+
+Device = Annotated[str, typer.Option(help="Such as openvino-cpu?threads=2.")]
+SupernetName = Annotated[
+    str, typer.Option(help="Name in the zoo, or folder of a trained supernet.")
+]
+Out = Annotated[Path, typer.Option(help="Folder of the bundle; new or empty.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and no bars.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show an error's traceback.")] = False,
+) -> None:
+    """Specialise a once-for-all supernet to a device and a latency budget."""
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine is, and what will spoil a measurement on it."""
+    from profilers.doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        print(json.dumps(asdict(diagnosis), indent=2, sort_keys=True))
+    else:
+        show_diagnosis(_console, diagnosis)
+    if any(finding.severity == "error" for finding in diagnosis.findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    device: Device = "openvino-cpu",
+    supernet: SupernetName = "cifar10-small",
+    out: Annotated[
+        Path | None, typer.Option(help="File to save the table to as well.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a supernet's blocks on this machine, and keep the table."""
+    from ofa_deploy.pipeline import Specializer
+
+    with nullcontext() if as_json else StageBar(_console) as bar:
+        session = Specializer(device, supernet=supernet, reprofile=True, reporter=bar)
+    if out is not None:
+        session.table.save(out)
+    if as_json:
+        reachable = asdict(session.reachable())
+        print(json.dumps(reachable, indent=2, sort_keys=True))
+    else:
+        show_table(_console, session.table, session.predictor)
+        show_range(_console, session.reachable())
+
+
+@app.command()
+def specialize(
+    latency_ms: Annotated[float, typer.Option(help="Budget in milliseconds.")],
+    out: Out,
+    device: Device = "openvino-cpu",
+    supernet: SupernetName = "cifar10-small",
+    table: Annotated[
+        Path | None, typer.Option(help="Latency table to use; default: find one.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Your images instead of the supernet's own.")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a verified bundle whose model meets the budget on this machine."""
+    from ofa_deploy.pipeline import specialize as run
+
+    with nullcontext() if as_json else StageBar(_console) as bar:
+        bundle = run(
+            device,
+            latency_ms=latency_ms,
+            out=out,
+            supernet=supernet,
+            table=table,
+            calibration=calibration,
+            eval_data=eval_data,
+            seed=seed,
+            reporter=bar,
+        )
+    show_bundle_json(bundle) if as_json else show_bundle(_console, bundle)
+
+
+@app.command()
+def demo(
+    out: Out,
+    device: Device = "openvino-cpu",
+) -> None:
+    """Show what is reachable here, and specialise for a budget in its middle."""
+    from ofa_deploy.pipeline import Specializer
+
+    with StageBar(_console) as bar:
+        session = Specializer(device, reporter=bar)
+    reachable = session.reachable()
+    show_range(_console, reachable)
+    budget_ms = round(reachable.middle_ms, 3)
+    _console.print(f"specialising for {budget_ms} ms, in the middle of it")
+    with StageBar(_console) as bar:
+        session.reporter = bar
+        bundle = session.specialize(budget_ms, out=out)
+    show_bundle(_console, bundle)
+
+
+@app.command()
+def check(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle's digests, and its outputs on this machine's runtime."""
+    from ofa_deploy.bundle import Bundle
+
+    with Bundle.open(bundle) as opened:
+        report = opened.check()
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, sort_keys=True))
+    else:
+        _console.print(
+            f"{bundle} is intact: every digest matches; outputs on this machine are "
+            f"within {report.max_relative_error:.1e} of the reference, the same top "
+            f"class on {report.top1_agreement:.0%} of {report.image_count} images"
+        )
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder, .zip or .npz of images.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    space: Annotated[
+        str, typer.Option(help=f"{', '.join(training.SPACE_NAMES)} or a JSON file.")
+    ] = "mbv3-small",
+    resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Leave out images that cannot be read.")
+    ] = False,
+    epochs_scale: Annotated[
+        float, typer.Option(help="Multiply every phase's epochs.")
+    ] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    stop_after: Annotated[
+        str | None, typer.Option(help="Stop after this phase; --resume goes on.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
+) -> None:
+    """Train a supernet by progressive shrinking."""
+    training.train(
+        data_path=data,
+        space_name=space,
+        out=out,
+        resume=resume,
+        skip_bad=skip_bad,
+        epochs_scale=epochs_scale,
+        batch_size=batch_size,
+        stop_after=stop_after,
+        threads=threads,
+        console=_console,
+    )
+
+
+def main() -> None:
+    """Run the command line; an error ends with its message and exit code 1."""
+    from ofa_deploy.errors import DeployError
+
+    try:
+        app()
+    except (DeployError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        _console.print("[bold red]error:[/]", end=" ")
+        _console.print(str(error), markup=False)
+        sys.exit(1)

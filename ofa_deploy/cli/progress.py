@@ -1,0 +1,79 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ofa_deploy.dataset import ImageSet, load_images
+
+
+class StageBar:
+    """One bar per stage, with what is left of it; a pipeline `Reporter`.
+
+    Args:
+        console: Where to draw.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> StageBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str) -> None:
+        """Start a stage's bar in place of the last one's."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(stage, total=None, count="")
+        self._stage = stage
+
+    def advance(self, done: int, total: int) -> None:
+        """Move the current stage's bar."""
+        if self._task is not None:
+            self._progress.update(
+                self._task, completed=done, total=total, count=f"{done}/{total}"
+            )
+
+    def advance_stage(self, stage: str, done: int, total: int) -> None:
+        """Move a stage's bar, starting it where it is new."""
+        if stage != self._stage:
+            self.begin(stage)
+        self.advance(done, total)
+
+
+def load_with_progress(path: Path, *, skip_bad: bool, console: Console) -> ImageSet:
+    """Read a data set behind a progress bar."""
+    with StageBar(console) as bar:
+        bar.begin(f"reading {path.name}")
+        data, bad = load_images(path, skip_bad=skip_bad, progress=bar.advance)
+    if bad:
+        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        console.print(f"left out {len(bad)} unreadable images: {shown}")
+    return data

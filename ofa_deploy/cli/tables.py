@@ -1,0 +1,131 @@
+"""What the commands print at the end, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from ofa_deploy.bundle import Bundle
+from ofa_deploy.pipeline import ReachableRange
+from ofa_deploy.predict.latency import LatencyPredictor
+from profilers.doctor import Diagnosis
+from profilers.table import LatencyTable
+
+
+def show_bundle(console: Console, bundle: Bundle) -> None:
+    """A bundle's figures, one a line."""
+    manifest = bundle.manifest
+    measured, accuracy = manifest.measured, manifest.accuracy
+    note = " (shared host: indicative)" if measured.indicative else ""
+    rows = [
+        ("bundle", str(bundle.path)),
+        ("model", f"{manifest.config_id}  ({manifest.model_file})"),
+        ("budget", f"{manifest.budget_ms:.4g} ms"),
+        (
+            "measured",
+            f"{measured.quiet_ms:.4g} ms ± {measured.standard_error_ratio:.1%} in the "
+            f"quiet state{note}",
+        ),
+        ("", _percentiles(bundle)),
+        (
+            "predicted",
+            f"{manifest.predicted.ms:.4g} ms "
+            f"({manifest.predicted.low_ms:.4g}–{manifest.predicted.high_ms:.4g})",
+        ),
+        (
+            "accuracy",
+            f"{accuracy.value:.2%} {accuracy.kind} "
+            f"({accuracy.low:.2%}–{accuracy.high:.2%}, {accuracy.image_count} images)",
+        ),
+        (
+            "parity",
+            f"error {manifest.parity.max_relative_error:.1e}, the same top class on "
+            f"{manifest.parity.top1_agreement:.0%} of "
+            f"{manifest.parity.image_count} images",
+        ),
+        (
+            "size",
+            f"{manifest.cost.mac_count / 1e6:.1f} M MACs, "
+            f"{manifest.cost.parameter_count / 1e6:.2f} M parameters, input "
+            f"{manifest.resolution}×{manifest.resolution}",
+        ),
+        (
+            "device",
+            f"{manifest.device.cpu_model}, {manifest.runtime.backend} "
+            f"{manifest.runtime.version}, {manifest.runtime.threads} thread(s)",
+        ),
+    ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(label, text)
+    console.print(table)
+
+
+def _percentiles(bundle: Bundle) -> str:
+    measured = bundle.manifest.measured
+    parts = [f"median {measured.median_ms:.4g}"]
+    if measured.p90_ms is not None:
+        parts.append(f"p90 {measured.p90_ms:.4g}")
+    if measured.p95_ms is not None:
+        parts.append(f"p95 {measured.p95_ms:.4g}")
+    return (
+        f"{', '.join(parts)} ms over {measured.sample_count} runs in "
+        f"{measured.process_count} fresh processes"
+    )
+
+
+def show_bundle_json(bundle: Bundle) -> None:
+    """The manifest and the path, on standard output."""
+    content = json.loads(bundle.manifest.to_json())
+    content["path"] = str(bundle.path)
+    print(json.dumps(content, indent=2, sort_keys=True))
+
+
+def show_range(console: Console, reachable: ReachableRange) -> None:
+    """What a space reaches on this machine."""
+    console.print(
+        f"reachable here: {reachable.fastest_ms:.4g} ms (fastest)  "
+        f"{reachable.median_ms:.4g} ms (median)  "
+        f"{reachable.slowest_ms:.4g} ms (slowest)"
+    )
+
+
+def show_table(
+    console: Console, table: LatencyTable, predictor: LatencyPredictor
+) -> None:
+    """A latency table in short."""
+    measurements = [*table.blocks.values(), *table.networks.values()]
+    unstable = [m.name for m in measurements if m.stability.verdict == "unstable"]
+    console.print(
+        f"{len(table.blocks)} blocks and {len(table.networks)} networks of "
+        f"{table.space_name} on {table.device.cpu_model} with "
+        f"{table.runtime.backend} {table.runtime.version}, measured {table.created_at}"
+    )
+    console.print(
+        f"predictor error on networks it had not seen: {predictor.residual_ratio:.1%}; "
+        f"{len(unstable)} of {len(measurements)} measurements are not stable"
+    )
+    if table.conditions.shared_host:
+        console.print("shared host: the figures are indicative")
+
+
+def show_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    """What this machine is, and what will spoil a measurement."""
+    device = diagnosis.device
+    console.print(
+        f"{device.cpu_model} ({device.arch}), {diagnosis.core_count} usable cores, "
+        f"{device.memory_mb / 1024:.0f} GiB, fingerprint {device.fingerprint}"
+    )
+    for backend in diagnosis.backends:
+        state = backend.version or f"missing: {backend.problem}"
+        console.print(f"  {backend.name}: {state}")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in diagnosis.findings:
+        colour = colours[finding.severity]
+        console.print(f"[{colour}]{finding.severity}[/]  {finding.text}")
+        if finding.cure:
+            console.print(f"    {finding.cure}", style="dim")

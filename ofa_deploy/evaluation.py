@@ -1,0 +1,101 @@
+"""Accuracy of sub-networks by running them: recalibrated, on a runtime, no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
+from ofa_deploy.fuse import fuse
+from ofa_deploy.materialise import Weights, materialise
+from ofa_deploy.plan import NetworkPlan
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.recalibrate import recalibrate
+from ofa_deploy.stored import StoredSupernet
+from profilers.backends.base import Backend, Session
+
+EVALUATION_BATCH = 250
+
+
+class Evaluator:
+    """Measures accuracies of a supernet's networks on one set of images.
+
+    Prepared inputs are kept per resolution, so that hundreds of networks can be
+    evaluated without resizing the images again.
+
+    Args:
+        supernet: Whose networks.
+        data: Images and labels to judge by.
+        calibration: Images for the batch-norm statistics, `(n, H, W, 3)` uint8; None
+            for the supernet's shared statistics as they are.
+        backend: Runs everything.
+        threads: Of the backend.
+    """
+
+    def __init__(
+        self,
+        supernet: StoredSupernet,
+        *,
+        data: ImageSet,
+        calibration: NDArray[np.uint8] | None,
+        backend: Backend,
+        threads: int,
+    ) -> None:
+        self._supernet = supernet
+        self._data = data
+        self._calibration = calibration
+        self._backend = backend
+        self._threads = threads
+        self._prepared: dict[tuple[str, int], NDArray[np.float32]] = {}
+
+    def accuracy(self, plan: NetworkPlan) -> float:
+        """Top-1 accuracy, 0..1, of the network with its own statistics."""
+        weights: Weights = materialise(self._supernet.weights, plan)
+        if self._calibration is not None:
+            weights = recalibrate(
+                weights,
+                plan,
+                self._inputs("calibration", self._calibration, plan.resolution),
+                backend=self._backend,
+                threads=self._threads,
+            )
+        model = emit_network(plan, fuse(weights, plan), form="fused", batch=None)
+        inputs = self._inputs("data", self._data.images, plan.resolution)
+        with self._backend.load(model, threads=self._threads) as session:
+            return top1_accuracy(session, inputs, self._data.labels)
+
+    def _inputs(
+        self, name: str, images: NDArray[np.uint8], resolution: int
+    ) -> NDArray[np.float32]:
+        key = (name, resolution)
+        if key not in self._prepared:
+            self._prepared[key] = prepare(
+                images,
+                resolution=resolution,
+                normalisation=self._supernet.normalisation,
+            )
+        return self._prepared[key]
+
+
+def top1_accuracy(
+    session: Session,
+    inputs: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    *,
+    batch_size: int = EVALUATION_BATCH,
+) -> float:
+    """Share of right top-1 predictions, 0..1.
+
+    Args:
+        session: A model of one input and one output, loaded.
+        inputs: Network inputs `(n, 3, resolution, resolution)`.
+        labels: `(n,)`.
+        batch_size: Images per run; 1 for a model of static batch 1.
+    """
+    correct = 0
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size]
+        logits = session.run({INPUT_NAME: batch})[OUTPUT_NAME]
+        correct += int((logits.argmax(1) == labels[start : start + batch_size]).sum())
+    return correct / len(inputs)

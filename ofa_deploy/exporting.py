@@ -1,0 +1,119 @@
+"""One network of a supernet as files, checked against the unfused reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
+from ofa_deploy.export.openvino import write_ir
+from ofa_deploy.fuse import fuse
+from ofa_deploy.materialise import materialise
+from ofa_deploy.plan import NetworkPlan
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.recalibrate import recalibrate
+from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.target import Target
+from ofa_deploy.verify import (
+    ParityReport,
+    compare_outputs,
+    require_parity,
+    run_one_by_one,
+)
+from profilers.backends import get_backend
+from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
+
+ONNX_FILE = "model.onnx"
+IR_FILE = "model.xml"
+REFERENCE_FILE = "reference.safetensors"
+PARITY_IMAGES = 256
+REFERENCE_IMAGES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedNetwork:
+    """Files of a network in a folder.
+
+    Args:
+        plan: The network.
+        folder: Where the files are.
+        model_file: The one that the target's runtime loads.
+        parity: Of that file.
+    """
+
+    plan: NetworkPlan
+    folder: Path
+    model_file: str
+    parity: ParityReport
+
+
+def export_network(
+    supernet: StoredSupernet,
+    plan: NetworkPlan,
+    *,
+    calibration: NDArray[np.uint8],
+    target: Target,
+    folder: Path,
+) -> ExportedNetwork:
+    """Materialise, recalibrate, fuse, write, and compare with the unfused graph.
+
+    Besides the model the folder gets the reference outputs on a few images, so that
+    the model can be checked again anywhere.
+
+    Args:
+        supernet: Where the weights come from.
+        plan: The network.
+        calibration: Images for the batch-norm statistics, `(n, H, W, 3)` uint8.
+        target: What the file is for.
+        folder: Gets the files.
+
+    Raises:
+        ParityError: The file computes something else.
+    """
+    inputs = prepare(
+        calibration, resolution=plan.resolution, normalisation=supernet.normalisation
+    )
+    reference_backend = OnnxRuntimeCpu(optimize=False)
+    weights = recalibrate(
+        materialise(supernet.weights, plan),
+        plan,
+        inputs,
+        backend=reference_backend,
+        threads=target.threads,
+    )
+    model = emit_network(plan, fuse(weights, plan), form="fused")
+    (folder / ONNX_FILE).write_bytes(model)
+    model_file = ONNX_FILE
+    if target.backend == "openvino-cpu":
+        model_file = IR_FILE
+        write_ir(model, folder / IR_FILE)
+    images = _parity_inputs(inputs)
+    unfused = emit_network(plan, weights, form="unfused", batch=None)
+    with reference_backend.load(unfused, threads=target.threads) as session:
+        expected = session.run({INPUT_NAME: images})[OUTPUT_NAME]
+    with get_backend(target.backend).load(
+        folder / model_file, threads=target.threads
+    ) as session:
+        found = run_one_by_one(session, images)
+    parity = compare_outputs(found, expected)
+    require_parity(parity, what=f"the exported {model_file}")
+    kept = slice(0, REFERENCE_IMAGES)
+    reference = {INPUT_NAME: images[kept], OUTPUT_NAME: expected[kept]}
+    (folder / REFERENCE_FILE).write_bytes(save(reference))
+    return ExportedNetwork(
+        plan=plan, folder=folder, model_file=model_file, parity=parity
+    )
+
+
+def _parity_inputs(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`PARITY_IMAGES` network inputs: the given ones, then noise if they are few."""
+    missing = PARITY_IMAGES - len(inputs)
+    if missing <= 0:
+        return np.ascontiguousarray(inputs[:PARITY_IMAGES])
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((missing, *inputs.shape[1:]), dtype=np.float32)
+    return np.concatenate([inputs, noise])

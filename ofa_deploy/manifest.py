@@ -1,0 +1,284 @@
+"""What a bundle says of itself: `manifest.json`, strictly read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ofa_deploy.errors import FormatError
+from ofa_deploy.predict.latency import LatencyEstimate
+from ofa_deploy.preprocess import Normalisation, decode_normalisation
+from ofa_deploy.verify import ParityReport
+from profilers.codec import (
+    decode_conditions,
+    decode_device,
+    decode_runtime,
+)
+from profilers.device import Conditions, DeviceSpec, RuntimeSpec
+from profilers.json_reader import JsonNode, parse_json
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+AccuracyKind = Literal["measured", "predicted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A file's digest and size."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLatency:
+    """The exported file's latency, timed in fresh processes.
+
+    Args:
+        quiet_ms: In the machine's quiet state; what the budget speaks of.
+        standard_error_ratio: Of `quiet_ms`.
+        median_ms: Of all runs, whatever state the machine was in.
+        p90_ms: Percentile of all runs; None where they are too few.
+        p95_ms: Likewise.
+        sample_count: Timed runs.
+        process_count: Fresh processes.
+        process_spread_ratio: Slowest process over fastest, minus 1.
+        first_inference_ms: After loading.
+        load_ms: Loading and compiling.
+        indicative: The host is shared: the figures are good for choosing, not for
+            certifying.
+        instability: Why the measurement is not stable; empty where it is.
+        conditions: Of the machine.
+    """
+
+    quiet_ms: float
+    standard_error_ratio: float
+    median_ms: float
+    p90_ms: float | None
+    p95_ms: float | None
+    sample_count: int
+    process_count: int
+    process_spread_ratio: float
+    first_inference_ms: float
+    load_ms: float
+    indicative: bool
+    instability: tuple[str, ...]
+    conditions: Conditions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyClaim:
+    """Top-1 accuracy, 0..1, and where it comes from.
+
+    Args:
+        kind: "measured" on the exported file, or "predicted".
+        value: The accuracy.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        image_count: Images it was measured on, or that its predictor's labels were.
+    """
+
+    kind: AccuracyKind
+    value: float
+    low: float
+    high: float
+    image_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkCost:
+    """Sizes of the network."""
+
+    mac_count: int
+    parameter_count: int
+    peak_activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything needed to trust and re-check a bundle.
+
+    Args:
+        created_at: ISO 8601.
+        config_id: The sub-network.
+        space_name: The space it is of.
+        supernet_sha256: Digest of the supernet's description.
+        budget_ms: What was asked for; `measured.quiet_ms` is within it.
+        resolution: Height and width of the input, `(1, 3, resolution, resolution)`.
+        normalisation: Applied to RGB 0..255 after a bilinear resize.
+        class_names: In output order.
+        model_file: The file that the runtime loads.
+        files: Every file but the manifest.
+        device: Where it was measured.
+        runtime: With what.
+        measured: Its latency.
+        predicted: What the search had expected.
+        accuracy: Measured or predicted.
+        parity: Against the unfused graph.
+        cost: Sizes.
+        versions: Of the packages that made it.
+    """
+
+    created_at: str
+    config_id: str
+    space_name: str
+    supernet_sha256: str
+    budget_ms: float
+    resolution: int
+    normalisation: Normalisation
+    class_names: tuple[str, ...]
+    model_file: str
+    files: Mapping[str, FileRecord]
+    device: DeviceSpec
+    runtime: RuntimeSpec
+    measured: MeasuredLatency
+    predicted: LatencyEstimate
+    accuracy: AccuracyClaim
+    parity: ParityReport
+    cost: NetworkCost
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            FormatError: Damaged or of another version; names the place.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(
+                f"{path.name} cannot be read ({error}); the bundle is damaged, make "
+                "it anew",
+                path="",
+            ) from error
+        try:
+            return _decode(parse_json(text))
+        except FormatError as error:
+            raise error.in_file(path.name) from error.__cause__
+
+
+_FIELDS = tuple(Manifest.__dataclass_fields__)
+
+
+def _decode(node: JsonNode) -> Manifest:
+    entries = node.fields("format_version", *_FIELDS)
+    if entries["format_version"].integer(minimum=1) != FORMAT_VERSION:
+        entries["format_version"].refuse(
+            f"this version reads format {FORMAT_VERSION}; install another ofa-deploy"
+        )
+    files = {
+        _file_name(entry, name): _decode_file(entry)
+        for name, entry in entries["files"].entries().items()
+    }
+    model_file = entries["model_file"].text()
+    if model_file not in files:
+        entries["model_file"].refuse(f"{model_file!r} is not among the files")
+    return Manifest(
+        created_at=entries["created_at"].text(),
+        config_id=entries["config_id"].text(),
+        space_name=entries["space_name"].text(),
+        supernet_sha256=entries["supernet_sha256"].text(),
+        budget_ms=entries["budget_ms"].positive(),
+        resolution=entries["resolution"].integer(minimum=1),
+        normalisation=decode_normalisation(entries["normalisation"]),
+        class_names=tuple(item.text() for item in entries["class_names"].items()),
+        model_file=model_file,
+        files=files,
+        device=decode_device(entries["device"]),
+        runtime=decode_runtime(entries["runtime"]),
+        measured=_decode_measured(entries["measured"]),
+        predicted=_decode_estimate(entries["predicted"]),
+        accuracy=_decode_accuracy(entries["accuracy"]),
+        parity=_decode_parity(entries["parity"]),
+        cost=_decode_cost(entries["cost"]),
+        versions={
+            name: entry.text() for name, entry in entries["versions"].entries().items()
+        },
+    )
+
+
+def _file_name(node: JsonNode, name: str) -> str:
+    # A bundle from elsewhere must not make us read, or trust, what is outside it.
+    if name in ("", ".", "..", MANIFEST_FILE) or "/" in name or "\\" in name:
+        node.refuse(f"{name!r} is not a plain file name inside the bundle")
+    return name
+
+
+def _decode_file(node: JsonNode) -> FileRecord:
+    entries = node.fields("sha256", "size_bytes")
+    return FileRecord(
+        sha256=entries["sha256"].text(),
+        size_bytes=entries["size_bytes"].integer(minimum=0),
+    )
+
+
+def _decode_measured(node: JsonNode) -> MeasuredLatency:
+    entries = node.fields(*MeasuredLatency.__dataclass_fields__)
+    return MeasuredLatency(
+        quiet_ms=entries["quiet_ms"].positive(),
+        standard_error_ratio=entries["standard_error_ratio"].number(minimum=0),
+        median_ms=entries["median_ms"].positive(),
+        p90_ms=entries["p90_ms"].optional(JsonNode.positive),
+        p95_ms=entries["p95_ms"].optional(JsonNode.positive),
+        sample_count=entries["sample_count"].integer(minimum=1),
+        process_count=entries["process_count"].integer(minimum=1),
+        process_spread_ratio=entries["process_spread_ratio"].number(minimum=0),
+        first_inference_ms=entries["first_inference_ms"].positive(),
+        load_ms=entries["load_ms"].positive(),
+        indicative=entries["indicative"].boolean(),
+        instability=tuple(item.text() for item in entries["instability"].items()),
+        conditions=decode_conditions(entries["conditions"]),
+    )
+
+
+def _decode_estimate(node: JsonNode) -> LatencyEstimate:
+    entries = node.fields("ms", "low_ms", "high_ms")
+    return LatencyEstimate(
+        ms=entries["ms"].positive(),
+        low_ms=entries["low_ms"].number(),
+        high_ms=entries["high_ms"].positive(),
+    )
+
+
+def _decode_accuracy(node: JsonNode) -> AccuracyClaim:
+    entries = node.fields("kind", "value", "low", "high", "image_count")
+    measured = entries["kind"].choice("measured", "predicted") == "measured"
+    return AccuracyClaim(
+        kind="measured" if measured else "predicted",
+        value=entries["value"].number(minimum=0),
+        low=entries["low"].number(),
+        high=entries["high"].number(),
+        image_count=entries["image_count"].integer(minimum=1),
+    )
+
+
+def _decode_parity(node: JsonNode) -> ParityReport:
+    entries = node.fields(
+        "max_relative_error", "top1_agreement", "image_count", "tolerance"
+    )
+    return ParityReport(
+        max_relative_error=entries["max_relative_error"].number(minimum=0),
+        top1_agreement=entries["top1_agreement"].number(minimum=0),
+        image_count=entries["image_count"].integer(minimum=1),
+        tolerance=entries["tolerance"].positive(),
+    )
+
+
+def _decode_cost(node: JsonNode) -> NetworkCost:
+    entries = node.fields("mac_count", "parameter_count", "peak_activation_bytes")
+    return NetworkCost(
+        mac_count=entries["mac_count"].integer(minimum=1),
+        parameter_count=entries["parameter_count"].integer(minimum=1),
+        peak_activation_bytes=entries["peak_activation_bytes"].integer(minimum=1),
+    )

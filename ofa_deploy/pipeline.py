@@ -1,0 +1,483 @@
+"""From a supernet, a device and a budget to a verified bundle: `specialize`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import latency_tables
+from ofa_deploy.bundle import (
+    Bundle,
+    new_bundle_folder,
+    record_files,
+    require_free,
+    write_manifest,
+)
+from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.errors import DataError, DeployError, InfeasibleBudget
+from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.exporting import ExportedNetwork, export_network
+from ofa_deploy.manifest import (
+    AccuracyClaim,
+    Manifest,
+    MeasuredLatency,
+    NetworkCost,
+)
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.latency import (
+    TWO_SIDED_95,
+    LatencyPredictor,
+    fit_latency_predictor,
+)
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.profiling import (
+    cache_folder,
+    find_table,
+    open_table,
+    profile_space,
+    table_name,
+)
+from ofa_deploy.search.evolution import (
+    Evolution,
+    SearchProblem,
+    SearchResult,
+    descend_to_fastest,
+    require_budget,
+)
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.target import Target, parse_target
+from ofa_deploy.verify import judge_latency
+from ofa_deploy.zoo import open_supernet
+from profilers.backends import get_backend
+from profilers.device import this_device
+from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.measure import MeasureSettings
+from profilers.table import LatencyTable
+
+DEFAULT_SUPERNET = "cifar10-small"
+SAMPLES_FILE = "latency_samples.json"
+VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime")
+NO_PREDICTOR = (
+    "the supernet has no accuracy predictor; finish its training with "
+    "`ofa-deploy train --resume`"
+)
+MAX_CANDIDATES = 5
+# Each next candidate is looked for below what the last one showed to be too much.
+BUDGET_STEP = 0.97
+VERIFY_PROCESSES = 3
+VERIFY_SETTINGS = MeasureSettings(
+    visits=20,
+    runs_per_visit=12,
+    warmup_runs=20,
+    anchor_repeats=6,
+    seed=0,
+    target_relative_error=0.01,
+    max_seconds=1.5,
+)
+PROFILE_SETTINGS = MeasureSettings.screen()
+
+
+class Reporter(Protocol):
+    """What is told of a long call's progress; `rich` bars in the command line."""
+
+    def begin(self, stage: str) -> None:
+        """A stage has begun."""
+
+    def advance(self, done: int, total: int) -> None:
+        """The stage stands at `done` of `total`."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, stage: str) -> None:
+        """Do nothing."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachableRange:
+    """What a space can reach on a device, by prediction in quiet-state ms."""
+
+    fastest_ms: float
+    median_ms: float
+    slowest_ms: float
+
+    @property
+    def middle_ms(self) -> float:
+        """The geometric middle between fastest and slowest."""
+        return float(np.sqrt(self.fastest_ms * self.slowest_ms))
+
+
+class Specializer:
+    """A supernet on a device, ready for many budgets.
+
+    The first use reads the latency table of this machine, or measures one.
+
+    Args:
+        device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
+        supernet: Name in the zoo, or folder of one that was trained.
+        table: A latency table's file to use instead of looking for one.
+        reprofile: Measure anew even where there is a table.
+        cache: Folder of the tables measured on this machine; None for the user's.
+        reporter: Told of progress.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        supernet: str | Path = DEFAULT_SUPERNET,
+        table: Path | None = None,
+        reprofile: bool = False,
+        cache: Path | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.target: Target = parse_target(device)
+        self.backend = get_backend(self.target.backend)
+        self.reporter: Reporter = reporter or Silent()
+        # Fails early, and with the cure, where the runtime is missing.
+        self.runtime = self.backend.runtime(threads=self.target.threads)
+        self.device = this_device()
+        self.supernet: StoredSupernet = open_supernet(supernet)
+        self.table: LatencyTable = self._find_table(
+            table, reprofile=reprofile, cache=cache or cache_folder()
+        )
+        self.predictor: LatencyPredictor = fit_latency_predictor(
+            self.supernet.space, self.table
+        )
+
+    def _find_table(
+        self, path: Path | None, *, reprofile: bool, cache: Path
+    ) -> LatencyTable:
+        space = self.supernet.space
+        if path is not None:
+            return open_table(path, space, self.device, self.runtime)
+        shipped = Path(latency_tables.__path__[0])
+        if not reprofile:
+            found = find_table(
+                space, self.device, self.runtime, folders=(cache, shipped)
+            )
+            if found is not None:
+                return found[0]
+        self.reporter.begin("profiling this machine")
+        table = profile_space(
+            space,
+            backend=self.backend,
+            threads=self.target.threads,
+            settings=PROFILE_SETTINGS,
+            progress=self.reporter.advance,
+        )
+        cache.mkdir(parents=True, exist_ok=True)
+        table.save(cache / table_name(space, self.device, self.runtime))
+        return table
+
+    def reachable(self, *, sample_count: int = 2_000) -> ReachableRange:
+        """The latencies that the space can reach here, as predicted."""
+        space = self.supernet.space
+        rng = np.random.default_rng(0)
+        problem = self._problem(budget_ms=1.0)
+        _, fastest_ms, _ = descend_to_fastest(problem, rng)
+        drawn = self.predictor.predict_ms(space.sample(sample_count, rng))
+        largest = self.predictor.predict_ms(space.encode(space.largest())[None])
+        return ReachableRange(
+            fastest_ms=fastest_ms,
+            median_ms=float(np.median(drawn)),
+            slowest_ms=max(float(largest[0]), float(drawn.max())),
+        )
+
+    def _problem(self, *, budget_ms: float) -> SearchProblem:
+        accuracy = self.supernet.accuracy
+        if accuracy is None:
+            raise DeployError(NO_PREDICTOR)
+        return SearchProblem(
+            space=self.supernet.space,
+            accuracy=accuracy.predict,
+            latency_ms=self.predictor.predict_ms,
+            budget_ms=budget_ms,
+        )
+
+    def search(self, budget_ms: float, *, seed: int = 0) -> SearchResult:
+        """The most accurate networks predicted to stay within a budget.
+
+        Raises:
+            SpaceError: The budget is not a positive number.
+            InfeasibleBudget: No network is fast enough.
+        """
+        rng = np.random.default_rng(seed)
+        return Evolution().search(self._problem(budget_ms=budget_ms), rng)
+
+    def specialize(
+        self,
+        latency_ms: float,
+        *,
+        out: str | Path,
+        calibration: str | Path | NDArray[np.uint8] | None = None,
+        eval_data: str | Path | None = None,
+        seed: int = 0,
+    ) -> Bundle:
+        """Search, export, verify and time; return what was shown to meet the budget.
+
+        Args:
+            latency_ms: Budget for the quiet-state latency of one image.
+            out: Folder of the bundle; must not exist, or be empty.
+            calibration: Images for the batch-norm statistics instead of the supernet's
+                own: a data set's path, or `(n, H, W, 3)` uint8.
+            eval_data: Labelled images to measure the accuracy on; None to predict it.
+            seed: Of the search.
+
+        Raises:
+            SpaceError: The budget is not a positive number.
+            InfeasibleBudget: No network meets it, by prediction or by measurement.
+            ParityError: An exported file computes something else.
+            BundleError: The output folder is not free.
+        """
+        out = Path(out)
+        require_free(out)
+        images = self._calibration_images(calibration)
+        evaluation = None if eval_data is None else load_images(Path(eval_data))[0]
+        limit_ms = latency_ms / self.predictor.upper_ratio
+        fastest_ms = float("inf")
+        for _ in range(MAX_CANDIDATES):
+            self.reporter.begin("searching")
+            config = self._next_config(latency_ms, limit_ms=limit_ms, seed=seed)
+            plan = lower(self.supernet.space, config)
+            with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+                self.reporter.begin("exporting and checking")
+                exported = export_network(
+                    self.supernet,
+                    plan,
+                    calibration=images,
+                    target=self.target,
+                    folder=Path(folder),
+                )
+                self.reporter.begin("timing the exported file")
+                measurement = self._time(exported)
+                verdict = judge_latency(measurement, budget_ms=latency_ms)
+                if verdict.meets_budget:
+                    return self._write_bundle(
+                        out,
+                        exported,
+                        measurement,
+                        evaluation=evaluation,
+                        budget_ms=latency_ms,
+                    )
+            fastest_ms = min(fastest_ms, verdict.measured_ms)
+            # Aim lower by as much as this one came out too slow, and a little more.
+            excess = verdict.upper_ms / latency_ms
+            limit_ms = self.predictor.estimate(config).ms / excess * BUDGET_STEP
+        raise InfeasibleBudget(
+            f"{MAX_CANDIDATES} exported networks were timed and none met "
+            f"{latency_ms:g} ms; the fastest took {fastest_ms:.4g} ms. The machine may "
+            "be busy (see `ofa-deploy doctor`), or the latency table out of date "
+            "(`ofa-deploy profile`)",
+            budget_ms=latency_ms,
+            fastest_ms=fastest_ms,
+        )
+
+    def _next_config(
+        self, budget_ms: float, *, limit_ms: float, seed: int
+    ) -> SubnetConfig:
+        """The most accurate network predicted to stay within the limit.
+
+        Where the limit is below the fastest network's prediction, but the budget is
+        not, that network is worth a measurement.
+        """
+        try:
+            result = self.search(limit_ms, seed=seed)
+        except InfeasibleBudget as error:
+            if error.fastest_ms > budget_ms:
+                raise InfeasibleBudget(
+                    f"no network of {self.supernet.space.name} meets {budget_ms:g} ms "
+                    f"on {self.target.backend} here; the fastest is predicted to take "
+                    f"{error.fastest_ms:.4g} ms. Ask for at least "
+                    f"{error.fastest_ms * self.predictor.upper_ratio:.4g} ms",
+                    budget_ms=budget_ms,
+                    fastest_ms=error.fastest_ms,
+                ) from error
+            result = self.search(error.fastest_ms * (1 + 1e-9), seed=seed)
+        return self.supernet.space.decode(result.genomes[0])
+
+    def _calibration_images(
+        self, given: str | Path | NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        if isinstance(given, np.ndarray):
+            return given
+        if given is not None:
+            return load_images(Path(given))[0].images
+        if self.supernet.calibration is None:
+            raise DataError(
+                "the supernet has no calibration images of its own; give some with "
+                "`calibration=` (`--calibration`): a few hundred of what it will see"
+            )
+        return self.supernet.calibration
+
+    def _time(self, exported: ExportedNetwork) -> FreshMeasurement:
+        return measure_in_fresh_process(
+            exported.folder / exported.model_file,
+            backend_name=self.target.backend,
+            threads=self.target.threads,
+            settings=VERIFY_SETTINGS,
+            processes=VERIFY_PROCESSES,
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+        )
+
+    def _write_bundle(
+        self,
+        out: Path,
+        exported: ExportedNetwork,
+        measurement: FreshMeasurement,
+        *,
+        evaluation: ImageSet | None,
+        budget_ms: float,
+    ) -> Bundle:
+        if evaluation is not None:
+            self.reporter.begin("measuring the accuracy")
+        accuracy = self._accuracy(exported, evaluation)
+        with new_bundle_folder(out) as folder:
+            for file in exported.folder.iterdir():
+                shutil.copyfile(file, folder / file.name)
+            visits = [asdict(visit) for visit in measurement.visits]
+            (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
+            plan = exported.plan
+            manifest = Manifest(
+                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                config_id=plan.config.id,
+                space_name=plan.space_name,
+                supernet_sha256=self.supernet.sha256,
+                budget_ms=budget_ms,
+                resolution=plan.resolution,
+                normalisation=self.supernet.normalisation,
+                class_names=self.supernet.class_names,
+                model_file=exported.model_file,
+                files=record_files(folder),
+                device=self.device,
+                runtime=self.runtime,
+                measured=_measured_latency(measurement),
+                predicted=self.predictor.estimate(plan.config),
+                accuracy=accuracy,
+                parity=exported.parity,
+                cost=NetworkCost(
+                    mac_count=plan.mac_count,
+                    parameter_count=plan.parameter_count,
+                    peak_activation_bytes=plan.peak_activation_bytes,
+                ),
+                versions={name: version(name) for name in VERSIONED_PACKAGES},
+            )
+            write_manifest(folder, manifest)
+        return Bundle.open(out)
+
+    def _accuracy(
+        self, exported: ExportedNetwork, evaluation: ImageSet | None
+    ) -> AccuracyClaim:
+        if evaluation is not None:
+            return self._measured_accuracy(exported, evaluation)
+        predictor, samples = self.supernet.accuracy, self.supernet.samples
+        if predictor is None or samples is None:
+            raise DeployError(NO_PREDICTOR)
+        genome = self.supernet.space.encode(exported.plan.config)
+        value = float(predictor.predict(genome[None])[0])
+        margin = TWO_SIDED_95 * predictor.residual_std
+        return AccuracyClaim(
+            kind="predicted",
+            value=value,
+            low=max(0.0, value - margin),
+            high=min(1.0, value + margin),
+            image_count=samples.image_count,
+        )
+
+    def _measured_accuracy(
+        self, exported: ExportedNetwork, evaluation: ImageSet
+    ) -> AccuracyClaim:
+        if evaluation.class_names != self.supernet.class_names:
+            raise DataError(
+                f"the evaluation data has classes {evaluation.class_names}, the "
+                f"supernet {self.supernet.class_names}; they must be the same"
+            )
+        inputs = prepare(
+            evaluation.images,
+            resolution=exported.plan.resolution,
+            normalisation=self.supernet.normalisation,
+        )
+        path = exported.folder / exported.model_file
+        with self.backend.load(path, threads=self.target.threads) as session:
+            value = top1_accuracy(session, inputs, evaluation.labels, batch_size=1)
+        margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / len(inputs)))
+        return AccuracyClaim(
+            kind="measured",
+            value=value,
+            low=max(0.0, value - margin),
+            high=min(1.0, value + margin),
+            image_count=len(inputs),
+        )
+
+
+def _measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
+    return MeasuredLatency(
+        quiet_ms=measurement.quiet_ms,
+        standard_error_ratio=measurement.standard_error_ratio,
+        median_ms=measurement.median_ms,
+        p90_ms=measurement.p90_ms,
+        p95_ms=measurement.p95_ms,
+        sample_count=len(measurement.samples_ns),
+        process_count=measurement.process_count,
+        process_spread_ratio=measurement.process_spread_ratio,
+        first_inference_ms=measurement.first_inference_ms,
+        load_ms=measurement.load_ms,
+        indicative=measurement.indicative,
+        instability=measurement.stability.reasons,
+        conditions=measurement.conditions,
+    )
+
+
+def specialize(
+    device: str,
+    *,
+    latency_ms: float,
+    out: str | Path,
+    supernet: str | Path = DEFAULT_SUPERNET,
+    calibration: str | Path | NDArray[np.uint8] | None = None,
+    eval_data: str | Path | None = None,
+    table: Path | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Bundle:
+    """A verified bundle whose model meets a latency budget on this machine.
+
+    One call of a `Specializer`; keep one for several budgets.
+
+    Args:
+        device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
+        latency_ms: Budget for the quiet-state latency of one image.
+        out: Folder of the bundle; must not exist, or be empty.
+        supernet: Name in the zoo, or folder of one that was trained.
+        calibration: Images for the batch-norm statistics instead of the supernet's
+            own: a data set's path, or `(n, H, W, 3)` uint8.
+        eval_data: Labelled images to measure the accuracy on; None to predict it.
+        table: A latency table's file to use instead of looking for one.
+        seed: Of the search.
+        reporter: Told of progress.
+
+    Raises:
+        InfeasibleBudget: No network meets the budget; carries the fastest.
+        DeployError: Anything else that is wrong; see `ofa_deploy.errors`.
+    """
+    require_budget(latency_ms)
+    require_free(Path(out))
+    session = Specializer(device, supernet=supernet, table=table, reporter=reporter)
+    return session.specialize(
+        latency_ms, out=out, calibration=calibration, eval_data=eval_data, seed=seed
+    )

@@ -1,0 +1,1 @@
+"""Predictors of latency and accuracy: numpy, over whole populations."""

@@ -1,0 +1,1 @@
+"""Search over a space, on integer matrices."""

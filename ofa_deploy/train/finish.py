@@ -1,0 +1,189 @@
+"""After the training: calibration images, measured accuracies, accuracy predictor.
+
+Each part is a file in the run's folder; what is there is not made again, so this too
+goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.evaluation import Evaluator
+from ofa_deploy.nn.supernet import Supernet, new_supernet
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.accuracy import AccuracySample, fit_accuracy_predictor
+from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
+from ofa_deploy.train.augment import network_input
+from ofa_deploy.train.calibration_set import synthesise_images
+from ofa_deploy.train.evaluate import recalibrate_supernet
+from profilers.backends.base import Backend
+
+CALIBRATION_COUNT = 500
+SAMPLE_COUNT = 500
+SAMPLES_JOURNAL = "accuracy-samples.jsonl"
+_STATISTICS_IMAGES = 2_000
+_BATCH = 200
+Progress = Callable[[str, int, int], None]
+
+
+def finish_supernet(
+    folder: Path,
+    *,
+    training: ImageSet,
+    validation: ImageSet,
+    backend: Backend,
+    threads: int,
+    seed: int,
+    calibration_count: int = CALIBRATION_COUNT,
+    sample_count: int = SAMPLE_COUNT,
+    progress: Progress | None = None,
+) -> StoredSupernet:
+    """Complete a trained supernet's folder.
+
+    Args:
+        folder: Of the run; `folder/supernet` holds the trained supernet.
+        training: Images for the full network's statistics, which the synthesised
+            images are to reproduce.
+        validation: Images that accuracies are measured on.
+        backend: Runs the sub-networks.
+        threads: Of the backend.
+        seed: Of images, sampled networks and predictor.
+        calibration_count: Images to synthesise.
+        sample_count: Sub-networks to evaluate.
+        progress: Called with a part's name, done and total.
+    """
+    target = folder / "supernet"
+    supernet = read_supernet(target)
+    if supernet.calibration is None:
+        images = _synthesise(
+            supernet, training, count=calibration_count, seed=seed, progress=progress
+        )
+        supernet = replace(supernet, calibration=images)
+        write_supernet(target, supernet)
+    sample = _sample_accuracies(
+        supernet,
+        validation,
+        journal=folder / SAMPLES_JOURNAL,
+        count=sample_count,
+        backend=backend,
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
+    predictor, _ = fit_accuracy_predictor(
+        supernet.space, sample, rng=np.random.default_rng(seed)
+    )
+    supernet = replace(supernet, accuracy=predictor, samples=sample)
+    write_supernet(target, supernet)
+    return read_supernet(target)
+
+
+def load_supernet_module(stored: StoredSupernet) -> Supernet:
+    """The torch supernet with the stored weights."""
+    supernet = new_supernet(stored.space)
+    supernet.load_state_dict(
+        {name: torch.from_numpy(array.copy()) for name, array in stored.weights.items()}
+    )
+    return supernet
+
+
+def _synthesise(
+    stored: StoredSupernet,
+    training: ImageSet,
+    *,
+    count: int,
+    seed: int,
+    progress: Progress | None,
+) -> NDArray[np.uint8]:
+    supernet = load_supernet_module(stored)
+    plan = lower(stored.space, stored.space.largest())
+    rng = np.random.default_rng(seed)
+    picked = rng.permutation(len(training))[:_STATISTICS_IMAGES]
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, len(picked), _BATCH):
+            part = training.images[picked[start : start + _BATCH]]
+            pixels = torch.from_numpy(part.transpose(0, 3, 1, 2).copy())
+            yield network_input(
+                pixels,
+                resolution=plan.resolution,
+                normalisation=stored.normalisation,
+            )
+
+    recalibrate_supernet(supernet, plan, batches())
+    return synthesise_images(
+        supernet,
+        normalisation=stored.normalisation,
+        count=count,
+        seed=seed,
+        progress=(
+            None
+            if progress is None
+            else lambda done, total: progress("synthesising images", done, total)
+        ),
+    )
+
+
+def _sample_accuracies(
+    stored: StoredSupernet,
+    validation: ImageSet,
+    *,
+    journal: Path,
+    count: int,
+    backend: Backend,
+    threads: int,
+    seed: int,
+    progress: Progress | None,
+) -> AccuracySample:
+    """Measure random networks, one line of a journal each."""
+    space = stored.space
+    rng = np.random.default_rng(seed)
+    # The extremes too: a predictor is asked about them, and they are rare draws.
+    extremes = [space.encode(space.largest()), space.encode(space.smallest())]
+    drawn = np.concatenate([np.stack(extremes), space.sample(2 * count, rng)])
+    _, first = np.unique(drawn, axis=0, return_index=True)
+    genomes = drawn[np.sort(first)[:count]]
+    done = _read_journal(journal)
+    evaluator = Evaluator(
+        stored,
+        data=validation,
+        calibration=stored.calibration,
+        backend=backend,
+        threads=threads,
+    )
+    accuracies = []
+    with journal.open("a", encoding="utf-8") as file:
+        for index, genome in enumerate(genomes):
+            config = space.decode(genome)
+            if config.id not in done:
+                done[config.id] = evaluator.accuracy(lower(space, config))
+                line = {"id": config.id, "accuracy": done[config.id]}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+            accuracies.append(done[config.id])
+            if progress:
+                progress("measuring accuracies", index + 1, len(genomes))
+    return AccuracySample(
+        genomes=genomes, accuracy=np.array(accuracies), image_count=len(validation)
+    )
+
+
+def _read_journal(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            found[str(entry["id"])] = float(entry["accuracy"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that a kill cut off: its network is measured again
+    return found

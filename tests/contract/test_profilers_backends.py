@@ -1,0 +1,254 @@
+"""What every backend promises, asked of each in the same words."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from profilers.backends.base import DYNAMIC, Backend
+from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock
+from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from profilers.backends.openvino_cpu import OpenVinoCpu
+from profilers.errors import ModelRejected, RunFailed
+from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
+from tests.support.profilers_models import INPUT_SHAPE, OUT_CHANNELS, conv_model
+
+MODEL = conv_model()
+FILE_NAME = "model.onnx"
+
+needs_openvino = pytest.mark.skipif(
+    find_spec("openvino") is None, reason="OpenVINO is not installed"
+)
+
+
+def fake() -> FakeBackend:
+    return FakeBackend(FakeClock(), latency_ns={MODEL: 1000, FILE_NAME: 1000})
+
+
+def unoptimized() -> OnnxRuntimeCpu:
+    return OnnxRuntimeCpu(optimize=False)
+
+
+REAL = [
+    pytest.param(OnnxRuntimeCpu, id="onnxruntime"),
+    pytest.param(unoptimized, id="onnxruntime-unoptimized"),
+    pytest.param(OpenVinoCpu, id="openvino", marks=needs_openvino),
+]
+
+
+@pytest.fixture(params=[pytest.param(fake, id="fake"), *REAL])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    made: Backend = request.param()
+    return made
+
+
+@pytest.fixture(params=REAL)
+def real_backend(request: pytest.FixtureRequest) -> Backend:
+    made: Backend = request.param()
+    return made
+
+
+def image(seed: int = 0, batch: int = 1) -> NDArray[np.float32]:
+    shape = (batch, *INPUT_SHAPE[1:])
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def test_a_session_knows_its_inputs(backend: Backend) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        assert dict(session.input_shapes) == {"x": INPUT_SHAPE}
+        assert dict(session.input_dtypes) == {"x": np.dtype("float32")}
+
+
+def test_a_file_and_its_bytes_are_the_same_model(
+    backend: Backend, tmp_path: Path
+) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_bytes(MODEL)
+    with backend.load(MODEL, threads=1) as one, backend.load(path, threads=1) as other:
+        np.testing.assert_array_equal(
+            one.run({"x": image()})["y"], other.run({"x": image()})["y"]
+        )
+
+
+def test_the_same_input_gives_the_same_output_at_any_time(backend: Backend) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        first = session.run({"x": image(0)})
+        kept = first["y"].copy()
+        session.run({"x": image(1)})
+        # Outputs are the caller's: a later run does not write into them.
+        np.testing.assert_array_equal(first["y"], kept)
+        np.testing.assert_array_equal(session.run({"x": image(0)})["y"], kept)
+
+
+def test_outputs_are_numpy_arrays_that_outlive_the_session(backend: Backend) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        outputs = session.run({"x": image()})
+    assert set(outputs) == {"y"}
+    assert type(outputs["y"]) is np.ndarray
+    assert outputs["y"].dtype == np.float32
+    assert np.isfinite(outputs["y"]).all()
+
+
+def test_the_order_in_memory_of_an_input_is_irrelevant(backend: Backend) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        expected = session.run({"x": image()})["y"]
+        given = np.asfortranarray(image())
+        np.testing.assert_array_equal(session.run({"x": given})["y"], expected)
+
+
+def test_a_prepared_step_can_run_often_and_leaves_later_runs_alone(
+    backend: Backend,
+) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        expected = session.run({"x": image(0)})["y"]
+        step = session.prepare({"x": image(1)})
+        for _ in range(3):
+            step()
+        np.testing.assert_array_equal(session.run({"x": image(0)})["y"], expected)
+
+
+def test_sessions_of_one_backend_do_not_disturb_each_other(backend: Backend) -> None:
+    with (
+        backend.load(MODEL, threads=1) as one,
+        backend.load(MODEL, threads=1) as other,
+    ):
+        expected = one.run({"x": image(0)})["y"]
+        other.run({"x": image(1)})
+        other.close()
+        np.testing.assert_array_equal(one.run({"x": image(0)})["y"], expected)
+
+
+@pytest.mark.parametrize("model", [b"", b"garbage", MODEL[: len(MODEL) // 2]])
+def test_what_is_no_model_is_rejected(backend: Backend, model: bytes) -> None:
+    with pytest.raises(ModelRejected):
+        backend.load(model, threads=1)
+
+
+def test_a_file_that_holds_no_model_is_rejected(
+    real_backend: Backend, tmp_path: Path
+) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_bytes(b"garbage")
+    with pytest.raises(ModelRejected, match=r"model\.onnx"):
+        real_backend.load(path, threads=1)
+
+
+def test_a_missing_file_is_rejected_by_name(
+    real_backend: Backend, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelRejected, match=r"there is no model file .*absent\.onnx"):
+        real_backend.load(tmp_path / "absent.onnx", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        pytest.param({"x": np.zeros((1, 4, 8, 8), np.float32)}, "1x3x8x8", id="shape"),
+        pytest.param({"x": np.zeros((3, 8, 8), np.float32)}, "3x8x8", id="rank"),
+        pytest.param({"x": np.zeros(INPUT_SHAPE)}, "float64", id="type"),
+        pytest.param({"z": np.zeros(INPUT_SHAPE, np.float32)}, "'z'", id="name"),
+        pytest.param({}, r"\['x'\]", id="missing"),
+    ],
+)
+def test_inputs_that_do_not_fit_fail_and_the_session_goes_on(
+    backend: Backend, inputs: dict[str, NDArray[np.float32]], message: str
+) -> None:
+    with backend.load(MODEL, threads=1) as session:
+        with pytest.raises(RunFailed, match=message):
+            session.run(inputs)
+        with pytest.raises(RunFailed, match=message):
+            session.prepare(inputs)
+        session.run({"x": image()})
+
+
+def test_closing_twice_is_fine_and_running_after_it_fails(backend: Backend) -> None:
+    session = backend.load(MODEL, threads=1)
+    session.close()
+    session.close()
+    with pytest.raises(RunFailed, match="closed"):
+        session.run({"x": image()})
+    with pytest.raises(RunFailed, match="closed"):
+        session.prepare({"x": image()})
+
+
+def test_an_inference_has_at_least_one_thread(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="threads=0"):
+        backend.load(MODEL, threads=0)
+
+
+def test_the_runtime_is_described(backend: Backend) -> None:
+    runtime = backend.runtime(threads=2)
+    assert (runtime.backend, runtime.threads) == (backend.name, 2)
+    assert runtime.precision == "f32"
+
+
+def test_models_are_measured_alike_everywhere(backend: Backend) -> None:
+    settings = MeasureSettings(
+        visits=2,
+        runs_per_visit=2,
+        warmup_runs=2,
+        anchor_repeats=1,
+        seed=0,
+        target_relative_error=10.0,
+        max_seconds=5.0,
+    )
+    models = [ModelUnderTest(name=name, model=MODEL) for name in ("a", "b")]
+    rng = np.random.default_rng(0)
+    if isinstance(backend, FakeBackend):
+        run = measure_models(
+            models,
+            backend=backend,
+            threads=1,
+            settings=settings,
+            clock=backend.clock,
+            anchor=FakeAnchor(backend.clock),
+            rng=rng,
+        )
+    else:
+        run = measure_models(
+            models, backend=backend, threads=1, settings=settings, rng=rng
+        )
+    assert [measurement.name for measurement in run.measurements] == ["a", "b"]
+    assert all(measurement.quiet_ms > 0 for measurement in run.measurements)
+
+
+def test_a_free_batch_may_change_from_run_to_run(real_backend: Backend) -> None:
+    with real_backend.load(conv_model("batch"), threads=1) as session:
+        assert session.input_shapes["x"] == (DYNAMIC, *INPUT_SHAPE[1:])
+        for batch in (1, 5, 2):
+            images = image(batch, batch)
+            together = session.run({"x": images})["y"]
+            assert together.shape == (batch, OUT_CHANNELS, *INPUT_SHAPE[2:])
+            alone = [session.run({"x": images[i : i + 1]})["y"] for i in range(batch)]
+            np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+@needs_openvino
+def test_the_runtimes_agree() -> None:
+    outputs = []
+    for backend in (OnnxRuntimeCpu(), unoptimized(), OpenVinoCpu()):
+        with backend.load(MODEL, threads=1) as session:
+            outputs.append(session.run({"x": image()})["y"])
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+    np.testing.assert_allclose(outputs[2], outputs[0], atol=1e-5)
+
+
+@needs_openvino
+def test_openvino_reads_its_own_format(tmp_path: Path) -> None:
+    import openvino
+
+    path = tmp_path / "model.xml"
+    openvino.save_model(
+        openvino.Core().read_model(MODEL), str(path), compress_to_fp16=False
+    )
+    with (
+        OpenVinoCpu().load(path, threads=1) as own,
+        OpenVinoCpu().load(MODEL, threads=1) as onnx,
+    ):
+        np.testing.assert_array_equal(
+            own.run({"x": image()})["y"], onnx.run({"x": image()})["y"]
+        )

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from profilers import (
+    Conditions,
+    MeasureSettings,
+    backend_names,
+    measure_in_fresh_process,
+)
+from profilers.errors import FormatError, RunFailed
+from profilers.fresh import ProcessReport, pool_reports
+from profilers.measurement import (
+    Measurement,
+    MeasurementRun,
+    Stability,
+    Visit,
+)
+from tests.support.profilers_models import conv_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    "onnxruntime-cpu": "onnxruntime",
+    "openvino-cpu": "openvino",
+}
+SETTINGS = MeasureSettings(
+    visits=3,
+    runs_per_visit=3,
+    warmup_runs=2,
+    anchor_repeats=1,
+    seed=0,
+    target_relative_error=1.0,
+    max_seconds=5.0,
+)
+
+CONDITIONS = Conditions(
+    governor=None,
+    frequency_mhz=None,
+    temperature_c=None,
+    load_average=None,
+    affinity_core_count=None,
+    cgroup_quota_cores=None,
+    shared_host=False,
+)
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="uses a shell script")
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(conv_model())
+    return path
+
+
+def script(folder: Path, text: str) -> str:
+    """Make an executable that stands in for the interpreter."""
+    path = folder / "interpreter.sh"
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def in_new_interpreter(code: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+@pytest.mark.parametrize("backend_name", backend_names())
+def test_a_file_is_timed_by_processes_of_its_own(
+    backend_name: str, model_path: Path
+) -> None:
+    if find_spec(PACKAGES[backend_name]) is None:
+        pytest.skip(f"{PACKAGES[backend_name]} is not installed")
+    fresh = measure_in_fresh_process(
+        model_path,
+        backend_name=backend_name,
+        threads=1,
+        settings=SETTINGS,
+        processes=2,
+    )
+    assert fresh.process_count == 2
+    assert len(fresh.visits) >= 2 * SETTINGS.visits
+    assert len(fresh.samples_ns) == len(fresh.visits) * SETTINGS.runs_per_visit
+    assert min(fresh.quiet_ms, fresh.load_ms, fresh.first_inference_ms) > 0
+
+
+def test_a_model_that_the_runtime_rejects_is_reported_in_its_words(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"garbage")
+    with pytest.raises(RunFailed, match=r"exit code 1; .*ModelRejected: ONNX Runtime"):
+        measure_in_fresh_process(
+            path,
+            backend_name="onnxruntime-cpu",
+            threads=1,
+            settings=SETTINGS,
+            processes=1,
+        )
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(
+            "echo some last words >&2; kill -SEGV $$",
+            "by signal SIGSEGV; its last words: some last words",
+            id="crash",
+        ),
+        pytest.param("exit 7", "exit code 7; its last words: none", id="exit"),
+        pytest.param("echo hello", "gave no report", id="no report"),
+        pytest.param("true", "gave no report", id="silence"),
+        pytest.param("exec sleep 60", "took more than 0.2 s", id="timeout"),
+    ],
+)
+def test_a_process_that_fails_is_a_failed_run(
+    text: str, message: str, model_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunFailed, match=message):
+        measure_in_fresh_process(
+            model_path,
+            backend_name="onnxruntime-cpu",
+            threads=1,
+            settings=SETTINGS,
+            processes=1,
+            timeout_s=0.2 if "sleep" in text else None,
+            interpreter=script(tmp_path, text),
+        )
+
+
+def test_an_interpreter_that_is_not_there_is_a_failed_run(model_path: Path) -> None:
+    with pytest.raises(RunFailed, match="could not be started"):
+        measure_in_fresh_process(
+            model_path,
+            backend_name="onnxruntime-cpu",
+            threads=1,
+            settings=SETTINGS,
+            processes=1,
+            interpreter="/nowhere/python",
+        )
+
+
+def report(latency_ns: int, *, slowdown: float = 1.0) -> ProcessReport:
+    """A process that saw the same latency at each visit."""
+    visit = Visit(
+        time_ns=0,
+        anchor_before_ns=round(250_000 * slowdown),
+        anchor_after_ns=round(250_000 * slowdown),
+        inner_loops=1,
+        samples_ns=(round(latency_ns * slowdown),) * 25,
+    )
+    return ProcessReport(
+        load_ms=10.0,
+        first_inference_ms=2.0,
+        run=MeasurementRun(
+            measurements=(
+                Measurement(
+                    name="net",
+                    visits=(visit,) * 3,
+                    quiet_ms=latency_ns / 1e6,
+                    standard_error_ratio=0.0,
+                    median_ms=latency_ns / 1e6,
+                    stability=Stability(verdict="stable"),
+                ),
+            ),
+            beta=0.0,
+            anchor_reference_ns=250_000.0,
+            conditions=CONDITIONS,
+            duration_s=1.0,
+            indicative=False,
+        ),
+    )
+
+
+def test_a_report_survives_its_line() -> None:
+    text = report(1000).to_json()
+    assert "\n" not in text
+    assert ProcessReport.from_json(text) == report(1000)
+    with pytest.raises(FormatError, match="'load_ms' is missing"):
+        ProcessReport.from_json(text.replace("load_ms", "surprise", 1))
+
+
+def test_the_spread_between_processes_makes_a_figure_unstable() -> None:
+    alike = pool_reports([report(100_000), report(101_000)], settings=SETTINGS)
+    assert alike.process_spread_ratio == pytest.approx(0.01)
+    assert alike.stability.verdict == "stable"
+    apart = pool_reports([report(100_000), report(110_000)], settings=SETTINGS)
+    assert apart.process_spread_ratio == pytest.approx(0.10)
+    assert apart.stability.reasons == ("processes differ by 10.0%, more than 3%",)
+
+
+def test_a_process_in_a_slow_phase_is_no_spread() -> None:
+    pooled = pool_reports(
+        [report(100_000), report(100_000, slowdown=1.5)], settings=SETTINGS
+    )
+    assert pooled.quiet_ms == pytest.approx(0.1, rel=1e-3)
+    assert pooled.process_spread_ratio == pytest.approx(0.0, abs=1e-3)
+
+
+def test_percentiles_are_given_from_their_floors_on() -> None:
+    one, two = report(100_000), report(100_000)
+    # 75 samples are enough for the 90th percentile, and not for the 95th.
+    assert pool_reports([one], settings=SETTINGS).p90_ms == pytest.approx(0.1)
+    assert pool_reports([one], settings=SETTINGS).p95_ms is None
+    assert pool_reports([one, two], settings=SETTINGS).p95_ms == pytest.approx(0.1)
+
+
+def test_importing_the_package_imports_no_runtime_and_nothing_of_the_library() -> None:
+    code = (
+        "import sys, pkgutil, importlib, profilers\n"
+        "for m in pkgutil.walk_packages(profilers.__path__, 'profilers.'):\n"
+        "    importlib.import_module(m.name)\n"
+        "names = {m.split('.')[0] for m in sys.modules}\n"
+        "print(sorted(names & {'ofa_deploy', 'torch', 'openvino', 'onnxruntime', "
+        "'onnx'}))"
+    )
+    assert in_new_interpreter(code) == "[]"
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_loading_openvino_leaves_its_telemetry_out() -> None:
+    code = (
+        "import sys\n"
+        "from profilers import get_backend\n"
+        "get_backend('openvino-cpu').runtime(threads=1)\n"
+        "print('openvino' in sys.modules, 'openvino_telemetry' in sys.modules)"
+    )
+    assert in_new_interpreter(code) == "True False"
+
+
+def test_the_command_line_diagnoses_the_device() -> None:
+    code = (
+        "import sys\n"
+        "from profilers.__main__ import main\n"
+        "sys.exit(0 if main(['doctor']) in (0, 1) else 2)"
+    )
+    assert "cores" in in_new_interpreter(code)

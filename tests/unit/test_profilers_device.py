@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from profilers import (
+    Conditions,
+    DeviceSpec,
+    available_cores,
+    backend_names,
+    examine,
+    get_backend,
+    read_conditions,
+    this_device,
+)
+from profilers.device import cgroup_quota_cores
+from profilers.doctor import BackendStatus, diagnose
+from profilers.errors import DeviceError, FormatError, MissingDependency
+from tests.support import profilers_values as values
+
+QUIET = Conditions(
+    governor="performance",
+    frequency_mhz=2400.0,
+    temperature_c=40.0,
+    load_average=0.1,
+    affinity_core_count=8,
+    cgroup_quota_cores=None,
+    shared_host=False,
+)
+USABLE = (BackendStatus(name="some-cpu", version="1.2", problem=None),)
+
+
+def device(memory_mb: int = 16_000) -> DeviceSpec:
+    return DeviceSpec(
+        name="a",
+        arch="x86_64",
+        cpu_model="c",
+        core_count=4,
+        accelerator=None,
+        memory_mb=memory_mb,
+    )
+
+
+@given(values.devices)
+def test_the_fingerprint_is_twelve_hex_digits_of_the_hardware(
+    device: DeviceSpec,
+) -> None:
+    assert len(device.fingerprint) == 12
+    assert int(device.fingerprint, 16) >= 0
+    assert replace(device, name="another").fingerprint == device.fingerprint
+    more = replace(device, core_count=device.core_count + 1)
+    assert more.fingerprint != device.fingerprint
+
+
+def test_a_little_memory_less_is_the_same_hardware() -> None:
+    assert device(16_000).fingerprint == device(16_030).fingerprint
+    assert device(16_000).fingerprint != device(8_000).fingerprint
+
+
+def test_this_machine_can_be_described() -> None:
+    assert this_device("here").name == "here"
+    assert this_device() == this_device()
+    assert 1 <= available_cores() <= this_device().core_count
+    assert isinstance(read_conditions().shared_host, bool)
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "cores"),
+    [
+        pytest.param({}, "0::/", None, id="no limit"),
+        pytest.param({"cpu.max": "max 100000"}, "0::/", None, id="max"),
+        pytest.param({"cpu.max": "150000 100000"}, "0::/", 1.5, id="version 2"),
+        pytest.param(
+            {"a/cpu.max": "100000 100000", "a/b/cpu.max": "400000 100000"},
+            "0::/a/b",
+            1.0,
+            id="an ancestor binds",
+        ),
+        pytest.param(
+            {"cpu.max": "50000 100000"}, "0::/only/on/the/host", 0.5, id="container"
+        ),
+        pytest.param(
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            "4:cpu,cpuacct:/",
+            2.0,
+            id="version 1",
+        ),
+        pytest.param(
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            "4:cpu:/",
+            None,
+            id="version 1 without a limit",
+        ),
+        pytest.param({"cpu.max": "nonsense"}, "0::/", None, id="unreadable"),
+        pytest.param({"cpu.max": "1 0"}, "0::/", None, id="no period"),
+    ],
+)
+def test_the_least_quota_of_the_control_groups_counts(
+    files: dict[str, str], membership: str, cores: float | None, tmp_path: Path
+) -> None:
+    mount = tmp_path / "cgroup"
+    for name, text in files.items():
+        file = mount / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+    listing = tmp_path / "membership"
+    listing.write_text(membership + "\n", encoding="utf-8")
+    assert cgroup_quota_cores(mount=mount, membership=listing) == cores
+
+
+def test_no_control_groups_mean_no_quota(tmp_path: Path) -> None:
+    assert cgroup_quota_cores(mount=tmp_path, membership=tmp_path / "none") is None
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(DeviceError) as refused:
+        get_backend("toaster")
+    assert str(refused.value) == (
+        "there is no backend 'toaster'; choose one of: onnxruntime-cpu, openvino-cpu"
+    )
+
+
+def test_every_backend_has_the_name_it_is_found_by() -> None:
+    assert [get_backend(name).name for name in backend_names()] == list(backend_names())
+
+
+def test_a_missing_dependency_ends_with_the_line_to_run() -> None:
+    error = MissingDependency("OpenVINO", extra="openvino")
+    assert str(error) == (
+        "OpenVINO is not installed. Run: pip install 'ofa-deploy[openvino]'"
+    )
+
+
+def test_a_format_error_names_the_place_and_then_the_file() -> None:
+    error = FormatError("3 is too small", path="networks[3].samples_ns")
+    assert str(error) == "networks[3].samples_ns: 3 is too small"
+    assert str(error.in_file("a.json")).startswith("a.json: networks[3]")
+    assert error.in_file("a.json").path == error.path
+
+
+def test_a_quiet_dedicated_device_has_only_good_findings() -> None:
+    findings = diagnose(QUIET, core_count=8, backends=USABLE)
+    assert {finding.severity for finding in findings} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "text"),
+    [
+        (replace(QUIET, load_average=7.0), "load average 7.00"),
+        (replace(QUIET, cgroup_quota_cores=1.5), "limits this process to 1.5 cores"),
+        (replace(QUIET, governor="powersave"), "governor is powersave"),
+        (replace(QUIET, shared_host=True), "this host is shared"),
+    ],
+)
+def test_each_disturbance_is_one_warning_with_a_cure(
+    conditions: Conditions, text: str
+) -> None:
+    (warning,) = [
+        finding
+        for finding in diagnose(conditions, core_count=8, backends=USABLE)
+        if finding.severity != "ok"
+    ]
+    assert warning.severity == "warning"
+    assert text in warning.text
+    assert warning.cure
+
+
+def test_no_usable_backend_is_an_error_with_the_line_to_run() -> None:
+    missing = MissingDependency("OpenVINO", extra="openvino")
+    status = BackendStatus(name="openvino-cpu", version=None, problem=str(missing))
+    finding = diagnose(QUIET, core_count=8, backends=(status,))[0]
+    assert finding.severity == "error"
+    assert "pip install" in finding.cure
+
+
+def test_the_examination_covers_every_backend() -> None:
+    diagnosis = examine()
+    assert [status.name for status in diagnosis.backends] == list(backend_names())
+    assert diagnosis.fit == any(status.version for status in diagnosis.backends)
