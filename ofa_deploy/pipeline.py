@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import latency_tables
-from ofa_deploy.bundle import (
-    Bundle,
-    new_bundle_folder,
-    record_files,
-    require_free,
-    write_manifest,
-)
-from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.assembly import NO_PREDICTOR, VerifiedNetwork, assemble_bundle
+from ofa_deploy.bundle import Bundle, require_free
+from ofa_deploy.dataset import load_images
 from ofa_deploy.errors import DataError, DeployError, InfeasibleBudget
-from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.exporting import ExportedNetwork, export_network
-from ofa_deploy.manifest import (
-    AccuracyClaim,
-    Manifest,
-    MeasuredLatency,
-    NetworkCost,
-)
 from ofa_deploy.plan import lower
-from ofa_deploy.predict.latency import (
-    TWO_SIDED_95,
-    LatencyPredictor,
-    fit_latency_predictor,
-)
-from ofa_deploy.preprocess import prepare
+from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
     cache_folder,
     find_table,
@@ -46,6 +24,7 @@ from ofa_deploy.profiling import (
     profile_space,
     table_name,
 )
+from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.search.evolution import (
     Evolution,
     SearchProblem,
@@ -65,12 +44,6 @@ from profilers.measure import MeasureSettings
 from profilers.table import LatencyTable
 
 DEFAULT_SUPERNET = "cifar10-small"
-SAMPLES_FILE = "latency_samples.json"
-VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime")
-NO_PREDICTOR = (
-    "the supernet has no accuracy predictor; finish its training with "
-    "`ofa-deploy train --resume`"
-)
 MAX_CANDIDATES = 5
 # Each next candidate is looked for below what the last one showed to be too much.
 BUDGET_STEP = 0.97
@@ -85,26 +58,6 @@ VERIFY_SETTINGS = MeasureSettings(
     max_seconds=1.5,
 )
 PROFILE_SETTINGS = MeasureSettings.screen()
-
-
-class Reporter(Protocol):
-    """What is told of a long call's progress; `rich` bars in the command line."""
-
-    def begin(self, stage: str) -> None:
-        """A stage has begun."""
-
-    def advance(self, done: int, total: int) -> None:
-        """The stage stands at `done` of `total`."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def begin(self, stage: str) -> None:
-        """Do nothing."""
-
-    def advance(self, done: int, total: int) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,12 +220,17 @@ class Specializer:
                 measurement = self._time(exported)
                 verdict = judge_latency(measurement, budget_ms=latency_ms)
                 if verdict.meets_budget:
-                    return self._write_bundle(
-                        out,
-                        exported,
-                        measurement,
-                        evaluation=evaluation,
+                    self.reporter.begin("writing the bundle")
+                    network = VerifiedNetwork(
+                        exported=exported,
+                        measurement=measurement,
+                        predicted=self.predictor.estimate(config),
                         budget_ms=latency_ms,
+                        device=self.device,
+                        runtime=self.runtime,
+                    )
+                    return assemble_bundle(
+                        out, network, supernet=self.supernet, evaluation=evaluation
                     )
             fastest_ms = min(fastest_ms, verdict.measured_ms)
             # Aim lower by as much as this one came out too slow, and a little more.
@@ -334,113 +292,6 @@ class Specializer:
             beta=self.table.beta,
             anchor_reference_ns=self.table.anchor_reference_ns,
         )
-
-    def _write_bundle(
-        self,
-        out: Path,
-        exported: ExportedNetwork,
-        measurement: FreshMeasurement,
-        *,
-        evaluation: ImageSet | None,
-        budget_ms: float,
-    ) -> Bundle:
-        if evaluation is not None:
-            self.reporter.begin("measuring the accuracy")
-        accuracy = self._accuracy(exported, evaluation)
-        with new_bundle_folder(out) as folder:
-            for file in exported.folder.iterdir():
-                shutil.copyfile(file, folder / file.name)
-            visits = [asdict(visit) for visit in measurement.visits]
-            (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
-            plan = exported.plan
-            manifest = Manifest(
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                config_id=plan.config.id,
-                space_name=plan.space_name,
-                supernet_sha256=self.supernet.sha256,
-                budget_ms=budget_ms,
-                resolution=plan.resolution,
-                normalisation=self.supernet.normalisation,
-                class_names=self.supernet.class_names,
-                model_file=exported.model_file,
-                files=record_files(folder),
-                device=self.device,
-                runtime=self.runtime,
-                measured=_measured_latency(measurement),
-                predicted=self.predictor.estimate(plan.config),
-                accuracy=accuracy,
-                parity=exported.parity,
-                cost=NetworkCost(
-                    mac_count=plan.mac_count,
-                    parameter_count=plan.parameter_count,
-                    peak_activation_bytes=plan.peak_activation_bytes,
-                ),
-                versions={name: version(name) for name in VERSIONED_PACKAGES},
-            )
-            write_manifest(folder, manifest)
-        return Bundle.open(out)
-
-    def _accuracy(
-        self, exported: ExportedNetwork, evaluation: ImageSet | None
-    ) -> AccuracyClaim:
-        if evaluation is not None:
-            return self._measured_accuracy(exported, evaluation)
-        predictor, samples = self.supernet.accuracy, self.supernet.samples
-        if predictor is None or samples is None:
-            raise DeployError(NO_PREDICTOR)
-        genome = self.supernet.space.encode(exported.plan.config)
-        value = float(predictor.predict(genome[None])[0])
-        margin = TWO_SIDED_95 * predictor.residual_std
-        return AccuracyClaim(
-            kind="predicted",
-            value=value,
-            low=max(0.0, value - margin),
-            high=min(1.0, value + margin),
-            image_count=samples.image_count,
-        )
-
-    def _measured_accuracy(
-        self, exported: ExportedNetwork, evaluation: ImageSet
-    ) -> AccuracyClaim:
-        if evaluation.class_names != self.supernet.class_names:
-            raise DataError(
-                f"the evaluation data has classes {evaluation.class_names}, the "
-                f"supernet {self.supernet.class_names}; they must be the same"
-            )
-        inputs = prepare(
-            evaluation.images,
-            resolution=exported.plan.resolution,
-            normalisation=self.supernet.normalisation,
-        )
-        path = exported.folder / exported.model_file
-        with self.backend.load(path, threads=self.target.threads) as session:
-            value = top1_accuracy(session, inputs, evaluation.labels, batch_size=1)
-        margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / len(inputs)))
-        return AccuracyClaim(
-            kind="measured",
-            value=value,
-            low=max(0.0, value - margin),
-            high=min(1.0, value + margin),
-            image_count=len(inputs),
-        )
-
-
-def _measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
-    return MeasuredLatency(
-        quiet_ms=measurement.quiet_ms,
-        standard_error_ratio=measurement.standard_error_ratio,
-        median_ms=measurement.median_ms,
-        p90_ms=measurement.p90_ms,
-        p95_ms=measurement.p95_ms,
-        sample_count=len(measurement.samples_ns),
-        process_count=measurement.process_count,
-        process_spread_ratio=measurement.process_spread_ratio,
-        first_inference_ms=measurement.first_inference_ms,
-        load_ms=measurement.load_ms,
-        indicative=measurement.indicative,
-        instability=measurement.stability.reasons,
-        conditions=measurement.conditions,
-    )
 
 
 def specialize(

@@ -125,8 +125,8 @@ def _finish(
     with StageBar(console) as bar:
         finish_supernet(
             out,
-            training=training.training,
-            validation=training.validation,
+            training=training.images.training,
+            validation=training.images.validation,
             backend=_installed_backend(),
             threads=threads,
             seed=training.recipe.seed,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from ofa_deploy.errors import ModelRejected
 from profilers.backends.openvino_cpu import import_openvino
@@ -18,7 +20,20 @@ def write_ir(model: bytes, xml_path: Path) -> None:
     openvino = import_openvino()
     try:
         converted = openvino.Core().read_model(model=model, weights=b"")
+        _name_by_place(converted)
         # The default halves the weights' precision, and parity with it.
         openvino.save_model(converted, str(xml_path), compress_to_fp16=False)
     except Exception as error:  # the runtime's classes differ by version
         raise ModelRejected(f"OpenVINO cannot convert the model: {error}") from error
+
+
+def _name_by_place(model: Any) -> None:
+    """Name the nodes that have no name of ours by their place in the model.
+
+    OpenVINO numbers them through the whole process, so that a second export of the same
+    network would be another file.
+    """
+    for place, node in enumerate(model.get_ordered_ops()):
+        kind = node.get_type_name()
+        if re.fullmatch(rf"{kind}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{kind}_{place}")

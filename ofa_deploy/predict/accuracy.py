@@ -166,7 +166,7 @@ def fit_accuracy_predictor(
     sample: AccuracySample,
     *,
     rng: np.random.Generator,
-    members: int = 4,
+    members: int = 2,
     held_out_share: float = 0.2,
     epochs: int = 150,
 ) -> tuple[AccuracyPredictor, NDArray[np.int64]]:
@@ -250,12 +250,13 @@ def _initialise(width: int, rng: np.random.Generator) -> list[Floats]:
 
 def _gradients(weights: Sequence[Floats], x: Floats, y: Floats) -> list[Floats]:
     values = _forward(weights, x)
-    flowing = np.float32(2 / len(x)) * (values[-1] - y)
+    flowing: Floats = np.float32(2 / len(x)) * (values[-1] - y)
     last: Floats = values[-2].T @ flowing
     gradients = [last]
     flowing = flowing @ weights[-1].T
     for layer in reversed(range(HIDDEN_LAYERS)):
-        flowing = flowing * (values[layer + 1] > 0)
-        gradients = [values[layer].T @ flowing, flowing.sum(0), *gradients]
+        flowing = flowing * (values[layer + 1] > 0).astype(np.float32)
+        matrix: Floats = values[layer].T @ flowing
+        gradients = [matrix, flowing.sum(0), *gradients]
         flowing = flowing @ weights[2 * layer].T
     return gradients

@@ -3,7 +3,8 @@
 Source: the Once-for-All code's evolution finder (population 100, 500 generations,
 a quarter survives, half of the children are mutants, half crossovers). It rejects
 children until they fit, one by one and without bound; here a generation is drawn at
-once, children that do not fit lose to any that do, and every loop is bounded.
+once, children that do not fit lose to any that do, copies of a survivor do not survive
+beside it, and every loop is bounded.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ class Evolution:
         best = [float(archive.accuracy[0])]
         parent_count = max(2, round(self.population * self.parent_share))
         for _ in range(self.generations):
-            order = np.argsort(-fitness, kind="stable")[:parent_count]
-            parents, parent_fitness = population[order], fitness[order]
+            survivors = _best_different(population, fitness, parent_count)
+            parents, parent_fitness = population[survivors], fitness[survivors]
             children = self._breed(space, parents, rng)
             child_latency = problem.latency_ms(children)
             child_fitness = _fitness(problem, children, child_latency)
@@ -213,6 +214,19 @@ def _fitness(
     accuracy = problem.accuracy(genomes)
     excess = latency - problem.budget_ms
     return np.where(excess <= 0, accuracy, -1.0 - excess / problem.budget_ms)
+
+
+def _best_different(
+    genomes: Genomes, fitness: NDArray[np.float64], count: int
+) -> NDArray[np.int64]:
+    """Indices of the fittest `count` different networks, best first.
+
+    Copies would take a small population over, and the search stop at a local optimum.
+    """
+    order = np.argsort(-fitness, kind="stable")
+    _, first = np.unique(genomes[order], axis=0, return_index=True)
+    best: NDArray[np.int64] = order[np.sort(first)[:count]]
+    return best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

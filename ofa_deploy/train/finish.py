@@ -161,6 +161,8 @@ def _sample_accuracies(
     )
     accuracies = []
     with journal.open("a", encoding="utf-8") as file:
+        if file.tell() and not journal.read_bytes().endswith(b"\n"):
+            file.write("\n")  # else the next line would be lost with the cut-off one
         for index, genome in enumerate(genomes):
             config = space.decode(genome)
             if config.id not in done:

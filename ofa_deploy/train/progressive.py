@@ -7,11 +7,10 @@ killed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,14 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ofa_deploy.dataset import ImageSet, split_validation
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
-from ofa_deploy.preprocess import Normalisation, measure_normalisation
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.stored import StoredSupernet, write_supernet
-from ofa_deploy.train.augment import crop_and_flip, network_input
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -36,6 +33,7 @@ from ofa_deploy.train.checkpoint import (
 )
 from ofa_deploy.train.distill import supernet_loss
 from ofa_deploy.train.evaluate import accuracy, recalibrate_supernet
+from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.recipe import Phase, Recipe, restrict
 from profilers.files import write_atomically
 
@@ -45,7 +43,6 @@ LOG_FILE = "log.jsonl"
 SUPERNET_FOLDER = "supernet"
 _MONITOR_CALIBRATION = 1_000
 _MONITOR_VALIDATION = 2_500
-_EVALUATION_BATCH = 250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,20 +124,7 @@ class ProgressiveTraining:
         self.space = space
         self.recipe = recipe
         self.settings = settings
-        self.training, self.validation = split_validation(
-            data, fraction=recipe.validation_fraction
-        )
-        if len(self.training) < recipe.batch_size:
-            raise TrainingError(
-                f"{len(self.training)} training images are fewer than one batch of "
-                f"{recipe.batch_size}"
-            )
-        self.normalisation: Normalisation = measure_normalisation(self.training.images)
-        self._images = torch.from_numpy(
-            np.ascontiguousarray(self.training.images.transpose(0, 3, 1, 2))
-        )
-        self._labels = torch.from_numpy(self.training.labels)
-        self._data_sha256 = _digest(data)
+        self.images = TrainingImages(data, recipe)
         self._bf16 = bf16
         self._clock = clock
         self._elapsed_before_s = 0.0
@@ -169,7 +153,7 @@ class ProgressiveTraining:
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass."""
-        return len(self.training) // self.recipe.batch_size
+        return self.images.batches_per_epoch
 
     def _open_folder(self) -> None:
         folder = self.settings.folder
@@ -193,7 +177,7 @@ class ProgressiveTraining:
         position = checkpoint.position
         for label, saved, current in (
             ("recipe", position.recipe_sha256, self.recipe.sha256),
-            ("training data", position.data_sha256, self._data_sha256),
+            ("training data", position.data_sha256, self.images.sha256),
         ):
             if saved != current:
                 raise TrainingError(
@@ -227,7 +211,7 @@ class ProgressiveTraining:
             phase=self._phase_index,
             step=self._step,
             recipe_sha256=self.recipe.sha256,
-            data_sha256=self._data_sha256,
+            data_sha256=self.images.sha256,
             elapsed_s=self.elapsed_s,
         )
         write_checkpoint(
@@ -284,8 +268,8 @@ class ProgressiveTraining:
             StoredSupernet(
                 space=self.space,
                 weights={k: v.detach().float().numpy() for k, v in tensors.items()},
-                normalisation=self.normalisation,
-                class_names=self.training.class_names,
+                normalisation=self.images.normalisation,
+                class_names=self.images.training.class_names,
             ),
         )
 
@@ -307,7 +291,7 @@ class ProgressiveTraining:
             phase=self._phase_index,
             step=self._step,
             recipe_sha256=self.recipe.sha256,
-            data_sha256=self._data_sha256,
+            data_sha256=self.images.sha256,
             elapsed_s=self.elapsed_s,
         )
         result = Checkpoint(position=position, weights=weights, momentum={})
@@ -373,7 +357,9 @@ class ProgressiveTraining:
         rng = np.random.default_rng([self.recipe.seed, self._phase_index, step])
         space = restrict(self.space, phase)
         resolution = int(rng.choice(self.space.resolutions))
-        inputs, labels = self._batch(step, resolution, rng)
+        inputs, labels = self.images.batch(
+            self._phase_index, step, resolution=resolution, rng=rng
+        )
         teacher_logits = self._teach(inputs, resolution) if phase.distill else None
         rate = _learning_rate(phase, step / self.steps_per_epoch)
         for group in self._optimizer.param_groups:
@@ -400,23 +386,6 @@ class ProgressiveTraining:
             )
         return total / phase.subnet_count
 
-    def _batch(
-        self, step: int, resolution: int, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng(
-            [self.recipe.seed, self._phase_index, epoch, len(self.training)]
-        ).permutation(len(self.training))
-        size = self.recipe.batch_size
-        index = torch.from_numpy(order[place * size : (place + 1) * size])
-        images = crop_and_flip(
-            self._images[index], padding=self.recipe.crop_padding, rng=rng
-        )
-        inputs = network_input(
-            images, resolution=resolution, normalisation=self.normalisation
-        )
-        return inputs, self._labels[index]
-
     @torch.no_grad()
     def _teach(self, inputs: Tensor, resolution: int) -> Tensor:
         assert self._teacher is not None
@@ -442,35 +411,19 @@ class ProgressiveTraining:
         for name, config in configs.items():
             plan = lower(self.space, config)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
-                calibration = (
-                    x
-                    for x, _ in self._monitor_batches(
-                        self.training, plan.resolution, _MONITOR_CALIBRATION
-                    )
+                calibration = self.images.plain_batches(
+                    self.images.training,
+                    resolution=plan.resolution,
+                    most=_MONITOR_CALIBRATION,
                 )
-                recalibrate_supernet(self.supernet, plan, calibration)
-                result[name] = accuracy(
-                    self.supernet,
-                    plan,
-                    self._monitor_batches(
-                        self.validation, plan.resolution, _MONITOR_VALIDATION
-                    ),
+                recalibrate_supernet(self.supernet, plan, (x for x, _ in calibration))
+                validation = self.images.plain_batches(
+                    self.images.validation,
+                    resolution=plan.resolution,
+                    most=_MONITOR_VALIDATION,
                 )
+                result[name] = accuracy(self.supernet, plan, validation)
         return result
-
-    def _monitor_batches(
-        self, data: ImageSet, resolution: int, most: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        # Evenly spaced, so that every class is in it however the set is ordered.
-        picked = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
-        picked = np.random.default_rng(0).permutation(picked)
-        for start in range(0, len(picked), _EVALUATION_BATCH):
-            part = picked[start : start + _EVALUATION_BATCH]
-            images = torch.from_numpy(data.images[part].transpose(0, 3, 1, 2).copy())
-            inputs = network_input(
-                images, resolution=resolution, normalisation=self.normalisation
-            )
-            yield inputs, torch.from_numpy(data.labels[part])
 
     def _log(self, phase: Phase, loss: float) -> None:
         line = {
@@ -498,10 +451,3 @@ def _step_cost(phase: Phase) -> float:
     narrowed = (phase.depth_choices > 1) + (phase.expand_choices > 1)
     teacher = 0.3 if phase.distill else 0.0
     return teacher + phase.subnet_count * (1.0, 0.75, 0.5)[narrowed]
-
-
-def _digest(data: ImageSet) -> str:
-    digest = hashlib.sha256(data.images.tobytes())
-    digest.update(data.labels.tobytes())
-    digest.update("\n".join(data.class_names).encode())
-    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Putting a verified network together as a bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from ofa_deploy.bundle import (
+    Bundle,
+    new_bundle_folder,
+    record_files,
+    write_manifest,
+)
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import DataError, DeployError
+from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.manifest import (
+    AccuracyClaim,
+    Manifest,
+    MeasuredLatency,
+    NetworkCost,
+)
+from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.stored import StoredSupernet
+from profilers.backends import get_backend
+from profilers.device import DeviceSpec, RuntimeSpec
+from profilers.fresh import FreshMeasurement
+
+SAMPLES_FILE = "latency_samples.json"
+VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime")
+NO_PREDICTOR = (
+    "the supernet has no accuracy predictor; finish its training with "
+    "`ofa-deploy train --resume`"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VerifiedNetwork:
+    """An exported network that met its budget, and how that was shown.
+
+    Args:
+        exported: Its files, in a folder that may vanish afterwards.
+        measurement: Of the file, in fresh processes.
+        predicted: What the search had expected.
+        budget_ms: What was asked for.
+        device: Where it was measured.
+        runtime: With what.
+    """
+
+    exported: ExportedNetwork
+    measurement: FreshMeasurement
+    predicted: LatencyEstimate
+    budget_ms: float
+    device: DeviceSpec
+    runtime: RuntimeSpec
+
+
+def assemble_bundle(
+    out: Path,
+    network: VerifiedNetwork,
+    *,
+    supernet: StoredSupernet,
+    evaluation: ImageSet | None,
+) -> Bundle:
+    """Write the bundle, whole or not at all, and open it.
+
+    Args:
+        out: Its folder; must not exist, or be empty.
+        network: What goes in.
+        supernet: Where the network comes from.
+        evaluation: Images to measure the accuracy on; None to predict it.
+
+    Raises:
+        BundleError: `out` is not free.
+        DataError: The evaluation images have other classes.
+    """
+    exported = network.exported
+    accuracy = (
+        predicted_accuracy(supernet, exported)
+        if evaluation is None
+        else measured_accuracy(supernet, exported, evaluation, network.runtime)
+    )
+    plan = exported.plan
+    with new_bundle_folder(out) as folder:
+        for file in exported.folder.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        visits = [asdict(visit) for visit in network.measurement.visits]
+        (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
+        manifest = Manifest(
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            config_id=plan.config.id,
+            space_name=plan.space_name,
+            supernet_sha256=supernet.sha256,
+            budget_ms=network.budget_ms,
+            resolution=plan.resolution,
+            normalisation=supernet.normalisation,
+            class_names=supernet.class_names,
+            model_file=exported.model_file,
+            files=record_files(folder),
+            device=network.device,
+            runtime=network.runtime,
+            measured=_measured_latency(network.measurement),
+            predicted=network.predicted,
+            accuracy=accuracy,
+            parity=exported.parity,
+            cost=NetworkCost(
+                mac_count=plan.mac_count,
+                parameter_count=plan.parameter_count,
+                peak_activation_bytes=plan.peak_activation_bytes,
+            ),
+            versions={name: version(name) for name in VERSIONED_PACKAGES},
+        )
+        write_manifest(folder, manifest)
+    return Bundle.open(out)
+
+
+def predicted_accuracy(
+    supernet: StoredSupernet, exported: ExportedNetwork
+) -> AccuracyClaim:
+    """What the supernet's predictor says of a network.
+
+    Raises:
+        DeployError: The supernet has no predictor.
+    """
+    predictor, samples = supernet.accuracy, supernet.samples
+    if predictor is None or samples is None:
+        raise DeployError(NO_PREDICTOR)
+    genome = supernet.space.encode(exported.plan.config)
+    value = float(predictor.predict(genome[None])[0])
+    margin = TWO_SIDED_95 * predictor.residual_std
+    return AccuracyClaim(
+        kind="predicted",
+        value=value,
+        low=max(0.0, value - margin),
+        high=min(1.0, value + margin),
+        image_count=samples.image_count,
+    )
+
+
+def measured_accuracy(
+    supernet: StoredSupernet,
+    exported: ExportedNetwork,
+    evaluation: ImageSet,
+    runtime: RuntimeSpec,
+) -> AccuracyClaim:
+    """Top-1 accuracy of the exported file on labelled images.
+
+    Raises:
+        DataError: The images have other classes than the supernet.
+    """
+    if evaluation.class_names != supernet.class_names:
+        raise DataError(
+            f"the evaluation data has classes {evaluation.class_names}, the "
+            f"supernet {supernet.class_names}; they must be the same"
+        )
+    inputs = prepare(
+        evaluation.images,
+        resolution=exported.plan.resolution,
+        normalisation=supernet.normalisation,
+    )
+    path = exported.folder / exported.model_file
+    with get_backend(runtime.backend).load(path, threads=runtime.threads) as session:
+        value = top1_accuracy(session, inputs, evaluation.labels, batch_size=1)
+    margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / len(inputs)))
+    return AccuracyClaim(
+        kind="measured",
+        value=value,
+        low=max(0.0, value - margin),
+        high=min(1.0, value + margin),
+        image_count=len(inputs),
+    )
+
+
+def _measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
+    return MeasuredLatency(
+        quiet_ms=measurement.quiet_ms,
+        standard_error_ratio=measurement.standard_error_ratio,
+        median_ms=measurement.median_ms,
+        p90_ms=measurement.p90_ms,
+        p95_ms=measurement.p95_ms,
+        sample_count=len(measurement.samples_ns),
+        process_count=measurement.process_count,
+        process_spread_ratio=measurement.process_spread_ratio,
+        first_inference_ms=measurement.first_inference_ms,
+        load_ms=measurement.load_ms,
+        indicative=measurement.indicative,
+        instability=measurement.stability.reasons,
+        conditions=measurement.conditions,
+    )

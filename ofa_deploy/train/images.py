@@ -1,0 +1,96 @@
+"""Training and validation images as torch batches; every batch depends on its place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofa_deploy.dataset import ImageSet, split_validation
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.preprocess import Normalisation, measure_normalisation
+from ofa_deploy.train.augment import crop_and_flip, network_input
+from ofa_deploy.train.recipe import Recipe
+
+_EVALUATION_BATCH = 250
+
+
+class TrainingImages:
+    """A data set, split as a recipe says.
+
+    Args:
+        data: All images; the recipe's share of them is held out.
+        recipe: Batch size, padding, validation share and seed.
+    """
+
+    def __init__(self, data: ImageSet, recipe: Recipe) -> None:
+        self.training, self.validation = split_validation(
+            data, fraction=recipe.validation_fraction
+        )
+        if len(self.training) < recipe.batch_size:
+            raise TrainingError(
+                f"{len(self.training)} training images are fewer than one batch of "
+                f"{recipe.batch_size}"
+            )
+        self.normalisation: Normalisation = measure_normalisation(self.training.images)
+        self.sha256 = _digest(data)
+        self._recipe = recipe
+        self._images = torch.from_numpy(
+            np.ascontiguousarray(self.training.images.transpose(0, 3, 1, 2))
+        )
+        self._labels = torch.from_numpy(self.training.labels)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Full batches in one pass."""
+        return len(self.training) // self._recipe.batch_size
+
+    def batch(
+        self, phase: int, step: int, *, resolution: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The augmented inputs and labels of a step.
+
+        Args:
+            phase: Index of the phase; it and the epoch fix the order of the images.
+            step: Of the phase.
+            resolution: Height and width of the inputs.
+            rng: Source of crops and flips.
+        """
+        epoch, place = divmod(step, self.batches_per_epoch)
+        order = np.random.default_rng(
+            [self._recipe.seed, phase, epoch, len(self.training)]
+        ).permutation(len(self.training))
+        size = self._recipe.batch_size
+        index = torch.from_numpy(order[place * size : (place + 1) * size])
+        images = crop_and_flip(
+            self._images[index], padding=self._recipe.crop_padding, rng=rng
+        )
+        inputs = network_input(
+            images, resolution=resolution, normalisation=self.normalisation
+        )
+        return inputs, self._labels[index]
+
+    def plain_batches(
+        self, data: ImageSet, *, resolution: int, most: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most `most` images of a part, not augmented, with their labels."""
+        # Evenly spaced, so that every class is in it however the set is ordered.
+        picked = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
+        picked = np.random.default_rng(0).permutation(picked)
+        for start in range(0, len(picked), _EVALUATION_BATCH):
+            part = picked[start : start + _EVALUATION_BATCH]
+            images = torch.from_numpy(data.images[part].transpose(0, 3, 1, 2).copy())
+            inputs = network_input(
+                images, resolution=resolution, normalisation=self.normalisation
+            )
+            yield inputs, torch.from_numpy(data.labels[part])
+
+
+def _digest(data: ImageSet) -> str:
+    digest = hashlib.sha256(data.images.tobytes())
+    digest.update(data.labels.tobytes())
+    digest.update("\n".join(data.class_names).encode())
+    return digest.hexdigest()
