@@ -134,7 +134,8 @@ def predicted_accuracy(
     if predictor is None or samples is None:
         raise DeployError(NO_PREDICTOR)
     genome = supernet.space.encode(exported.plan.config)
-    value = float(predictor.predict(genome[None])[0])
+    # A regression does not know that accuracies end at 1.
+    value = float(np.clip(predictor.predict(genome[None])[0], 0.0, 1.0))
     margin = TWO_SIDED_95 * predictor.residual_std
     return AccuracyClaim(
         kind="predicted",

@@ -117,6 +117,18 @@ class Bundle:
             ParityError: The outputs differ.
         """
         self.check_digests()
+        inputs, outputs = self._read_reference()
+        found = run_one_by_one(self._open_session(), inputs)
+        report = compare_outputs(found, outputs)
+        require_parity(report, what=f"{self.manifest.model_file} on this machine")
+        return report
+
+    def _read_reference(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if REFERENCE_FILE not in self.manifest.files:
+            raise BundleError(
+                f"the manifest of {self.path} lists no {REFERENCE_FILE}; without it "
+                "the outputs cannot be checked. Make the bundle anew"
+            )
         try:
             reference = load_tensors((self.path / REFERENCE_FILE).read_bytes())
             inputs, outputs = reference[INPUT_NAME], reference[OUTPUT_NAME]
@@ -124,10 +136,15 @@ class Bundle:
             raise FormatError(
                 f"{REFERENCE_FILE} is damaged: {error}", path=""
             ) from error
-        found = run_one_by_one(self._open_session(), inputs)
-        report = compare_outputs(found, outputs)
-        require_parity(report, what=f"{self.manifest.model_file} on this machine")
-        return report
+        expected = (len(inputs), len(self.manifest.class_names))
+        if not len(inputs) or outputs.shape != expected:
+            raise FormatError(
+                f"{REFERENCE_FILE} is damaged: {len(inputs)} images and outputs of "
+                f"shape {outputs.shape}; {len(self.manifest.class_names)} outputs for "
+                "each of at least 1 image belong there",
+                path="",
+            )
+        return inputs, outputs
 
     def predict(
         self, image: str | Path | Image.Image | NDArray[np.uint8]
@@ -140,6 +157,7 @@ class Bundle:
 
         Raises:
             DataError: Not such an image.
+            FormatError: The manifest does not fit the model.
         """
         inputs = prepare(
             _as_pixels(image)[None],
@@ -147,10 +165,16 @@ class Bundle:
             normalisation=self.manifest.normalisation,
         )
         logits = self._open_session().run({INPUT_NAME: inputs})[OUTPUT_NAME][0]
+        names = self.manifest.class_names
+        if logits.shape != (len(names),):
+            raise FormatError(
+                f"the model has outputs of shape {logits.shape} for the {len(names)} "
+                "class names of the manifest; the bundle is damaged, make it anew",
+                path="class_names",
+            )
         shifted = np.exp(logits.astype(np.float64) - logits.max())
         shares = shifted / shifted.sum()
         label = int(shares.argmax())
-        names = self.manifest.class_names
         return Prediction(
             label=label,
             class_name=names[label],

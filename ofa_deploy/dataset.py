@@ -134,7 +134,8 @@ def _folder_files(root: Path) -> Iterator[_Entry]:
 
 
 def _zip_files(archive: zipfile.ZipFile) -> Iterator[_Entry]:
-    for name in sorted(archive.namelist()):
+    # By parts, as folders are listed; as texts, "a b/1.png" comes before "a/1.png".
+    for name in sorted(archive.namelist(), key=lambda name: name.split("/")):
         parts = name.rstrip("/").split("/")
         if name.endswith("/"):
             continue

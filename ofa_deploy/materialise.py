@@ -31,6 +31,41 @@ Weights = Mapping[str, NDArray[np.float32]]
 NORM_TENSORS = ("gamma", "beta", "mean", "variance")
 
 
+def stored_shapes(largest: NetworkPlan) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a supernet, by name.
+
+    Args:
+        largest: Plan of its largest network.
+    """
+    return {
+        f"{layer.name}.{name}": shape
+        for layer in largest.layers
+        for name, shape in _stored_shapes(layer).items()
+    }
+
+
+def _stored_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    if isinstance(layer, PoolLayer):
+        return {}
+    if isinstance(layer, LinearLayer):
+        outputs = layer.out_channels
+        return {"weight": (outputs, layer.in_channels), "bias": (outputs,)}
+    if isinstance(layer, SqueezeExciteLayer):
+        channels, middle = layer.channels, layer.middle_channels
+        return {
+            "reduce.weight": (middle, channels, 1, 1),
+            "reduce.bias": (middle,),
+            "expand.weight": (channels, middle, 1, 1),
+            "expand.bias": (channels,),
+        }
+    shapes: dict[str, tuple[int, ...]] = {"weight": layer.weight_shape}
+    for smaller, larger in pairwise(layer.kernels):
+        shapes[f"transform_{larger}to{smaller}"] = (smaller**2, smaller**2)
+    if layer.batch_norm:
+        shapes |= {f"norm.{name}": (layer.out_channels,) for name in NORM_TENSORS}
+    return shapes
+
+
 def materialise(stored: Weights, plan: NetworkPlan) -> dict[str, NDArray[np.float32]]:
     """The unfused weights of a plan, cut from a supernet's.
 

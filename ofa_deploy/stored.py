@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ofa_deploy.errors import DigestMismatch, FormatError
+from ofa_deploy.materialise import stored_shapes
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.accuracy import AccuracyPredictor, AccuracySample
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
@@ -154,7 +155,7 @@ def _decode(folder: Path, text: str) -> StoredSupernet:
         accuracy=(
             None if accuracy is None else AccuracyPredictor.from_arrays(space, accuracy)
         ),
-        samples=None if samples is None else _samples(samples),
+        samples=None if samples is None else _samples(space, samples),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
 
@@ -182,32 +183,50 @@ def _require_weights(
     for name, array in weights.items():
         if not np.isfinite(array).all():
             raise FormatError(f"{name} holds NaN or infinity", path="weights")
-    for layer in lower(space, space.largest()).layers:
-        name = f"{layer.name}.weight"
-        shape = getattr(layer, "weight_shape", None)
-        if shape is not None and (name not in weights or weights[name].shape != shape):
+    shapes = stored_shapes(lower(space, space.largest()))
+    for name, shape in shapes.items():
+        if name not in weights or weights[name].shape != shape:
             found = weights[name].shape if name in weights else "nothing"
             raise FormatError(
                 f"{name} should have shape {shape}; found {found}", path="weights"
             )
+    unknown = sorted(weights.keys() - shapes.keys())
+    if unknown:
+        raise FormatError(
+            f"{unknown[0]} is no tensor of space {space.name}", path="weights"
+        )
     return MappingProxyType(weights)
 
 
 def _images(arrays: Arrays) -> NDArray[np.uint8]:
     images = arrays.get("images")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4:
+    if (
+        images is None
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+    ):
         raise FormatError(
             "calibration images must be uint8 (n, H, W, 3)", path="calibration"
         )
     return images
 
 
-def _samples(arrays: Arrays) -> AccuracySample:
+def _samples(space: SearchSpace, arrays: Arrays) -> AccuracySample:
     try:
-        return AccuracySample(
-            genomes=arrays["genomes"],
-            accuracy=arrays["accuracy"],
-            image_count=int(arrays["image_count"][0]),
+        genomes, accuracy, image_count = (
+            arrays[name] for name in ("genomes", "accuracy", "image_count")
         )
     except KeyError as error:
         raise FormatError(f"missing array {error}", path="samples") from error
+    count, genes = len(accuracy), len(space.choice_counts)
+    shapes = (genomes.shape, accuracy.shape, image_count.shape)
+    if shapes != ((count, genes), (count,), (1,)):
+        raise FormatError(
+            f"genomes, accuracy and image_count have shapes {shapes}; (n, {genes}), "
+            "(n,) and (1,) belong here",
+            path="samples",
+        )
+    return AccuracySample(
+        genomes=genomes, accuracy=accuracy, image_count=int(image_count[0])
+    )

@@ -128,7 +128,7 @@ class _Graph:
         self._weights = weights
         self._form = form
         self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, onnx.TensorProto] = {}
+        self._constants: dict[str, NDArray[np.float32 | np.int64]] = {}
         self._statistics: list[tuple[str, int]] = []
 
     def add(
@@ -251,11 +251,7 @@ class _Graph:
         return self._add_array(name, self._weights[name])
 
     def _add_array(self, name: str, array: NDArray[np.float32 | np.int64]) -> str:
-        if name not in self._constants:
-            kind = TensorProto.INT64 if array.dtype == np.int64 else TensorProto.FLOAT
-            tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
-            tensor.raw_data = np.ascontiguousarray(array).tobytes()
-            self._constants[name] = tensor
+        self._constants.setdefault(name, array)
         return name
 
     def serialise(
@@ -275,18 +271,20 @@ class _Graph:
             outputs += [
                 value(f"{layer}.{part}", [channels]) for part in ("mean", "variance")
             ]
-        graph = helper.make_graph(
-            self._nodes,
-            name,
-            [value(INPUT_NAME, input_shape)],
-            outputs,
-            list(self._constants.values()),
-        )
-        model = helper.make_model(
-            graph,
-            producer_name="ofa-deploy",
-            ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-        )
+        # Filled in place: `make_graph` and `make_model` would each copy the weights.
+        model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="ofa-deploy")
+        model.opset_import.append(helper.make_opsetid("", OPSET))
+        model.graph.name = name
+        model.graph.node.extend(self._nodes)
+        model.graph.input.append(value(INPUT_NAME, input_shape))
+        model.graph.output.extend(outputs)
+        for label, array in self._constants.items():
+            integers = array.dtype == np.int64
+            model.graph.initializer.add(
+                name=label,
+                data_type=TensorProto.INT64 if integers else TensorProto.FLOAT,
+                dims=array.shape,
+                raw_data=array.tobytes(),
+            )
         serialised: bytes = model.SerializeToString()
         return serialised

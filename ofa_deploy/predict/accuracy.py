@@ -35,16 +35,14 @@ def one_hot(space: SearchSpace, genomes: Genomes) -> Floats:
 
     Unused slots are all zero; depth needs no feature of its own.
     """
-    used = space.active_slots(genomes)
-    parts = [np.eye(len(space.resolutions), dtype=np.float32)[genomes[:, 0]]]
-    gene, slot = space.first_slot_gene, 0
-    for stage in space.stages:
-        for _ in range(stage.max_depth):
-            for offset, choices in enumerate((stage.kernels, stage.expands)):
-                hot = np.eye(len(choices), dtype=np.float32)[genomes[:, gene + offset]]
-                parts.append(hot * used[:, slot, None])
-            gene, slot = gene + 2, slot + 1
-    return np.concatenate(parts, axis=1)
+    genes = np.concatenate([genomes[:, :1], genomes[:, space.first_slot_gene :]], 1)
+    used = np.repeat(space.active_slots(genomes), 2, axis=1)
+    used = np.concatenate([np.ones_like(used[:, :1]), used], axis=1)
+    counts = np.delete(space.choice_counts, np.arange(1, space.first_slot_gene))
+    columns = np.concatenate([[0], np.cumsum(counts)[:-1]]) + genes
+    features = np.zeros((len(genomes), counts.sum()), dtype=np.float32)
+    np.put_along_axis(features, columns, used.astype(np.float32), axis=1)
+    return features
 
 
 def from_one_hot(space: SearchSpace, features: Floats) -> Genomes:
@@ -140,7 +138,8 @@ class AccuracyPredictor:
         except (KeyError, IndexError) as error:
             raise FormatError(f"missing array {error}", path="accuracy") from error
         width = feature_count(space)
-        if not weights or weights[0][0].shape[0] != width:
+        wanted = _shapes(width)
+        if not weights or any([t.shape for t in m] != wanted for m in weights):
             raise FormatError(
                 f"the predictor does not take the {width} features of space "
                 f"{space.name}",
@@ -149,6 +148,14 @@ class AccuracyPredictor:
         return cls(
             space=space, weights=weights, base_accuracy=base, residual_std=spread
         )
+
+
+def _shapes(width: int) -> list[tuple[int, ...]]:
+    """Shapes of one member's tensors, for features of this width."""
+    shapes: list[tuple[int, ...]] = []
+    for inputs, outputs in pairwise([width] + [HIDDEN_UNITS] * HIDDEN_LAYERS):
+        shapes += [(inputs, outputs), (outputs,)]
+    return [*shapes, (HIDDEN_UNITS, 1)]
 
 
 def _forward(weights: Sequence[Floats], x: Floats) -> list[Floats]:

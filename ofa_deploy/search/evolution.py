@@ -211,9 +211,12 @@ def _fitness(
     problem: SearchProblem, genomes: Genomes, latency: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Accuracy within the budget; below it, and ordered by excess, outside."""
-    accuracy = problem.accuracy(genomes)
     excess = latency - problem.budget_ms
-    return np.where(excess <= 0, accuracy, -1.0 - excess / problem.budget_ms)
+    fitness = -1.0 - excess / problem.budget_ms
+    fits = excess <= 0
+    if fits.any():
+        fitness[fits] = problem.accuracy(genomes[fits])
+    return fitness
 
 
 def _best_different(

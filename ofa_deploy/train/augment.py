@@ -43,8 +43,8 @@ def network_input(
 ) -> Tensor:
     """`(N, 3, resolution, resolution)` float32, as `preprocess.prepare` makes it.
 
-    The resize is not rounded to whole grey values here; the difference is below half a
-    grey value.
+    The resize is not rounded to whole grey values here, as it is there once per axis;
+    the difference is up to one grey value.
     """
     mean = torch.tensor(normalisation.mean).view(1, 3, 1, 1)
     std = torch.tensor(normalisation.std).view(1, 3, 1, 1)

@@ -27,7 +27,7 @@ from ofa_deploy.train.evaluate import recalibrate_supernet
 from profilers.backends.base import Backend
 
 CALIBRATION_COUNT = 500
-SAMPLE_COUNT = 500
+SAMPLE_COUNT = 400
 SAMPLES_JOURNAL = "accuracy-samples.jsonl"
 _STATISTICS_IMAGES = 2_000
 _BATCH = 200

@@ -1,0 +1,53 @@
+"""Make a bundle that meets a latency budget on this machine.
+
+    python examples/specialize_for_a_budget.py --latency-ms 0.5 --out build/my-bundle
+
+Without a budget, the middle of what is reachable here is taken. The first call on a
+machine measures it, which takes about a minute; later calls read that table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from ofa_deploy import DeployError, InfeasibleBudget, Specializer
+
+
+def main() -> None:
+    """Specialise once, and show what the bundle says of itself."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="openvino-cpu")
+    parser.add_argument("--latency-ms", type=float)
+    parser.add_argument("--out", type=Path, default=Path("build/example-bundle"))
+    args = parser.parse_args()
+    console = Console(stderr=True)
+    with console.status("reading the latency table, or measuring this machine"):
+        session = Specializer(args.device)
+    reachable = session.reachable()
+    print(f"reachable: {reachable.fastest_ms:.3f} to {reachable.slowest_ms:.3f} ms")
+    budget_ms = args.latency_ms or round(reachable.middle_ms, 3)
+    try:
+        with console.status(f"specialising for {budget_ms} ms"):
+            bundle = session.specialize(budget_ms, out=args.out)
+    except InfeasibleBudget as error:
+        # Says what the fastest network takes, and what to ask for.
+        raise SystemExit(f"{error} (fastest: {error.fastest_ms:.3f} ms)") from error
+    except DeployError as error:
+        raise SystemExit(str(error)) from error
+    manifest = bundle.manifest
+    print(f"bundle    {bundle.path}")
+    print(f"network   {manifest.config_id}, {manifest.cost.mac_count / 1e6:.1f} MMACs")
+    print(f"budget    {manifest.budget_ms:.3f} ms")
+    print(f"predicted {manifest.predicted.ms:.3f} ms")
+    print(
+        f"measured  {manifest.measured.quiet_ms:.3f} ms in the quiet state, median "
+        f"{manifest.measured.median_ms:.3f} ms"
+    )
+    print(f"accuracy  {manifest.accuracy.value:.2%} ({manifest.accuracy.kind})")
+
+
+if __name__ == "__main__":
+    main()
