@@ -146,6 +146,19 @@ def predicted_accuracy(
     )
 
 
+def require_classes(evaluation: ImageSet, supernet: StoredSupernet) -> None:
+    """Refuse images of other classes than the supernet's.
+
+    Raises:
+        DataError: The classes, or their order, differ.
+    """
+    if evaluation.class_names != supernet.class_names:
+        raise DataError(
+            f"the evaluation data has classes {evaluation.class_names}, the "
+            f"supernet {supernet.class_names}; they must be the same"
+        )
+
+
 def measured_accuracy(
     supernet: StoredSupernet,
     exported: ExportedNetwork,
@@ -157,11 +170,7 @@ def measured_accuracy(
     Raises:
         DataError: The images have other classes than the supernet.
     """
-    if evaluation.class_names != supernet.class_names:
-        raise DataError(
-            f"the evaluation data has classes {evaluation.class_names}, the "
-            f"supernet {supernet.class_names}; they must be the same"
-        )
+    require_classes(evaluation, supernet)
     inputs = prepare(
         evaluation.images,
         resolution=exported.plan.resolution,

@@ -10,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import latency_tables
-from ofa_deploy.assembly import NO_PREDICTOR, VerifiedNetwork, assemble_bundle
+from ofa_deploy.assembly import (
+    NO_PREDICTOR,
+    VerifiedNetwork,
+    assemble_bundle,
+    require_classes,
+)
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.dataset import load_images
 from ofa_deploy.errors import DataError, DeployError, InfeasibleBudget
@@ -198,10 +203,13 @@ class Specializer:
             ParityError: An exported file computes something else.
             BundleError: The output folder is not free.
         """
+        require_budget(latency_ms)
         out = Path(out)
         require_free(out)
         images = self._calibration_images(calibration)
         evaluation = None if eval_data is None else load_images(Path(eval_data))[0]
+        if evaluation is not None:  # before the work, not after it
+            require_classes(evaluation, self.supernet)
         limit_ms = latency_ms / self.predictor.upper_ratio
         fastest_ms = float("inf")
         for _ in range(MAX_CANDIDATES):

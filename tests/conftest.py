@@ -3,10 +3,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CIFAR10_VARIABLE = "OFA_DEPLOY_CIFAR10"
+
+# How long an example takes is the machine's business, not the law's.
+hypothesis.settings.register_profile(
+    "laws",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("laws")
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,8 @@ def named_space(name: str, *, class_count: int) -> SearchSpace:
             return decode_space(parse_json(path.read_text(encoding="utf-8")))
         except FormatError as error:
             raise error.in_file(path.name) from error.__cause__
+        except UnicodeDecodeError as error:
+            raise SpaceError(f"{path.name} is not a text file: {error}") from error
     raise SpaceError(
         f"{name!r} is neither a space ({', '.join(SPACE_NAMES)}) nor a .json file"
     )

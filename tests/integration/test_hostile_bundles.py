@@ -1,0 +1,502 @@
+"""Files from elsewhere: what they may make us do is to refuse them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from ofa_deploy.bundle import Bundle
+from ofa_deploy.errors import BundleError, DeployError, DigestMismatch, FormatError
+from ofa_deploy.stored import (
+    ACCURACY_FILE,
+    CALIBRATION_FILE,
+    DESCRIPTION_FILE,
+    FILES,
+    SAMPLES_FILE,
+    WEIGHTS_FILE,
+    read_supernet,
+    write_supernet,
+)
+from tests.support import tiny, tiny_bundle
+
+BACKENDS = ("onnxruntime-cpu", "openvino-cpu")
+FILES_OF = {
+    "onnxruntime-cpu": ["latency_samples.json", "model.onnx", "reference.safetensors"],
+    "openvino-cpu": [
+        "latency_samples.json",
+        "model.bin",
+        "model.onnx",
+        "model.xml",
+        "reference.safetensors",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle per backend, and a supernet; not to be changed."""
+    folder = tmp_path_factory.mktemp("originals")
+    for backend in BACKENDS:
+        tiny_bundle.write_bundle(folder / backend, backend=backend)
+    write_supernet(folder / "supernet", tiny.stored())
+    return folder
+
+
+@pytest.fixture
+def bundle(originals: Path, tmp_path: Path) -> Path:
+    """A bundle to be changed."""
+    return Path(shutil.copytree(originals / "onnxruntime-cpu", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def supernet(originals: Path, tmp_path: Path) -> Path:
+    """A supernet to be changed."""
+    return Path(shutil.copytree(originals / "supernet", tmp_path / "supernet"))
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+# -- files of a bundle -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bundle_has_these_files(backend: str, originals: Path) -> None:
+    names = sorted(Bundle.open(originals / backend).manifest.files)
+    assert names == FILES_OF[backend]
+
+
+FILE_CASES = [(backend, name) for backend in BACKENDS for name in FILES_OF[backend]]
+
+
+@pytest.mark.parametrize(("backend", "name"), FILE_CASES)
+def test_a_changed_byte_is_seen(
+    backend: str, name: str, originals: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(originals / backend, tmp_path / "bundle")
+    recorded = Bundle.open(folder).manifest.files[name].sha256
+    flip_a_byte(folder / name)
+    actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    with pytest.raises(DigestMismatch) as caught:
+        Bundle.open(folder)
+    assert str(caught.value) == (
+        f"{name} has sha256 {actual[:16]}…, the recorded one is {recorded[:16]}…; the "
+        "file was changed or damaged. Restore it from where it came from; do not use "
+        "it"
+    )
+
+
+@pytest.mark.parametrize(("backend", "name"), FILE_CASES)
+def test_a_missing_file_is_seen(
+    backend: str, name: str, originals: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(originals / backend, tmp_path / "bundle")
+    (folder / name).unlink()
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    assert str(caught.value) == (
+        f"{folder} lacks {name}, which its manifest lists; the bundle is not complete. "
+        "Copy it again, or make it anew"
+    )
+
+
+def test_a_change_after_opening_is_seen_by_the_check(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    flip_a_byte(bundle / "model.onnx")
+    with pytest.raises(DigestMismatch):
+        opened.check()
+
+
+def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} is not a bundle: it has no manifest.json; give a folder that "
+        "`ofa-deploy specialize` wrote"
+    )
+
+
+# -- the manifest ----------------------------------------------------------------------
+
+
+def rewrite_manifest(bundle: Path, change: Callable[[Any], None]) -> None:
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def put(*path: str | int, value: object) -> Callable[[Any], None]:
+    def change(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return change
+
+
+def drop(*path: str) -> Callable[[Any], None]:
+    def change(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        del content[path[-1]]
+
+    return change
+
+
+def refused_manifest(bundle: Path) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        Bundle.open(bundle)
+    assert str(caught.value).startswith("manifest.json: ")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a/b",
+        "a\\b",
+        "..\\evil",
+        "manifest.json",
+    ],
+)
+def test_a_file_name_that_leads_elsewhere_is_refused(name: str, bundle: Path) -> None:
+    record = {"sha256": "0" * 64, "size_bytes": 1}
+    rewrite_manifest(bundle, put("files", name, value=record))
+    error = refused_manifest(bundle)
+    assert error.path == f"files[{json.dumps(name)}]"
+    assert str(error).endswith(f"{name!r} is not a plain file name inside the bundle")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "model.xml"])
+def test_a_model_that_is_not_among_the_files_is_refused(
+    name: str, bundle: Path
+) -> None:
+    rewrite_manifest(bundle, put("model_file", value=name))
+    error = refused_manifest(bundle)
+    assert str(error) == (f"manifest.json: model_file: {name!r} is not among the files")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (put("surprise", value=1), ""),
+        (put("measured", "surprise", value=1), "measured"),
+        (put("accuracy", "surprise", value=1), "accuracy"),
+        (put("files", "model.onnx", "surprise", value=1), 'files["model.onnx"]'),
+        (drop("budget_ms"), ""),
+        (drop("device", "arch"), "device"),
+        (drop("normalisation", "std"), "normalisation"),
+        (put("budget_ms", value="2"), "budget_ms"),
+        (put("budget_ms", value=True), "budget_ms"),
+        (put("budget_ms", value=-1), "budget_ms"),
+        (put("resolution", value=8.5), "resolution"),
+        (put("resolution", value=0), "resolution"),
+        (put("resolution", value=2**70), "resolution"),
+        (put("class_names", value="blue"), "class_names"),
+        (put("class_names", 0, value=0), "class_names[0]"),
+        (put("normalisation", "std", 1, value=0), "normalisation.std[1]"),
+        (put("normalisation", "mean", value=[1, 2]), "normalisation"),
+        (put("files", value=[]), "files"),
+        (put("files", "model.onnx", "size_bytes", value=-1), None),
+        (put("accuracy", "kind", value="hoped for"), "accuracy.kind"),
+        (put("measured", "p90_ms", value=0), "measured.p90_ms"),
+        (put("measured", "instability", value="none"), "measured.instability"),
+        (put("runtime", "threads", value="two"), "runtime.threads"),
+        (put("parity", "tolerance", value=0), "parity.tolerance"),
+        (put("cost", "mac_count", value=0), "cost.mac_count"),
+        (put("versions", "numpy", value=2), 'versions["numpy"]'),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_place(
+    change: Callable[[Any], None], where: str | None, bundle: Path
+) -> None:
+    rewrite_manifest(bundle, change)
+    error = refused_manifest(bundle)
+    assert error.path == (where or error.path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused(version: object, bundle: Path) -> None:
+    rewrite_manifest(bundle, put("format_version", value=version))
+    assert refused_manifest(bundle).path == "format_version"
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_no_json_is_refused(constant: str, bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(
+        path.read_text().replace('"budget_ms": 2.0', f'"budget_ms": {constant}')
+    )
+    assert str(refused_manifest(bundle)) == (
+        f"manifest.json: {constant} is not JSON; give a finite number"
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000]
+)
+def test_a_manifest_that_is_no_document_is_refused(
+    content: bytes, bundle: Path
+) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    with pytest.raises(FormatError, match=r"^manifest\.json"):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_survives_being_written_again(bundle: Path) -> None:
+    text = (bundle / "manifest.json").read_text()
+    assert Bundle.open(bundle).manifest.to_json() == text
+
+
+# -- a manifest that is well formed and lies -------------------------------------------
+
+
+def forge(bundle: Path, name: str, content: bytes) -> None:
+    """Replace a file, and make the manifest say that it is right."""
+    (bundle / name).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite_manifest(bundle, put("files", name, "sha256", value=digest))
+
+
+def refused_check(bundle: Path) -> str:
+    with Bundle.open(bundle) as opened, pytest.raises(DeployError) as caught:
+        opened.check()
+    return str(caught.value)
+
+
+def test_a_forged_model_fails_the_check(bundle: Path, originals: Path) -> None:
+    other = tiny_bundle.write_bundle(
+        bundle.parent / "other", config=tiny.random_configs(tiny.SPACE, 1)[0]
+    )
+    forge(bundle, "model.onnx", (other.path / "model.onnx").read_bytes())
+    refused_check(bundle)
+
+
+def test_a_model_that_is_no_model_fails_the_check(bundle: Path) -> None:
+    forge(bundle, "model.onnx", b"not a model")
+    assert refused_check(bundle).startswith("ONNX Runtime cannot ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no tensors", save({"image": np.zeros(3, dtype=np.float32)})],
+    ids=["empty", "text", "without outputs"],
+)
+def test_reference_outputs_that_are_none_fail_the_check(
+    content: bytes, bundle: Path
+) -> None:
+    forge(bundle, "reference.safetensors", content)
+    assert refused_check(bundle).startswith("reference.safetensors is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("images", "outputs"),
+    [((0, 3, 12, 12), (0, 3)), ((2, 3, 12, 12), (1, 3)), ((2, 3, 12, 12), (2, 4))],
+    ids=["no images", "fewer outputs", "more classes"],
+)
+def test_reference_outputs_of_another_shape_fail_the_check(
+    images: tuple[int, ...], outputs: tuple[int, ...], bundle: Path
+) -> None:
+    reference = {
+        "image": np.zeros(images, dtype=np.float32),
+        "logits": np.zeros(outputs, dtype=np.float32),
+    }
+    forge(bundle, "reference.safetensors", save(reference))
+    assert refused_check(bundle).startswith("reference.safetensors is damaged: ")
+
+
+def test_missing_reference_outputs_fail_the_check(bundle: Path) -> None:
+    rewrite_manifest(bundle, drop("files", "reference.safetensors"))
+    (bundle / "reference.safetensors").unlink()
+    refused_check(bundle)
+
+
+def test_a_runtime_that_is_unknown_fails_the_check(bundle: Path) -> None:
+    rewrite_manifest(bundle, put("runtime", "backend", value="abacus"))
+    assert refused_check(bundle) == (
+        "there is no backend 'abacus'; choose one of: onnxruntime-cpu, openvino-cpu"
+    )
+
+
+def test_class_names_that_do_not_fit_the_model_are_refused(bundle: Path) -> None:
+    rewrite_manifest(bundle, put("class_names", value=["blue", "green"]))
+    with Bundle.open(bundle) as opened, pytest.raises(DeployError):
+        opened.predict(tiny.images(per_class=1).images[0])
+
+
+# -- supernets -------------------------------------------------------------------------
+
+
+def test_a_supernet_survives_its_folder(originals: Path) -> None:
+    expected, found = tiny.stored(), read_supernet(originals / "supernet")
+    assert found.space == expected.space
+    assert found.weights.keys() == expected.weights.keys()
+    for name, array in expected.weights.items():
+        assert np.array_equal(found.weights[name], array), name
+    assert found.class_names == expected.class_names
+    assert found.normalisation == expected.normalisation
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte_of_a_supernet_is_seen(name: str, supernet: Path) -> None:
+    flip_a_byte(supernet / name)
+    with pytest.raises(DigestMismatch, match=f"^{name} has sha256 "):
+        read_supernet(supernet)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_off_file_of_a_supernet_is_seen(name: str, supernet: Path) -> None:
+    content = (supernet / name).read_bytes()
+    (supernet / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DigestMismatch, match=f"^{name} has sha256 "):
+        read_supernet(supernet)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_of_a_supernet_is_seen(name: str, supernet: Path) -> None:
+    (supernet / name).unlink()
+    with pytest.raises(FormatError, match=f"^supernet.json: {name} cannot be read: "):
+        read_supernet(supernet)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (put("surprise", value=1), ""),
+        (put("format_version", value=2), "format_version"),
+        (drop("space"), ""),
+        (put("space", "head", "class_count", value=4), "class_names"),
+        (put("space", "stages", 0, "stride", value=5), "space"),
+        (put("space", "stem", "out_channels", value=16), "weights"),
+        (put("class_names", value=[]), "class_names"),
+        (put("normalisation", "std", 0, value=-1), "normalisation.std[0]"),
+        (drop("files", WEIGHTS_FILE), "files"),
+        (put("files", "../evil", value="0" * 64), "files"),
+        (put("files", value={}), "files"),
+    ],
+)
+def test_a_wrong_description_is_refused_with_its_place(
+    change: Callable[[Any], None], where: str, supernet: Path
+) -> None:
+    path = supernet / DESCRIPTION_FILE
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError) as caught:
+        read_supernet(supernet)
+    assert caught.value.path == where
+    assert str(caught.value).startswith("supernet.json: ")
+
+
+def forge_tensors(
+    supernet: Path, name: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """Change a file's tensors, and make the description say that they are right."""
+    arrays = load((supernet / name).read_bytes())
+    change(arrays)
+    content = save({n: np.ascontiguousarray(a) for n, a in arrays.items()})
+    (supernet / name).write_bytes(content)
+    path = supernet / DESCRIPTION_FILE
+    description = json.loads(path.read_text())
+    description["files"][name] = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(description))
+
+
+# Of every kind that there is.
+TENSORS = [
+    name
+    for name in sorted(tiny.stored().weights)
+    if name.startswith(("stage2.block1", "head"))
+]
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_missing_weight_is_refused_by_name(tensor: str, supernet: Path) -> None:
+    forge_tensors(supernet, WEIGHTS_FILE, lambda arrays: arrays.pop(tensor))
+    with pytest.raises(FormatError, match=rf"weights: {tensor} should have shape"):
+        read_supernet(supernet)
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_weight_of_another_shape_is_refused_by_name(
+    tensor: str, supernet: Path
+) -> None:
+    def shorten(arrays: dict[str, Any]) -> None:
+        arrays[tensor] = arrays[tensor][:-1]
+
+    forge_tensors(supernet, WEIGHTS_FILE, shorten)
+    with pytest.raises(FormatError, match=rf"weights: {tensor} should have shape"):
+        read_supernet(supernet)
+
+
+def test_a_weight_that_no_layer_has_is_refused(supernet: Path) -> None:
+    extra = {"stage9.block1.expand.weight": np.zeros(1, dtype=np.float16)}
+    forge_tensors(supernet, WEIGHTS_FILE, lambda arrays: arrays.update(extra))
+    with pytest.raises(FormatError) as caught:
+        read_supernet(supernet)
+    assert str(caught.value) == (
+        "supernet.json: weights: stage9.block1.expand.weight is no tensor of space tiny"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_is_refused(value: float, supernet: Path) -> None:
+    def poison(arrays: dict[str, Any]) -> None:
+        arrays["head.classifier.bias"][0] = value
+
+    forge_tensors(supernet, WEIGHTS_FILE, poison)
+    with pytest.raises(FormatError) as caught:
+        read_supernet(supernet)
+    assert str(caught.value) == (
+        "supernet.json: weights: head.classifier.bias holds NaN or infinity"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "value"),
+    [
+        (CALIBRATION_FILE, "images", None),
+        (CALIBRATION_FILE, "images", np.zeros((2, 12, 12, 3), dtype=np.float32)),
+        (CALIBRATION_FILE, "images", np.zeros((2, 12, 12), dtype=np.uint8)),
+        (CALIBRATION_FILE, "images", np.zeros((2, 12, 12, 4), dtype=np.uint8)),
+        (ACCURACY_FILE, "base_accuracy", None),
+        (ACCURACY_FILE, "residual_std", np.zeros(0, dtype=np.float32)),
+        (ACCURACY_FILE, "member0.tensor0", np.zeros((3, 400), dtype=np.float32)),
+        (ACCURACY_FILE, "member0.tensor2", np.zeros((3, 400), dtype=np.float32)),
+        (ACCURACY_FILE, "member0.tensor6", None),
+        (SAMPLES_FILE, "genomes", None),
+        (SAMPLES_FILE, "genomes", np.zeros((2, 3), dtype=np.int64)),
+        (SAMPLES_FILE, "accuracy", np.zeros(1, dtype=np.float64)),
+        (SAMPLES_FILE, "image_count", np.zeros(0, dtype=np.int64)),
+    ],
+)
+def test_forged_extras_of_a_supernet_are_refused(
+    name: str, tensor: str, value: Any, supernet: Path
+) -> None:
+    def change(arrays: dict[str, Any]) -> None:
+        if value is None:
+            del arrays[tensor]
+        else:
+            arrays[tensor] = value
+
+    forge_tensors(supernet, name, change)
+    with pytest.raises(FormatError) as caught:
+        read_supernet(supernet)
+    assert caught.value.path == name.split(".")[0]

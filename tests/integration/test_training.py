@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.nn.supernet import Supernet
+from ofa_deploy.plan import NetworkPlan, lower
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.stored import StoredSupernet, read_supernet
+from ofa_deploy.train import finish, progressive
+from ofa_deploy.train.checkpoint import Checkpoint, read_checkpoint
+from ofa_deploy.train.finish import finish_supernet
+from ofa_deploy.train.progressive import (
+    CHECKPOINT_FILE,
+    SUPERNET_FOLDER,
+    TEACHER_FILE,
+    ProgressiveTraining,
+    TrainingProgress,
+)
+from ofa_deploy.train.recipe import Phase, Recipe, default_recipe, restrict
+from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from tests.support import tiny, train_tiny
+from tests.support.train_tiny import RECIPE, STEPS_PER_EPOCH, training
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    training(folder).run()
+    return folder
+
+
+def state(folder: Path) -> Checkpoint:
+    return read_checkpoint(folder / CHECKPOINT_FILE)
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    weights, others = state(found).weights, state(expected).weights
+    assert weights.keys() == others.keys()
+    different = [n for n in weights if not torch.equal(weights[n], others[n])]
+    assert different == []
+
+
+# -- interruptions ---------------------------------------------------------------------
+
+
+def kill_when_at(folder: Path, *, phase: int, step: int) -> None:
+    """Train in another process, and kill it once it has saved this position."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.train_tiny", str(folder)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while time.monotonic() < deadline:
+            if (folder / CHECKPOINT_FILE).exists():
+                position = state(folder).position
+                if (position.phase, position.step) >= (phase, step):
+                    return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        pytest.fail(f"no position {phase}, {step} within {PATIENCE_S:g} s")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [(0, 3), (1, 2), (2, 1)],
+    ids=["first phase", "kernel phase", "width phase"],
+)
+def test_a_killed_run_continues_to_the_same_weights(
+    phase: int, step: int, tmp_path: Path, trained: Path
+) -> None:
+    folder = tmp_path / "run"
+    kill_when_at(folder, phase=phase, step=step)
+    training(folder, resume=True).run()
+    assert_same_weights(folder, trained)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run from outside."""
+
+
+def interrupt_after(folder: Path, passes: int, *, resume: bool) -> None:
+    """Break off before the next training pass after so many."""
+    run = training(folder, resume=resume)
+    done = 0
+
+    def count(module: object, arguments: object) -> None:
+        nonlocal done
+        if torch.is_grad_enabled():
+            if done == passes:
+                raise Interrupted
+            done += 1
+
+    run.supernet.register_forward_pre_hook(count)
+    with pytest.raises(Interrupted):
+        run.run()
+
+
+def test_a_run_broken_off_again_and_again_comes_to_the_same_weights(
+    tmp_path: Path, trained: Path
+) -> None:
+    folder = tmp_path / "run"
+    interrupt_after(folder, 1, resume=False)
+    for passes in (5, 4, 7, 3):
+        interrupt_after(folder, passes, resume=True)
+    training(folder, resume=True).run()
+    assert_same_weights(folder, trained)
+
+
+def test_a_run_stopped_after_each_phase_comes_to_the_same_weights(
+    tmp_path: Path, trained: Path
+) -> None:
+    folder = tmp_path / "run"
+    for index, phase in enumerate(RECIPE.phases):
+        training(folder, resume=index > 0, stop_after=phase.name).run()
+    assert_same_weights(folder, trained)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = replace(RECIPE, phases=RECIPE.phases[:1])
+    training(folder, recipe=recipe).run()
+    before = state(folder).weights
+    again = training(folder, recipe=recipe, resume=True)
+    assert again.is_complete
+    again.run()
+    after = state(folder).weights
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_equal_seeds_train_equal_supernets(tmp_path: Path, trained: Path) -> None:
+    training(tmp_path / "again").run()
+    assert_same_weights(tmp_path / "again", trained)
+
+
+# -- refusals --------------------------------------------------------------------------
+
+
+def refusal(folder: Path, **changes: Recipe | ImageSet | bool | str) -> str:
+    with pytest.raises(TrainingError) as caught:
+        training(folder, **changes)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_resuming_with_another_recipe_is_refused(trained: Path) -> None:
+    other = replace(RECIPE, weight_decay=1e-4)
+    assert refusal(trained, resume=True, recipe=other) == (
+        f"the recipe is not the one that {trained} was started with; resume with the "
+        "same, or start a new folder"
+    )
+
+
+def test_resuming_with_other_images_is_refused(trained: Path) -> None:
+    other = tiny.images(per_class=30, seed=12)
+    assert refusal(trained, resume=True, images=other) == (
+        f"the training data is not the one that {trained} was started with; resume "
+        "with the same, or start a new folder"
+    )
+
+
+def test_resuming_with_other_labels_is_refused(trained: Path) -> None:
+    data = train_tiny.data()
+    other = replace(data, labels=data.labels[::-1].copy())
+    assert "the training data is not the one" in refusal(
+        trained, resume=True, images=other
+    )
+
+
+def test_resuming_with_another_space_is_refused(trained: Path, tmp_path: Path) -> None:
+    wider = replace(tiny.SPACE, head=replace(tiny.SPACE.head, expand_channels=40))
+    with pytest.raises(TrainingError, match=f"^{trained} holds a run of another space"):
+        ProgressiveTraining(
+            space=wider,
+            data=train_tiny.data(),
+            recipe=RECIPE,
+            settings=progressive.RunSettings(folder=trained, resume=True),
+            bf16=False,
+        )
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert refusal(tmp_path) == (
+        f"{tmp_path} is not empty; pass --resume to continue the run in it, or name "
+        "another folder"
+    )
+
+
+def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refusal(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, resume=True) == f"{tmp_path} holds no run to resume"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "text", "one byte of header"])
+@pytest.mark.parametrize("name", [CHECKPOINT_FILE, TEACHER_FILE])
+def test_a_damaged_state_is_refused(
+    damage: str, name: str, tmp_path: Path, trained: Path
+) -> None:
+    for file in (CHECKPOINT_FILE, TEACHER_FILE):
+        (tmp_path / file).write_bytes((trained / file).read_bytes())
+    content = (tmp_path / name).read_bytes()
+    damaged = {
+        "cut off": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint at all",
+        "one byte of header": content[:20] + b"\xff" + content[21:],
+    }[damage]
+    (tmp_path / name).write_bytes(damaged)
+    message = refusal(tmp_path, resume=True)
+    assert message.startswith(f"{tmp_path / name} is not a readable checkpoint (")
+
+
+def test_a_missing_teacher_is_refused(tmp_path: Path, trained: Path) -> None:
+    checkpoint = (trained / CHECKPOINT_FILE).read_bytes()
+    (tmp_path / CHECKPOINT_FILE).write_bytes(checkpoint)
+    assert refusal(tmp_path, resume=True).startswith(f"{tmp_path / TEACHER_FILE} ")
+
+
+def test_data_of_another_class_count_is_refused(tmp_path: Path) -> None:
+    data = train_tiny.data()
+    two = replace(data, labels=data.labels.clip(max=1), class_names=("a", "b"))
+    message = "space tiny has 3 classes, the data 2"
+    assert refusal(tmp_path / "run", images=two) == message
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "run", recipe=replace(RECIPE, batch_size=100)) == (
+        "81 training images are fewer than one batch of 100"
+    )
+
+
+def test_a_phase_that_is_not_in_the_recipe_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "run", stop_after="depth9") == (
+        "no phase 'depth9'; the recipe has full, kernel, width"
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    explosive = replace(RECIPE.phases[0], peak_learning_rate=1e30)
+    recipe = replace(RECIPE, phases=(explosive,))
+    with pytest.raises(TrainingError, match=r"^the loss is (nan|inf) at step \d+"):
+        training(tmp_path / "run", recipe=recipe).run()
+
+
+# -- what is trained -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_learns_the_colours(tmp_path: Path) -> None:
+    longer = replace(RECIPE.phases[0], epochs=6, peak_learning_rate=0.05)
+    seen: list[TrainingProgress] = []
+    run = training(tmp_path / "run", recipe=replace(RECIPE, phases=(longer,)))
+    run.run(seen.append)
+    losses = [p.loss for p in seen if p.step % STEPS_PER_EPOCH == 0]
+    assert losses[-1] < losses[0] - 0.2
+    assert seen[-1].accuracies["largest"] >= 0.8
+
+
+@pytest.mark.parametrize("index", range(len(RECIPE.phases)))
+def test_a_phase_trains_only_its_own_choices(index: int, tmp_path: Path) -> None:
+    phase = RECIPE.phases[index]
+    folder = tmp_path / "run"
+    if index:
+        before = RECIPE.phases[index - 1].name
+        training(folder, stop_after=before).run()
+    run = training(folder, resume=index > 0, stop_after=phase.name)
+    trained: set[SubnetConfig] = set()
+
+    def note(module: Supernet, arguments: tuple[Tensor, NetworkPlan]) -> None:
+        if module.training and torch.is_grad_enabled():
+            trained.add(arguments[1].config)
+
+    run.supernet.register_forward_pre_hook(note)
+    run.run()
+    allowed = restrict(tiny.SPACE, phase)
+    assert trained
+    for config in trained:
+        allowed.validate(config)
+
+
+def test_the_first_phase_holds_one_network_per_resolution() -> None:
+    allowed = restrict(tiny.SPACE, RECIPE.phases[0])
+    assert allowed.count() == len(tiny.SPACE.resolutions)
+
+
+def test_the_last_phase_of_the_default_recipe_holds_the_whole_space() -> None:
+    assert restrict(tiny.SPACE, default_recipe().phases[-1]) == tiny.SPACE
+
+
+def test_phases_of_the_default_recipe_only_ever_widen_the_choices() -> None:
+    counts = [restrict(tiny.SPACE, p).count() for p in default_recipe().phases]
+    assert counts == sorted(counts)
+
+
+def test_bfloat16_trains_too(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, phases=RECIPE.phases[:1])
+    run = training(tmp_path / "run", recipe=recipe, bf16=True)
+    run.run()
+    assert run.is_complete
+
+
+def test_a_scaled_recipe_keeps_at_least_an_epoch_a_phase() -> None:
+    scaled = default_recipe().scaled(0.01)
+    assert {phase.epochs for phase in scaled.phases} == {1}
+
+
+def test_a_recipe_whose_first_phase_has_a_teacher_is_refused() -> None:
+    with pytest.raises(TrainingError) as caught:
+        Recipe(phases=(Phase(name="full", epochs=1, peak_learning_rate=0.1),))
+    assert str(caught.value) == (
+        "the first phase trains the teacher and cannot have one itself"
+    )
+
+
+def test_a_batch_of_one_is_refused() -> None:
+    with pytest.raises(TrainingError) as caught:
+        replace(RECIPE, batch_size=1)
+    assert str(caught.value) == (
+        "batch_size=1 must be at least 2: batch norm needs more than one image"
+    )
+
+
+# -- the stored supernet, and what comes after -----------------------------------------
+
+
+def test_the_stored_supernet_is_the_last_state_rounded(trained: Path) -> None:
+    stored = read_supernet(trained / SUPERNET_FOLDER)
+    for name, tensor in state(trained).weights.items():
+        rounded = tensor.numpy().astype(np.float16).astype(np.float32)
+        assert np.array_equal(stored.weights[name], rounded), name
+
+
+def finished(folder: Path, sample_count: int = 12) -> StoredSupernet:
+    run = training(folder, resume=True)
+    return finish_supernet(
+        folder,
+        training=run.images.training,
+        validation=run.images.validation,
+        backend=OnnxRuntimeCpu(),
+        threads=1,
+        seed=0,
+        calibration_count=6,
+        sample_count=sample_count,
+    )
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A finished training that a test may change."""
+    target = tmp_path / "run"
+    (target / SUPERNET_FOLDER).mkdir(parents=True)
+    for file in trained.rglob("*.*"):
+        if file.is_file():
+            (target / file.relative_to(trained)).write_bytes(file.read_bytes())
+    return target
+
+
+def test_finishing_adds_all_that_specialising_needs(copied: Path) -> None:
+    supernet = finished(copied)
+    assert supernet.calibration is not None
+    assert supernet.calibration.shape == (6, 12, 12, 3)
+    assert supernet.accuracy is not None
+    assert supernet.samples is not None
+    assert len(supernet.samples.genomes) == 12
+
+
+def test_measured_accuracies_are_of_different_networks_and_the_extremes(
+    copied: Path,
+) -> None:
+    samples = finished(copied).samples
+    assert samples is not None
+    configs = [tiny.SPACE.decode(row) for row in samples.genomes]
+    assert len(set(configs)) == 12
+    assert {tiny.SPACE.largest(), tiny.SPACE.smallest()} <= set(configs)
+    assert samples.image_count == 9
+
+
+def test_finishing_goes_on_after_its_journal_was_cut_off(copied: Path) -> None:
+    whole = finished(copied)
+    journal = copied / finish.SAMPLES_JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 12
+    journal.write_text("".join(lines[:7]) + lines[7][:15])
+    again = finished(copied)
+    assert whole.samples is not None
+    assert again.samples is not None
+    assert np.array_equal(whole.samples.genomes, again.samples.genomes)
+    assert np.array_equal(whole.samples.accuracy, again.samples.accuracy)
+
+
+def test_a_cut_off_journal_is_whole_after_going_on(copied: Path) -> None:
+    finished(copied)
+    journal = copied / finish.SAMPLES_JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:7]) + lines[7][:15])
+    finished(copied)
+    names = set()
+    for line in journal.read_text().splitlines():
+        try:
+            names.add(json.loads(line)["id"])
+        except ValueError:
+            continue
+    assert len(names) == 12
+
+
+def test_finishing_again_measures_nothing_again(copied: Path) -> None:
+    finished(copied)
+    journal = copied / finish.SAMPLES_JOURNAL
+    before = journal.read_text()
+    finished(copied)
+    assert journal.read_text() == before
+
+
+def test_a_sampled_accuracy_is_that_of_the_network(copied: Path) -> None:
+    from ofa_deploy.evaluation import Evaluator
+
+    supernet = finished(copied)
+    assert supernet.samples is not None
+    run = training(copied, resume=True)
+    evaluator = Evaluator(
+        supernet,
+        data=run.images.validation,
+        calibration=supernet.calibration,
+        backend=OnnxRuntimeCpu(),
+        threads=1,
+    )
+    for row, expected in zip(
+        supernet.samples.genomes[:3], supernet.samples.accuracy[:3], strict=True
+    ):
+        plan = lower(tiny.SPACE, tiny.SPACE.decode(row))
+        assert evaluator.accuracy(plan) == expected

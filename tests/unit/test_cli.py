@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ofa_deploy import cli, pipeline
+from ofa_deploy.cli import main
+from ofa_deploy.errors import BundleError
+from ofa_deploy.plan import lower
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.space_file import encode_space
+from ofa_deploy.stored import write_supernet
+from profilers import MeasureSettings
+from profilers.backends import get_backend
+from profilers.device import this_device
+from tests.support import tiny, tiny_bundle
+
+COMMANDS = ("check", "demo", "doctor", "profile", "specialize", "train")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code, standard output, and what it told people."""
+
+    code: int
+    output: str
+    told: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, as its entry point runs it."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ofa-deploy", *map(str, arguments)])
+        monkeypatch.setattr(cli._console, "width", 1000)
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code=code, output=captured.out, told=captured.err)
+
+    return call
+
+
+def assert_refused(outcome: Outcome, message: str) -> None:
+    assert outcome.told.strip() == f"error: {message}"
+    assert (outcome.code, outcome.output) == (1, "")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle; not to be changed."""
+    return tiny_bundle.write_bundle(tmp_path_factory.mktemp("cli") / "bundle").path
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("supernet")
+    write_supernet(folder, tiny.stored())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of this machine and ONNX Runtime, by formula."""
+
+    def network_ms(config: SubnetConfig) -> float:
+        return sum(tiny.work_ms(block) for block in lower(tiny.SPACE, config).blocks)
+
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    tiny.latency_table(
+        tiny.SPACE,
+        networks=tiny.random_configs(tiny.SPACE, 20),
+        network_ms=network_ms,
+        device=this_device(),
+        runtime=get_backend("onnxruntime-cpu").runtime(threads=1),
+        origin="measured",
+    ).save(path)
+    return path
+
+
+# -- help ------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    outcome = run("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert f" {command} " in outcome.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, run: Run) -> None:
+    outcome = run(command, "--help")
+    assert outcome.code == 0
+    assert f"{command} [OPTIONS]" in outcome.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["check"],
+        ["specialize", "--latency-ms", "fast", "--out", "x"],
+        ["specialize", "--out", "x"],
+        ["doctor", "--no-such-option"],
+    ],
+)
+def test_wrong_usage_ends_with_code_two(arguments: list[str], run: Run) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.told
+
+
+# -- check -----------------------------------------------------------------------------
+
+
+def test_an_intact_bundle_is_said_to_be_intact(original: Path, run: Run) -> None:
+    outcome = run("check", original)
+    assert outcome.code == 0
+    assert outcome.told.startswith(f"{original} is intact: every digest matches")
+
+
+def test_a_check_in_json_is_nothing_but_json(original: Path, run: Run) -> None:
+    outcome = run("check", original, "--json")
+    assert outcome.told == ""
+    assert json.loads(outcome.output)["top1_agreement"] == 1.0
+
+
+def test_a_missing_bundle_is_refused(tmp_path: Path, run: Run) -> None:
+    assert_refused(
+        run("check", tmp_path / "none"),
+        f"{tmp_path / 'none'} is not a bundle: it has no manifest.json; give a folder "
+        "that `ofa-deploy specialize` wrote",
+    )
+
+
+def test_a_damaged_bundle_is_refused(original: Path, tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(original, tmp_path / "bundle")
+    (folder / "model.onnx").write_bytes(b"")
+    outcome = run("check", folder)
+    assert outcome.code == 1
+    assert outcome.told.startswith("error: model.onnx has sha256 ")
+
+
+def test_brackets_in_a_message_are_printed_as_they_are(
+    tmp_path: Path, run: Run
+) -> None:
+    outcome = run("check", tmp_path / "[red]none[/red]")
+    assert "[red]none[/red] is not a bundle" in outcome.told
+
+
+def test_debugging_raises_the_error_itself(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(BundleError):
+        run("--debug", "check", tmp_path)
+
+
+# -- specialize ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["0", "-0.5", "nan", "inf"])
+def test_a_budget_that_makes_no_sense_is_refused(
+    budget: str, tmp_path: Path, run: Run
+) -> None:
+    assert_refused(
+        run("specialize", "--latency-ms", budget, "--out", tmp_path / "bundle"),
+        f"a latency budget of {float(budget)} ms makes no sense; give a finite number "
+        "above 0, such as 0.5",
+    )
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_refused(
+        run("specialize", "--latency-ms", "1", "--out", tmp_path),
+        f"{tmp_path} exists and is not an empty folder; name another output folder, "
+        "or remove it first",
+    )
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "bundle"
+    assert_refused(
+        run("specialize", "--latency-ms", "1", "--out", out, "--device", "tpu"),
+        "device 'tpu' is unknown; there are onnxruntime-cpu, openvino-cpu, optionally "
+        "with ?threads=N",
+    )
+
+
+def test_a_budget_that_nothing_meets_is_refused(
+    supernet: Path, table: Path, tmp_path: Path, run: Run
+) -> None:
+    outcome = run(
+        *("specialize", "--latency-ms", "1e-6", "--out", tmp_path / "bundle"),
+        *("--device", "onnxruntime-cpu", "--supernet", supernet, "--table", table),
+    )
+    assert outcome.code == 1
+    assert "error: no network of tiny meets 1e-06 ms on" in outcome.told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_bundle_in_json_is_its_manifest_and_its_path(
+    supernet: Path,
+    table: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = MeasureSettings(
+        visits=2,
+        runs_per_visit=2,
+        warmup_runs=1,
+        anchor_repeats=1,
+        seed=0,
+        target_relative_error=10.0,
+        max_seconds=0.5,
+    )
+    monkeypatch.setattr(pipeline, "VERIFY_SETTINGS", quick)
+    monkeypatch.setattr(pipeline, "VERIFY_PROCESSES", 1)
+    out = tmp_path / "bundle"
+    outcome = run(
+        *("specialize", "--latency-ms", "10000", "--out", out, "--json"),
+        *("--device", "onnxruntime-cpu", "--supernet", supernet, "--table", table),
+    )
+    assert (outcome.code, outcome.told) == (0, "")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert json.loads(outcome.output) == {**manifest, "path": str(out)}
+
+
+# -- doctor ----------------------------------------------------------------------------
+
+
+def test_the_doctor_names_this_machine_in_json(run: Run) -> None:
+    found = json.loads(run("doctor", "--json").output)
+    assert found["device"]["cpu_model"] == this_device().cpu_model
+
+
+def test_the_doctor_speaks_to_people(run: Run) -> None:
+    assert this_device().cpu_model in run("doctor").told
+
+
+# -- train -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.npz"
+    images = tiny.images(per_class=20)
+    np.savez(path, images=images.images, labels=images.labels)
+    return path
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(encode_space(tiny.SPACE)))
+    return path
+
+
+def train(run: Run, data: Path, out: Path, *more: str | Path) -> Outcome:
+    return run("train", "--data", data, "--out", out, "--threads", "1", *more)
+
+
+def test_missing_training_data_is_refused(tmp_path: Path, run: Run) -> None:
+    assert_refused(
+        train(run, tmp_path / "none", tmp_path / "run"),
+        f"{tmp_path / 'none'} does not exist; give a folder, .zip or .npz of images",
+    )
+
+
+def test_an_unknown_space_is_refused(data: Path, tmp_path: Path, run: Run) -> None:
+    assert_refused(
+        train(run, data, tmp_path / "run", "--space", "huge"),
+        "'huge' is neither a space (mbv3-small, mbv3-imagenet-w1.0, "
+        "mbv3-imagenet-w1.2) nor a .json file",
+    )
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b'{"name": "x"}'])
+def test_a_space_file_that_is_none_is_refused(
+    content: bytes, data: Path, tmp_path: Path, run: Run
+) -> None:
+    path = tmp_path / "space.json"
+    path.write_bytes(content)
+    outcome = train(run, data, tmp_path / "run", "--space", path)
+    assert outcome.code == 1
+    assert outcome.told.strip().startswith("error: ")
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan"])
+def test_a_scale_that_makes_no_sense_is_refused(
+    scale: str, data: Path, tmp_path: Path, run: Run
+) -> None:
+    outcome = train(run, data, tmp_path / "run", "--epochs-scale", scale)
+    assert_refused(outcome, f"epochs scale {float(scale)} must be above 0")
+
+
+def test_images_that_are_not_square_are_refused(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "wide.npz"
+    images: Any = np.zeros((4, 8, 12, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.array([0, 1, 0, 1]))
+    assert_refused(
+        train(run, path, tmp_path / "run"),
+        "images are 12×8; training needs square ones: crop them first",
+    )
+
+
+def test_resuming_nothing_is_refused(
+    data: Path, space_file: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    outcome = train(
+        run, data, out, "--resume", "--space", space_file, "--batch-size", "12"
+    )
+    assert_refused(outcome, f"{out} holds no run to resume")
+
+
+@pytest.mark.slow
+def test_training_stops_after_a_phase_and_resumes(
+    data: Path, space_file: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "run"
+    options = (
+        *("--space", space_file, "--batch-size", "12", "--epochs-scale", "0.05"),
+    )
+    first = train(run, data, out, *options, "--stop-after", "full")
+    again = train(run, data, out, *options, "--stop-after", "kernel", "--resume")
+    assert (first.code, again.code) == (0, 0)
+    assert (out / "phase-kernel.safetensors").is_file()
+    assert f"results in {out}" in again.told

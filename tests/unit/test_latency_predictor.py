@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ofa_deploy.errors import UnmeasuredBlock
+from ofa_deploy.families import mbv3
+from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.predict.latency import (
+    ONE_SIDED_95,
+    LatencyPredictor,
+    features,
+    fit_latency_predictor,
+    look_up_blocks,
+)
+from ofa_deploy.profiling import calibration_networks
+from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.space import SearchSpace, SubnetConfig
+from profilers import LatencyTable
+from tests.support import tiny
+from tests.support.tiny import work_ms
+
+SMALL = mbv3.small()
+CONSTANT_MS = 0.01
+# What stem and head, then each stage, cost in a network, of what they cost alone.
+TRUE_SHARES = (0.9, 0.8, 0.7, 0.85)
+
+
+def stage_sums_ms(space: SearchSpace, config: SubnetConfig) -> list[float]:
+    """Stem and head, then each stage, by adding blocks one by one."""
+    sums = [0.0] * (1 + len(space.stages))
+    for block in lower(space, config).blocks:
+        stage = int(block.name[5]) if block.name.startswith("stage") else 0
+        sums[stage] += work_ms(block)
+    return sums
+
+
+def true_ms(space: SearchSpace) -> Callable[[SubnetConfig], float]:
+    def latency(config: SubnetConfig) -> float:
+        sums = stage_sums_ms(space, config)
+        return CONSTANT_MS + sum(
+            share * ms for share, ms in zip(TRUE_SHARES, sums, strict=False)
+        )
+
+    return latency
+
+
+def table(space: SearchSpace, *, network_count: int = 48) -> LatencyTable:
+    rng = np.random.default_rng(0)
+    networks = calibration_networks(space, count=network_count, rng=rng)
+    return tiny.latency_table(space, networks=networks, network_ms=true_ms(space))
+
+
+def fitted(space: SearchSpace) -> LatencyPredictor:
+    return fit_latency_predictor(space, table(space))
+
+
+@pytest.mark.parametrize("space", [tiny.SPACE, SMALL], ids=lambda s: s.name)
+def test_weighted_stage_sums_are_recovered_within_a_percent(
+    space: SearchSpace,
+) -> None:
+    predictor = fitted(space)
+    drawn = space.sample(200, np.random.default_rng(9))
+    truth = np.array([true_ms(space)(space.decode(row)) for row in drawn])
+    np.testing.assert_allclose(predictor.predict_ms(drawn), truth, rtol=0.01)
+
+
+def test_features_are_the_sums_done_by_hand() -> None:
+    blocks = look_up_blocks(
+        SMALL, {key: work_ms(block) for key, block in all_blocks(SMALL).items()}
+    )
+    drawn = SMALL.sample(50, np.random.default_rng(1))
+    expected = [[1.0, *stage_sums_ms(SMALL, SMALL.decode(row))] for row in drawn]
+    np.testing.assert_allclose(features(SMALL, blocks, drawn), expected)
+
+
+def test_many_networks_at_once_are_predicted_as_one_by_one() -> None:
+    predictor = fitted(tiny.SPACE)
+    genomes = enumerate_genomes(tiny.SPACE)
+    together = predictor.predict_ms(genomes)
+    alone = [predictor.estimate(tiny.SPACE.decode(row)).ms for row in genomes]
+    np.testing.assert_allclose(together, alone)
+
+
+def test_a_prediction_is_constant_plus_weighted_sums() -> None:
+    predictor = fitted(tiny.SPACE)
+    config = tiny.SPACE.largest()
+    by_hand = predictor.weights[0] + sum(
+        weight * ms
+        for weight, ms in zip(
+            predictor.weights[1:], stage_sums_ms(tiny.SPACE, config), strict=True
+        )
+    )
+    assert predictor.estimate(config).ms == pytest.approx(by_hand)
+
+
+def noisy_predictor(seed: int) -> LatencyPredictor:
+    """Fitted to networks measured with an error of 3 %."""
+    exact = table(tiny.SPACE, network_count=60)
+    rng = np.random.default_rng(seed)
+    networks = {
+        name: tiny.measurement(name, m.quiet_ms * (1 + 0.03 * rng.standard_normal()))
+        for name, m in exact.networks.items()
+    }
+    return fit_latency_predictor(tiny.SPACE, replace(exact, networks=networks))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_residual_is_about_the_measurements_own_error(seed: int) -> None:
+    assert 0.02 < noisy_predictor(seed).residual_ratio < 0.05
+
+
+def test_the_interval_lies_around_the_prediction() -> None:
+    predictor = noisy_predictor(0)
+    estimate = predictor.estimate(tiny.SPACE.largest())
+    margin = 1.96 * predictor.residual_ratio
+    assert estimate.low_ms == pytest.approx(estimate.ms * (1 - margin))
+    assert estimate.high_ms == pytest.approx(estimate.ms * (1 + margin))
+
+
+def test_nearly_all_true_latencies_lie_in_their_intervals() -> None:
+    predictor = noisy_predictor(0)
+    inside = []
+    for row in enumerate_genomes(tiny.SPACE):
+        config = tiny.SPACE.decode(row)
+        estimate = predictor.estimate(config)
+        truth = true_ms(tiny.SPACE)(config)
+        inside.append(estimate.low_ms <= truth <= estimate.high_ms)
+    assert np.mean(inside) >= 0.95
+
+
+def test_the_upper_ratio_is_the_one_sided_bound() -> None:
+    predictor = noisy_predictor(0)
+    assert predictor.upper_ratio == 1 + ONE_SIDED_95 * predictor.residual_ratio
+
+
+def test_without_a_measured_difference_the_predictor_adds_plain_sums() -> None:
+    same = [tiny.SPACE.largest(), tiny.SPACE.smallest()]
+    sums = tiny.latency_table(
+        tiny.SPACE,
+        networks=same,
+        network_ms=lambda config: sum(stage_sums_ms(tiny.SPACE, config)),
+    )
+    weights = fit_latency_predictor(tiny.SPACE, sums).weights
+    np.testing.assert_allclose(weights, [0, 1, 1, 1], atol=1e-9)
+
+
+def test_a_missing_block_is_named() -> None:
+    whole = table(tiny.SPACE)
+    missing = sorted(whole.blocks)[0]
+    rest = {key: m for key, m in whole.blocks.items() if key != missing}
+    with pytest.raises(UnmeasuredBlock) as caught:
+        fit_latency_predictor(tiny.SPACE, replace(whole, blocks=rest))
+    assert str(caught.value) == (
+        f"block {missing} is not in the latency table; the table is of another space. "
+        "Run `ofa-deploy profile` to measure this one"
+    )
+
+
+@pytest.mark.parametrize("key", sorted(all_blocks(tiny.SPACE)))
+def test_no_block_may_be_missing(key: str) -> None:
+    latency_ms = {k: work_ms(b) for k, b in all_blocks(tiny.SPACE).items() if k != key}
+    with pytest.raises(UnmeasuredBlock, match=key):
+        look_up_blocks(tiny.SPACE, latency_ms)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_networks_are_refused(count: int) -> None:
+    whole = table(tiny.SPACE)
+    few = dict(list(whole.networks.items())[:count])
+    with pytest.raises(UnmeasuredBlock) as caught:
+        fit_latency_predictor(tiny.SPACE, replace(whole, networks=few))
+    assert str(caught.value) == (
+        f"the table holds {count} whole networks; at least 2 are needed to calibrate. "
+        "Run `ofa-deploy profile`"
+    )
+
+
+def test_calibration_networks_are_different_and_hold_the_extremes() -> None:
+    rng = np.random.default_rng(0)
+    networks = calibration_networks(SMALL, count=20, rng=rng)
+    assert len(set(networks)) == len(networks) == 20
+    assert {SMALL.largest(), SMALL.smallest()} <= set(networks)

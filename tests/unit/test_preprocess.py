@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofa_deploy.errors import DataError, FormatError
+from ofa_deploy.preprocess import (
+    Normalisation,
+    decode_normalisation,
+    measure_normalisation,
+    prepare,
+    resize,
+)
+from ofa_deploy.train.augment import crop_and_flip, network_input
+from profilers.json_reader import JsonNode
+from tests.support import tiny
+
+IMAGES = tiny.images(per_class=4).images
+PLAIN = Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def test_normalised_training_images_have_mean_zero_and_spread_one() -> None:
+    values = measure_normalisation(IMAGES).apply(IMAGES)
+    np.testing.assert_allclose(values.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(values.std((0, 2, 3)), 1, atol=1e-5)
+
+
+def test_each_channel_is_normalised_by_its_own_figures() -> None:
+    normalisation = Normalisation(mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
+    image = np.full((1, 1, 1, 3), 40, dtype=np.uint8)
+    assert normalisation.apply(image)[0, :, 0, 0].tolist() == [30.0, 10.0, 2.5]
+
+
+def test_channels_come_before_rows_and_columns() -> None:
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(1, 2, 3, 3)
+    assert PLAIN.apply(image)[0, 1].tolist() == [[1, 4, 7], [10, 13, 16]]
+
+
+def test_a_network_input_is_float32_and_contiguous() -> None:
+    inputs = prepare(IMAGES, resolution=8, normalisation=PLAIN)
+    assert inputs.dtype == np.float32
+    assert inputs.shape == (len(IMAGES), 3, 8, 8)
+    assert inputs.flags.c_contiguous
+
+
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    assert np.array_equal(resize(IMAGES, 12), IMAGES)
+
+
+@given(value=st.integers(0, 255), size=st.integers(1, 40))
+def test_a_plain_colour_stays_plain_at_every_size(value: int, size: int) -> None:
+    images = np.full((1, 12, 9, 3), value, dtype=np.uint8)
+    resized = resize(images, size)
+    assert np.array_equal(resized, np.full((1, size, size, 3), value, dtype=np.uint8))
+
+
+@pytest.mark.parametrize("resolution", [8, 10, 12, 16])
+def test_training_and_deployment_see_the_same_input(resolution: int) -> None:
+    deployed = prepare(IMAGES, resolution=resolution, normalisation=tiny.NORMALISATION)
+    trained = network_input(
+        torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy()),
+        resolution=resolution,
+        normalisation=tiny.NORMALISATION,
+    )
+    grey_values = np.abs(trained.numpy() - deployed) * np.array(
+        tiny.NORMALISATION.std
+    ).reshape(1, 3, 1, 1)
+    # Deployment rounds once per axis, to whole grey values.
+    assert grey_values.max() <= 1.001
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((12, 12, 3), dtype=np.uint8),
+        np.zeros((1, 12, 12, 1), dtype=np.uint8),
+        np.zeros((1, 12, 12, 3), dtype=np.float32),
+    ],
+    ids=["one image", "one channel", "floats"],
+)
+def test_arrays_that_are_no_images_are_refused(images: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(images, resolution=8, normalisation=PLAIN)
+    assert str(caught.value) == (
+        "images must be uint8 of shape (count, height, width, 3); got "
+        f"{images.dtype} of shape {images.shape}"
+    )
+
+
+def test_a_normalisation_survives_json() -> None:
+    node = JsonNode({"mean": [1.0, 2.0, 3.0], "std": [4.0, 5.0, 6.0]})
+    assert decode_normalisation(node) == Normalisation(
+        mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "path"),
+    [
+        ([1.0, 2.0], [1.0, 1.0, 1.0], ""),
+        ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], ""),
+        ([1.0, 2.0, 3.0], [1.0, 0.0, 1.0], "std[1]"),
+        ([1.0, "2", 3.0], [1.0, 1.0, 1.0], "mean[1]"),
+    ],
+)
+def test_a_normalisation_that_makes_no_sense_is_refused(
+    mean: list[Any], std: list[Any], path: str
+) -> None:
+    with pytest.raises(FormatError) as caught:
+        decode_normalisation(JsonNode({"mean": mean, "std": std}))
+    assert caught.value.path == path
+
+
+# -- augmentation ----------------------------------------------------------------------
+
+
+def test_without_shift_an_image_stays_or_is_mirrored() -> None:
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    found = crop_and_flip(images, padding=0, rng=np.random.default_rng(0))
+    mirrored = [
+        bool(torch.equal(f, i.flip(2))) for f, i in zip(found, images, strict=True)
+    ]
+    same = [bool(torch.equal(f, i)) for f, i in zip(found, images, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert any(mirrored)
+    assert any(same)
+
+
+def test_augmentation_repeats_with_its_seed() -> None:
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    first, again = (
+        crop_and_flip(images, padding=2, rng=np.random.default_rng(4)) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+def test_augmentation_keeps_shape_and_type() -> None:
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    found = crop_and_flip(images, padding=2, rng=np.random.default_rng(4))
+    assert (found.shape, found.dtype) == (images.shape, torch.uint8)
