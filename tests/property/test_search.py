@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,12 +262,6 @@ def test_an_ensemble_predicts_the_mean_of_its_members() -> None:
         SPACE, tiny.sample(), rng=np.random.default_rng(5), members=2, epochs=2
     )
     members = [
-        AccuracyPredictor(
-            space=SPACE,
-            weights=(member,),
-            base_accuracy=ensemble.base_accuracy,
-            residual_std=0.0,
-        ).predict(ALL)
-        for member in ensemble.weights
+        replace(ensemble, weights=(member,)).predict(ALL) for member in ensemble.weights
     ]
     np.testing.assert_allclose(ensemble.predict(ALL), np.mean(members, axis=0))
