@@ -38,6 +38,15 @@ def crop_and_flip(images: Tensor, *, padding: int, rng: np.random.Generator) -> 
     ]
 
 
+def resize_bilinear(x: Tensor, size: int) -> Tensor:
+    """`(N, 3, H, W)` to `(N, 3, size, size)`, antialiased as Pillow does it."""
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(
+        x, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
 def network_input(
     images: Tensor, *, resolution: int, normalisation: Normalisation
 ) -> Tensor:
@@ -49,12 +58,5 @@ def network_input(
     mean = torch.tensor(normalisation.mean).view(1, 3, 1, 1)
     std = torch.tensor(normalisation.std).view(1, 3, 1, 1)
     x = images.float()
-    if x.shape[2:] != (resolution, resolution):
-        x = F.interpolate(
-            x,
-            size=(resolution, resolution),
-            mode="bilinear",
-            antialias=True,
-            align_corners=False,
-        )
+    x = resize_bilinear(x, resolution)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)

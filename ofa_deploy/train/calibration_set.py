@@ -9,7 +9,8 @@ who specialises the supernet then needs its training images. After H. Yin et al.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from ofa_deploy.nn.elastic import ElasticBatchNorm
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.train.augment import resize_bilinear
+from ofa_deploy.train.evaluate import Statistics, apply_statistics
 
-STEPS = 110
+STEPS = 240
 LEARNING_RATE = 0.05
 CLASS_WEIGHT = 0.05
 _EPS = 1e-3
@@ -30,6 +33,7 @@ _EPS = 1e-3
 
 def synthesise_images(
     supernet: Supernet,
+    statistics: Mapping[int, Statistics],
     *,
     normalisation: Normalisation,
     count: int,
@@ -40,32 +44,42 @@ def synthesise_images(
     """Images `(count, resolution, resolution, 3)` on which statistics match.
 
     Only the full network's statistics are matched: matching those of random parts of it
-    as well was measured to be worse.
+    as well was measured to be worse. They are matched at every resolution in turn, as
+    images that suit the largest alone lose their fine noise, and with it their
+    statistics, when they are resized.
 
     Args:
-        supernet: With running statistics recalibrated for its largest network.
+        supernet: Its running statistics are replaced.
+        statistics: Means and variances of every batch norm of the largest network, at
+            each resolution of the space; see `collect_statistics`.
         normalisation: Of its training images.
         count: How many; a multiple of the class count gives balanced classes.
         seed: Of the noise that the images start from.
         steps: Adam steps.
         progress: Called with (done, total).
     """
-    plan = lower(supernet.space, supernet.space.largest())
+    largest = supernet.space.largest()
+    plans = [
+        lower(supernet.space, replace(largest, resolution=resolution))
+        for resolution in sorted(statistics, reverse=True)
+    ]
     supernet.eval()
     parameters = [p for p in supernet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    images = _smooth_noise(count, plan.resolution, generator).requires_grad_(True)
-    labels = torch.arange(count) % plan.class_count
+    images = _smooth_noise(count, largest.resolution, generator).requires_grad_(True)
+    labels = torch.arange(count) % supernet.space.head.class_count
     low, high = _bounds(normalisation)
     optimizer = torch.optim.Adam([images], lr=LEARNING_RATE)
-    with _StatisticsLoss(supernet) as statistics:
+    with _StatisticsLoss(supernet) as distance:
         for step in range(steps):
+            plan = plans[step % len(plans)]
+            apply_statistics(supernet, statistics[plan.resolution])
             optimizer.zero_grad()
-            statistics.terms.clear()
-            logits = supernet(images, plan)
-            matching = torch.stack(statistics.terms).mean()
+            distance.terms.clear()
+            logits = supernet(resize_bilinear(images, plan.resolution), plan)
+            matching = torch.stack(distance.terms).mean()
             loss = matching + CLASS_WEIGHT * F.cross_entropy(logits, labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -12,6 +12,8 @@ from ofa_deploy.nn.elastic import ElasticBatchNorm
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import NetworkPlan
 
+Statistics = dict[str, Tensor]
+
 
 @torch.no_grad()
 def recalibrate_supernet(
@@ -60,6 +62,18 @@ def recalibrate_supernet(
     for norm, (mean, variance, count) in sums.items():
         norm.mean[: len(mean)] = mean / count
         norm.variance[: len(mean)] = variance / count
+
+
+def collect_statistics(supernet: Supernet) -> Statistics:
+    """Copies of all running means and variances, by the names of `state_dict`."""
+    return {name: buffer.clone() for name, buffer in supernet.named_buffers()}
+
+
+@torch.no_grad()
+def apply_statistics(supernet: Supernet, statistics: Statistics) -> None:
+    """Replace all running means and variances."""
+    for name, buffer in supernet.named_buffers():
+        buffer.copy_(statistics[name])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ofa_deploy.predict.accuracy import AccuracySample, fit_accuracy_predictor
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.calibration_set import synthesise_images
-from ofa_deploy.train.evaluate import recalibrate_supernet
+from ofa_deploy.train.evaluate import collect_statistics, recalibrate_supernet
 from profilers.backends.base import Backend
 
 CALIBRATION_COUNT = 500
@@ -104,23 +104,28 @@ def _synthesise(
     progress: Progress | None,
 ) -> NDArray[np.uint8]:
     supernet = load_supernet_module(stored)
-    plan = lower(stored.space, stored.space.largest())
     rng = np.random.default_rng(seed)
     picked = rng.permutation(len(training))[:_STATISTICS_IMAGES]
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches(resolution: int) -> Iterator[torch.Tensor]:
         for start in range(0, len(picked), _BATCH):
             part = training.images[picked[start : start + _BATCH]]
             pixels = torch.from_numpy(part.transpose(0, 3, 1, 2).copy())
             yield network_input(
                 pixels,
-                resolution=plan.resolution,
+                resolution=resolution,
                 normalisation=stored.normalisation,
             )
 
-    recalibrate_supernet(supernet, plan, batches())
+    statistics = {}
+    for resolution in stored.space.resolutions:
+        config = replace(stored.space.largest(), resolution=resolution)
+        plan = lower(stored.space, config)
+        recalibrate_supernet(supernet, plan, batches(resolution))
+        statistics[resolution] = collect_statistics(supernet)
     return synthesise_images(
         supernet,
+        statistics,
         normalisation=stored.normalisation,
         count=count,
         seed=seed,

@@ -101,7 +101,7 @@ tables = [p.name for p in files("latency_tables").iterdir()]
 print(json.dumps({"zoo": zoo, "tables": tables}))
 """
     found = answer(environment, snippet, cwd=tmp_path)
-    assert {"space.json", "weights.safetensors"} <= set(found["zoo"])
+    assert {"supernet.json", "weights.safetensors"} <= set(found["zoo"])
     assert any(name.endswith(".json") for name in found["tables"])
 
 
