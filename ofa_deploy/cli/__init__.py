@@ -174,7 +174,9 @@ def train(
     epochs_scale: Annotated[
         float, typer.Option(help="Multiply every phase's epochs.")
     ] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step; by default the recipe's.")
+    ] = None,
     stop_after: Annotated[
         str | None, typer.Option(help="Stop after this phase; --resume goes on.")
     ] = None,

@@ -51,7 +51,7 @@ def train(
     resume: bool,
     skip_bad: bool,
     epochs_scale: float,
-    batch_size: int,
+    batch_size: int | None,
     stop_after: str | None,
     threads: int,
     console: Console,
@@ -78,7 +78,9 @@ def train(
         raise DataError(
             f"images are {width}×{height}; training needs square ones: crop them first"
         )
-    recipe = replace(default_recipe().scaled(epochs_scale), batch_size=batch_size)
+    recipe = default_recipe().scaled(epochs_scale)
+    if batch_size is not None:
+        recipe = replace(recipe, batch_size=batch_size)
     training = ProgressiveTraining(
         space=named_space(space_name, class_count=len(data.class_names)),
         data=data,

@@ -34,6 +34,7 @@ from ofa_deploy.train.checkpoint import (
 from ofa_deploy.train.distill import supernet_loss
 from ofa_deploy.train.evaluate import accuracy, recalibrate_supernet
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.optimizer import SupernetOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe, restrict
 from profilers.files import write_atomically
 
@@ -135,7 +136,7 @@ class ProgressiveTraining:
         self._phase_index = 0
         self._step = 0
         self._accuracies: dict[str, float] = {}
-        self._optimizer = self._make_optimizer()
+        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
         self._open_folder()
 
     # -- state -----------------------------------------------------------------
@@ -192,21 +193,12 @@ class ProgressiveTraining:
             ) from error
         self._phase_index, self._step = position.phase, position.step
         self._elapsed_before_s = position.elapsed_s
-        self._optimizer = self._make_optimizer()
-        for name, parameter in self.supernet.named_parameters():
-            if name in checkpoint.momentum:
-                self._optimizer.state[parameter]["momentum_buffer"] = (
-                    checkpoint.momentum[name].clone(memory_format=torch.preserve_format)
-                )
+        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
+        self._optimizer.restore_momentum(checkpoint.momentum)
         if self._phase_index > 0:
             self._load_teacher()
 
     def _save(self) -> None:
-        momentum = {}
-        for name, parameter in self.supernet.named_parameters():
-            buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                momentum[name] = buffer
         position = Position(
             phase=self._phase_index,
             step=self._step,
@@ -219,7 +211,7 @@ class ProgressiveTraining:
             Checkpoint(
                 position=position,
                 weights=self.supernet.state_dict(),
-                momentum=momentum,
+                momentum=self._optimizer.momentum(),
             ),
         )
 
@@ -229,23 +221,6 @@ class ProgressiveTraining:
         self._teacher.load_state_dict(teacher.weights)
         # Batch statistics, as published: they suit every resolution.
         self._teacher.train()
-
-    def _make_optimizer(self) -> torch.optim.SGD:
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for name, parameter in self.supernet.named_parameters():
-            # Decay would pull the kernel transforms from identity towards zero.
-            exempt = parameter.ndim == 1 or "transform" in name
-            (plain if exempt else decayed).append(parameter)
-        return torch.optim.SGD(
-            [
-                {"params": decayed, "weight_decay": self.recipe.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=1.0,
-            momentum=self.recipe.momentum,
-            nesterov=True,
-        )
 
     # -- phases ----------------------------------------------------------------
 
@@ -278,7 +253,7 @@ class ProgressiveTraining:
         self._phase_index, self._step = index, 0
         if index > 0 and self._teacher is None:
             self._load_teacher()
-        self._optimizer = self._make_optimizer()
+        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
         if index < len(self.recipe.phases):
             phase = self.recipe.phases[index]
             if phase.sorted_expands is not None:
@@ -362,9 +337,8 @@ class ProgressiveTraining:
         )
         teacher_logits = self._teach(inputs, resolution) if phase.distill else None
         rate = _learning_rate(phase, step / self.steps_per_epoch)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.set_learning_rate(rate)
+        self._optimizer.zero_grad()
         total = 0.0
         for genome in space.sample(phase.subnet_count, rng):
             config = replace(space.decode(genome), resolution=resolution)
