@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inputs import add_supernet, console, new_parser, open_session
+from inputs import add_supernet, console, new_parser, open_session, time_models
 from report import Section
 from rich.progress import track
 
 from ofa_deploy.bundle import Bundle
-from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.pipeline import Specializer
-from profilers.measure import measure_models
 from profilers.measurement import Measurement, MeasureSettings, ModelUnderTest
 
 SEED = 3
@@ -88,18 +86,7 @@ def time_again(
         ModelUnderTest(name=str(budget_ms), model=bundle.model_path)
         for budget_ms, bundle in bundles.items()
     ]
-    with StageBar(console) as bar:
-        bar.begin("timing again")
-        run = measure_models(
-            models,
-            backend=session.backend,
-            threads=session.target.threads,
-            settings=SETTINGS,
-            progress=bar.advance,
-            rng=np.random.default_rng(SEED),
-            beta=session.table.beta,
-            anchor_reference_ns=session.table.anchor_reference_ns,
-        )
+    run = time_models(session, models, settings=SETTINGS)
     return dict(zip(bundles, run.measurements, strict=True))
 
 

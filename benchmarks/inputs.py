@@ -24,6 +24,8 @@ from ofa_deploy.reporting import Silent
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.train.recipe import default_recipe
+from profilers.measure import measure_models
+from profilers.measurement import MeasurementRun, MeasureSettings, ModelUnderTest
 
 DATA_VARIABLE = "OFA_DEPLOY_CIFAR10"
 CALIBRATION_COUNT = 2_000
@@ -124,6 +126,27 @@ def open_session(device: str, supernet: str) -> Specializer:
         session = Specializer(device, supernet=supernet, reporter=bar)
     session.reporter = Silent()
     return session
+
+
+def time_models(
+    session: Specializer,
+    models: list[ModelUnderTest],
+    *,
+    settings: MeasureSettings,
+) -> MeasurementRun:
+    """One shuffled run, in the quiet state that the session's table speaks of."""
+    with StageBar(console) as bar:
+        bar.begin("timing")
+        return measure_models(
+            models,
+            backend=session.backend,
+            threads=session.target.threads,
+            settings=settings,
+            progress=bar.advance,
+            rng=np.random.default_rng(settings.seed),
+            beta=session.table.beta,
+            anchor_reference_ns=session.table.anchor_reference_ns,
+        )
 
 
 class Journal:

@@ -6,17 +6,21 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from inputs import add_supernet, console, fused_model, new_parser, open_session
+from inputs import (
+    add_supernet,
+    fused_model,
+    new_parser,
+    open_session,
+    time_models,
+)
 from numpy.typing import NDArray
 from ranking import kendall_tau
 from report import Section
 
-from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.pipeline import Specializer
 from ofa_deploy.plan import lower
 from ofa_deploy.search.evolution import SearchProblem, descend_to_fastest
 from ofa_deploy.space import SubnetConfig
-from profilers.measure import measure_models
 from profilers.measurement import MeasurementRun, MeasureSettings, ModelUnderTest
 from profilers.summary import fit_visits
 
@@ -94,18 +98,7 @@ def measure(session: Specializer, choices: list[Choice]) -> MeasurementRun:
         )
         for choice in choices
     ]
-    with StageBar(console) as bar:
-        bar.begin("timing")
-        return measure_models(
-            models,
-            backend=session.backend,
-            threads=session.target.threads,
-            settings=SETTINGS,
-            progress=bar.advance,
-            rng=np.random.default_rng(SEED),
-            beta=session.table.beta,
-            anchor_reference_ns=session.table.anchor_reference_ns,
-        )
+    return time_models(session, models, settings=SETTINGS)
 
 
 def publish(

@@ -37,35 +37,35 @@ from ofa_deploy.train.progressive import (
     RunSettings,
     TrainingProgress,
 )
-from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.train.recipe import Phase, Recipe, default_recipe
 from profilers.backends import get_backend
 from profilers.measure import measure_models
 from profilers.measurement import Measurement, MeasureSettings, ModelUnderTest
 
 SEED = 6
 SETTINGS = MeasureSettings.certify(seed=SEED)
-CHOSEN = "dense 64-128, depthwise 160"
+CHOSEN = "dense 48-96, depthwise 160"
 
 
 def candidates() -> dict[str, SearchSpace]:
     """The chosen space and its rivals, at one resolution, by description."""
     chosen = replace(mbv3.small(), resolutions=(32,))
-    dense, _, last = chosen.stages
+    first, second, last = chosen.stages
 
     def rival(*stages: StageSpace) -> SearchSpace:
         return replace(chosen, name="mbv3-small-rival", stages=stages)
 
     return {
-        "dense 40-80, depthwise 128": rival(
-            replace(dense, out_channels=40),
-            replace(dense, out_channels=80),
-            replace(last, out_channels=128),
-        ),
         CHOSEN: chosen,
-        "dense 64, depthwise 128-192": rival(
-            dense,
-            replace(last, out_channels=128),
-            replace(last, out_channels=192),
+        "dense 64-128, expand 3, depthwise 192 twice": rival(
+            replace(first, out_channels=64, expands=(1, 2, 3)),
+            replace(second, out_channels=128, expands=(1, 2, 3)),
+            replace(last, out_channels=192, depths=(1, 2)),
+        ),
+        "dense 64, expand 3, depthwise 128-192": rival(
+            replace(first, out_channels=64, expands=(1, 2, 3)),
+            replace(last, out_channels=128, expands=(1, 2, 3), depths=(2, 3)),
+            replace(last, out_channels=192, depths=(2, 3)),
         ),
         "depthwise 24-48-96, expand 4-4-6": rival(
             _depthwise(24, (2, 3, 4), "relu", squeeze_excite=False),
@@ -99,7 +99,7 @@ def recipe(epochs: int) -> Recipe:
         name="full",
         epochs=epochs,
         warmup_epochs=0.25 * epochs,
-        peak_learning_rate=0.15,
+        peak_learning_rate=default_recipe().phases[0].peak_learning_rate,
         distill=False,
     )
     return Recipe(phases=(full,), seed=SEED)

@@ -8,7 +8,7 @@ its batch and gives the batch's mean and variance as extra outputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -35,6 +35,8 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
 Form = Literal["fused", "unfused", "statistics"]
+Buffer: TypeAlias = bytes | memoryview
+Message: TypeAlias = onnx.ModelProto | onnx.GraphProto | onnx.TensorProto
 
 
 def emit_network(
@@ -271,20 +273,45 @@ class _Graph:
             outputs += [
                 value(f"{layer}.{part}", [channels]) for part in ("mean", "variance")
             ]
-        # Filled in place: `make_graph` and `make_model` would each copy the weights.
+        graph = onnx.GraphProto(name=name)
+        graph.node.extend(self._nodes)
+        graph.input.append(value(INPUT_NAME, input_shape))
+        graph.output.extend(outputs)
         model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="ofa-deploy")
         model.opset_import.append(helper.make_opsetid("", OPSET))
-        model.graph.name = name
-        model.graph.node.extend(self._nodes)
-        model.graph.input.append(value(INPUT_NAME, input_shape))
-        model.graph.output.extend(outputs)
+        # The weights never pass through a message: that would copy them three times.
+        parts: list[Buffer] = [graph.SerializeToString()]
         for label, array in self._constants.items():
-            integers = array.dtype == np.int64
-            model.graph.initializer.add(
-                name=label,
-                data_type=TensorProto.INT64 if integers else TensorProto.FLOAT,
-                dims=array.shape,
-                raw_data=array.tobytes(),
-            )
-        serialised: bytes = model.SerializeToString()
-        return serialised
+            parts += _field(graph, "initializer", _tensor(label, array))
+        return b"".join([model.SerializeToString(), *_field(model, "graph", parts)])
+
+
+def _tensor(label: str, array: NDArray[np.float32 | np.int64]) -> list[Buffer]:
+    """A `TensorProto` in the wire format, its values without a copy."""
+    integers = array.dtype == np.int64
+    header = onnx.TensorProto(
+        name=label,
+        data_type=TensorProto.INT64 if integers else TensorProto.FLOAT,
+        dims=array.shape,
+    )
+    values = array.reshape(-1).view(np.uint8).data
+    return [header.SerializeToString(), *_field(header, "raw_data", [values])]
+
+
+def _field(message: Message, name: str, parts: list[Buffer]) -> list[Buffer]:
+    """Bytes of one field of a message, to follow those of its other fields.
+
+    Source: Protocol Buffers documentation, "Encoding", length-delimited records.
+    """
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    length = sum(len(part) for part in parts)
+    return [_varint(number << 3 | 2) + _varint(length), *parts]
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, least significant first; the top bit says that more follow."""
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])

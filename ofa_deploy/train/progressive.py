@@ -32,7 +32,12 @@ from ofa_deploy.train.checkpoint import (
     write_checkpoint,
 )
 from ofa_deploy.train.distill import supernet_loss
-from ofa_deploy.train.evaluate import accuracy, recalibrate_supernet
+from ofa_deploy.train.evaluate import (
+    accuracy,
+    apply_statistics,
+    collect_statistics,
+    recalibrate_supernet,
+)
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import SupernetOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe, restrict
@@ -381,6 +386,7 @@ class ProgressiveTraining:
         space = restrict(self.space, phase)
         # In the full phase the space holds one network per resolution.
         configs = {"largest": space.largest(), "smallest": space.smallest()}
+        shared = collect_statistics(self.supernet)
         result = {}
         for name, config in configs.items():
             plan = lower(self.space, config)
@@ -397,6 +403,7 @@ class ProgressiveTraining:
                     most=_MONITOR_VALIDATION,
                 )
                 result[name] = accuracy(self.supernet, plan, validation)
+        apply_statistics(self.supernet, shared)
         return result
 
     def _log(self, phase: Phase, loss: float) -> None:

@@ -68,9 +68,9 @@ class Recipe:
     batch_size: int = 256
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    muon_rate_ratio: float = 0.3
+    muon_rate_ratio: float = 0.2
     muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.1
+    muon_weight_decay: float = 0.05
     label_smoothing: float = 0.1
     distillation_ratio: float = 1.0
     crop_padding: int = 4
@@ -110,20 +110,20 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 43 epochs, two thirds of the time on the shrinking."""
+    """Progressive shrinking in 84 epochs, 60 of them on the full network alone."""
     return Recipe(
         phases=(
             Phase(
                 name="full",
-                epochs=25,
-                warmup_epochs=2.5,
+                epochs=60,
+                warmup_epochs=3,
                 peak_learning_rate=0.1,
                 distill=False,
             ),
             Phase(
                 name="kernel",
-                epochs=3,
-                warmup_epochs=0.3,
+                epochs=4,
+                warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 kernel_choices=3,
             ),
@@ -137,8 +137,8 @@ def default_recipe() -> Recipe:
             ),
             Phase(
                 name="depth2",
-                epochs=4,
-                warmup_epochs=0.4,
+                epochs=5,
+                warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=2,
                 kernel_choices=3,
@@ -156,7 +156,7 @@ def default_recipe() -> Recipe:
             ),
             Phase(
                 name="width2",
-                epochs=8,
+                epochs=12,
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=4,
