@@ -1,6 +1,7 @@
-"""Command line of the device's side: `python -m profilers {measure,doctor}`.
+"""Command line of the device's side: `python -m profilers {measure,work,doctor}`.
 
-`measure` is what `profilers.fresh` starts; it writes one line of JSON to stdout.
+`measure` is what `profilers.fresh` starts; it writes one line of JSON to stdout. `work`
+is what `profilers.execute` starts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from profilers.errors import DeployError
 from profilers.fresh import ProcessReport
 from profilers.json_reader import parse_json
 from profilers.measure import ModelUnderTest, measure_models, random_inputs
+from profilers.worker import work
 
 __all__ = ["main"]
 
@@ -35,8 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--backend", required=True)
     measure.add_argument("--threads", type=int, required=True)
     measure.add_argument("--settings", required=True, help="MeasureSettings as JSON")
+    commands.add_parser("work", help="do the assignment on stdin; for execute()")
     commands.add_parser("doctor", help="say what disturbs measuring on this device")
     parsed = parser.parse_args(arguments)
+    if parsed.command == "work":
+        return work()
     try:
         if parsed.command == "doctor":
             return _doctor()

@@ -264,7 +264,7 @@ def _run_process(command: Sequence[str], *, timeout_s: float) -> ProcessReport:
             capture_output=True,
             check=False,
             encoding="utf-8",
-            env=_environment(),
+            env=package_environment(),
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=timeout_s,
@@ -280,7 +280,7 @@ def _run_process(command: Sequence[str], *, timeout_s: float) -> ProcessReport:
         ) from error
     if finished.returncode != 0:
         raise RunFailed(
-            f"{label} ended {_describe_exit(finished.returncode)}; its last words: "
+            f"{label} ended {describe_exit(finished.returncode)}; its last words: "
             f"{finished.stderr[-STDERR_TAIL_CHARACTERS:].strip() or 'none'}"
         )
     # A runtime may print its own lines before ours.
@@ -294,7 +294,7 @@ def _run_process(command: Sequence[str], *, timeout_s: float) -> ProcessReport:
         ) from error
 
 
-def _describe_exit(code: int) -> str:
+def describe_exit(code: int) -> str:
     if code >= 0:
         return f"with exit code {code}"
     # Signals of the system that have no name in Python stay numbers.
@@ -304,7 +304,7 @@ def _describe_exit(code: int) -> str:
         return f"by signal {-code}"
 
 
-def _environment() -> dict[str, str]:
+def package_environment() -> dict[str, str]:
     """The environment, with this package importable wherever it was imported from."""
     environment = dict(os.environ)
     home = str(Path(__file__).resolve().parent.parent)

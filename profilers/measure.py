@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +42,12 @@ __all__ = [
     "Measurement",
     "MeasurementRun",
     "ModelUnderTest",
+    "Observer",
     "Stability",
     "Visit",
     "measure_models",
     "random_inputs",
+    "visit_models",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -95,6 +97,68 @@ class _Bench:
         return round((clock() - start_ns) / self.inner_loops)
 
 
+class Observer(Protocol):
+    """Is told what `visit_models` does, while it does it.
+
+    Whoever reads along knows which model a runtime crashed or hung on.
+    """
+
+    def begin(self, name: str) -> None:
+        """The model is about to be loaded, warmed up, or visited."""
+
+    def visited(self, name: str, visit: Visit) -> None:
+        """The model got a visit."""
+
+
+def visit_models(
+    models: Sequence[ModelUnderTest],
+    *,
+    backend: Backend,
+    threads: int,
+    settings: MeasureSettings,
+    passes: int,
+    clock: Clock = time.perf_counter_ns,
+    anchor: Anchor | None = None,
+    observer: Observer,
+    rng: np.random.Generator,
+) -> None:
+    """Visit models in shuffled passes, and leave it to others what follows from it.
+
+    Args:
+        models: With different names.
+        backend: Where they run.
+        threads: Threads of one inference.
+        settings: Of a visit; its number of visits and its bounds do not matter here.
+        passes: Visits of each model, at least 1.
+        clock: Time in ns.
+        anchor: None takes a `MatrixAnchor` on `clock`.
+        observer: Gets the visits; their times count from the first pass on.
+        rng: Gives the inputs and the order.
+
+    Raises:
+        DeviceUnfit: `threads` is more than the cores that this process can use.
+        ModelRejected: A model cannot be loaded.
+        RunFailed: A model cannot be run.
+        MeasurementError: A model takes no time by this clock.
+    """
+    _check_cores(threads)
+    if anchor is None:
+        anchor = MatrixAnchor(repeats=settings.anchor_repeats, clock=clock)
+    with ExitStack() as stack:
+        benches = _load_all(models, backend, threads, stack, rng, begin=observer.begin)
+        for bench in benches:
+            observer.begin(bench.name)
+            _warm_up(bench, settings, clock)
+        start_ns = clock()
+        for _ in range(passes):
+            anchor_ns = anchor.measure_ns()
+            for index in rng.permutation(len(benches)):
+                bench = benches[index]
+                observer.begin(bench.name)
+                anchor_ns = _visit(bench, settings, clock, anchor, anchor_ns, start_ns)
+                observer.visited(bench.name, bench.visits[-1])
+
+
 def measure_models(
     models: Sequence[ModelUnderTest],
     *,
@@ -136,24 +200,13 @@ def measure_models(
             f"{len(names)} models with {len(set(names))} different names; "
             "give at least one model, and each its own name"
         )
-    cores = available_cores()
-    if threads > cores:
-        # They would wait for each other, and the latency would be the scheduler's.
-        raise DeviceUnfit(
-            f"threads={threads}; this process can use {cores} cores; "
-            "ask for no more threads than that"
-        )
+    _check_cores(threads)
     start_ns = clock()
     if anchor is None:
         anchor = MatrixAnchor(repeats=settings.anchor_repeats, clock=clock)
     known = _Known(beta=beta, anchor_reference_ns=anchor_reference_ns)
     with ExitStack() as stack:
-        shared_inputs: dict[object, list[Inputs]] = {}
-        benches = []
-        for model in models:
-            session = stack.enter_context(backend.load(model.model, threads=threads))
-            inputs = _inputs_for(session, shared_inputs, rng)
-            benches.append(_Bench(name=model.name, session=session, inputs=inputs))
+        benches = _load_all(models, backend, threads, stack, rng)
         for bench in benches:
             _warm_up(bench, settings, clock)
         fit = _visit_all(benches, settings, clock, anchor, progress, rng, known)
@@ -175,6 +228,36 @@ def measure_models(
         duration_s=max(1, clock() - start_ns) / 1e9,
         indicative=conditions.shared_host,
     )
+
+
+def _check_cores(threads: int) -> None:
+    cores = available_cores()
+    if threads > cores:
+        # They would wait for each other, and the latency would be the scheduler's.
+        raise DeviceUnfit(
+            f"threads={threads}; this process can use {cores} cores; "
+            "ask for no more threads than that"
+        )
+
+
+def _load_all(
+    models: Sequence[ModelUnderTest],
+    backend: Backend,
+    threads: int,
+    stack: ExitStack,
+    rng: np.random.Generator,
+    *,
+    begin: Callable[[str], None] = lambda name: None,
+) -> list[_Bench]:
+    """Load the models for as long as the stack is open."""
+    shared_inputs: dict[object, list[Inputs]] = {}
+    benches = []
+    for model in models:
+        begin(model.name)
+        session = stack.enter_context(backend.load(model.model, threads=threads))
+        inputs = _inputs_for(session, shared_inputs, rng)
+        benches.append(_Bench(name=model.name, session=session, inputs=inputs))
+    return benches
 
 
 def random_inputs(session: Session, rng: np.random.Generator) -> Inputs:

@@ -1,0 +1,368 @@
+"""A plan with its weights as .tflite, written operator by operator.
+
+The flatbuffer is put together over the schema that `ai-edge-litert` ships: milliseconds
+for a network, where a converter takes seconds and a second framework. Tensors are NHWC,
+as the runtime's kernels want them, so that no TRANSPOSE is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.errors import MissingDependency
+from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, random_weights
+from ofa_deploy.layers import (
+    BlockPlan,
+    ConvLayer,
+    Layer,
+    LayerActivation,
+    LinearLayer,
+    PoolLayer,
+    SqueezeExciteLayer,
+)
+from ofa_deploy.materialise import Weights
+from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
+
+SCHEMA_VERSION = 3
+FILE_IDENTIFIER = b"TFL3"
+SIGNATURE = "serving_default"
+# The schema asks for it, and Python's builder does not do it by itself.
+BUFFER_ALIGNMENT = 16
+_NO_TENSOR = -1
+_HEIGHT_AND_WIDTH = np.array([1, 2], dtype=np.int32)
+
+Constant = NDArray[np.float32] | NDArray[np.int32]
+
+
+def emit_network(plan: NetworkPlan, weights: Weights) -> bytes:
+    """The network as a serialised .tflite model.
+
+    Args:
+        plan: The network.
+        weights: Fused ones.
+
+    Returns:
+        Input `image` `(1, resolution, resolution, 3)`, output `logits`
+        `(1, class_count)`, with these names in the signature `serving_default`.
+
+    Raises:
+        MissingDependency: `ai-edge-litert` is not installed.
+    """
+    graph = _Graph(weights)
+    size = plan.resolution
+    value = graph.add_tensor(INPUT_NAME, (1, size, size, IMAGE_CHANNELS))
+    entered = value
+    for block in plan.blocks:
+        value = graph.add_block(block, value)
+    return graph.serialise(entered, value)
+
+
+def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
+    """One block as a model of its own, with random fused weights, to be timed.
+
+    Args:
+        block: The block; its layers fix all sizes.
+        rng: Source of the weights.
+    """
+    graph = _Graph(random_weights(block.layers, rng=rng))
+    size = block.in_size
+    entered = graph.add_tensor(INPUT_NAME, (1, size, size, block.in_channels))
+    return graph.serialise(entered, graph.add_block(block, entered))
+
+
+class _Graph:
+    """Tensors and operators of a model under construction."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._schema = _import_schema()
+        self._tensors: list[Any] = []
+        self._operators: list[Any] = []
+        # Buffer 0 is the empty one that tensors without constant data share.
+        self._buffers: list[Any] = [self._schema.BufferT()]
+        self._codes: dict[int, int] = {}
+        self._constants: dict[str, int] = {}
+
+    def add_tensor(
+        self, name: str, shape: tuple[int, ...], data: Constant | None = None
+    ) -> int:
+        """Add a tensor, constant if it has data, and return its index."""
+        integers = data is not None and data.dtype == np.int32
+        types = self._schema.TensorType
+        tensor = self._schema.TensorT()
+        tensor.name = name
+        tensor.shape = list(shape)
+        tensor.type = types.INT32 if integers else types.FLOAT32
+        tensor.buffer = 0
+        if data is not None:
+            tensor.buffer = len(self._buffers)
+            self._buffers.append(_aligned_buffer(self._schema, data))
+        self._tensors.append(tensor)
+        return len(self._tensors) - 1
+
+    def add_block(self, block: BlockPlan, value: int) -> int:
+        """Add a block's layers, and its shortcut."""
+        entered = value
+        for layer in block.layers:
+            value = self._add_layer(layer, value)
+        if block.residual:
+            name = f"{block.name}.sum"
+            value = self._add("Add", [value, entered], name, self._shape(value))
+        return value
+
+    def _add_layer(self, layer: Layer, value: int) -> int:
+        if isinstance(layer, ConvLayer):
+            return self._add_conv(layer, value)
+        if isinstance(layer, SqueezeExciteLayer):
+            return self._add_gate(layer, value)
+        if isinstance(layer, PoolLayer):
+            return self._add_mean(f"{layer.name}.out", value, keep_dims=False)
+        return self._add_dense(layer, value, activation="none")
+
+    def _add_conv(self, layer: ConvLayer, value: int) -> int:
+        if len(self._shape(value)) == 2:  # after the pool
+            return self._add_dense(layer, value, activation=layer.activation)
+        value, padding = self._pad(layer, value)
+        weight = self._weights[f"{layer.name}.weight"]
+        if layer.depthwise:
+            options = {"padding": padding, "depthMultiplier": 1}
+            kind, weight = "DepthwiseConv2D", weight.transpose(1, 2, 3, 0)
+        else:
+            options = {"padding": padding}
+            kind, weight = "Conv2D", weight.transpose(0, 2, 3, 1)
+        size = layer.out_size
+        inputs = [value, self._constant(f"{layer.name}.weight", weight)]
+        if layer.batch_norm:
+            inputs.append(self._stored(f"{layer.name}.bias"))
+        value = self._add(
+            kind,
+            inputs,
+            f"{layer.name}.conv",
+            (1, size, size, layer.out_channels),
+            strideH=layer.stride,
+            strideW=layer.stride,
+            dilationHFactor=1,
+            dilationWFactor=1,
+            fusedActivationFunction=self._fused(layer.activation),
+            **options,
+        )
+        return self._add_activation(layer.name, layer.activation, value)
+
+    def _pad(self, layer: ConvLayer, value: int) -> tuple[int, int]:
+        """The value to convolve, and the padding to do it with.
+
+        SAME pads an even size at the end only when the stride is 2; the plan pads both
+        sides alike, which then takes an operator of its own.
+        """
+        if layer.kernel == 1 or layer.stride == 1 or layer.in_size % 2 == 1:
+            return value, self._schema.Padding.SAME
+        border = layer.kernel // 2
+        amounts = np.zeros((4, 2), dtype=np.int32)
+        amounts[1:3] = border
+        batch, height, width, channels = self._shape(value)
+        padded = self._add(
+            "Pad",
+            [value, self._constant(f"pad{border}", amounts)],
+            f"{layer.name}.padded",
+            (batch, height + 2 * border, width + 2 * border, channels),
+        )
+        return padded, self._schema.Padding.VALID
+
+    def _add_dense(
+        self,
+        layer: ConvLayer | LinearLayer,
+        value: int,
+        *,
+        activation: LayerActivation,
+    ) -> int:
+        """A layer on `(1, channels)`: fully connected."""
+        name = layer.name
+        shape = (layer.out_channels, layer.in_channels)
+        weight = self._weights[f"{name}.weight"].reshape(shape)
+        biased = f"{name}.bias" in self._weights
+        bias = self._stored(f"{name}.bias") if biased else _NO_TENSOR
+        value = self._add(
+            "FullyConnected",
+            [value, self._constant(f"{name}.weight", weight), bias],
+            f"{name}.out",
+            (1, layer.out_channels),
+            fusedActivationFunction=self._fused(activation),
+        )
+        return self._add_activation(name, activation, value)
+
+    def _add_gate(self, layer: SqueezeExciteLayer, value: int) -> int:
+        name = layer.name
+        kinds = self._schema.ActivationFunctionType
+        gate = self._add_mean(f"{name}.mean", value, keep_dims=True)
+        gate = self._add_gate_conv(
+            f"{name}.reduce",
+            gate,
+            bias=self._weights[f"{name}.reduce.bias"],
+            fused=kinds.RELU,
+        )
+        # relu6(x + 3) / 6, the sum in the bias
+        gate = self._add_gate_conv(
+            f"{name}.expand",
+            gate,
+            bias=self._weights[f"{name}.expand.bias"] + np.float32(3),
+            fused=kinds.RELU6,
+        )
+        sixth = self._constant("sixth", np.array([1 / 6], dtype=np.float32))
+        gate = self._add("Mul", [gate, sixth], f"{name}.gate", self._shape(gate))
+        return self._add("Mul", [value, gate], f"{name}.scaled", self._shape(value))
+
+    def _add_gate_conv(
+        self, name: str, value: int, *, bias: NDArray[np.float32], fused: int
+    ) -> int:
+        weight = self._weights[f"{name}.weight"].transpose(0, 2, 3, 1)
+        constants = [
+            self._constant(f"{name}.weight", weight),
+            self._constant(f"{name}.bias", bias),
+        ]
+        return self._add(
+            "Conv2D",
+            [value, *constants],
+            name,
+            (1, 1, 1, len(weight)),
+            padding=self._schema.Padding.SAME,
+            strideH=1,
+            strideW=1,
+            dilationHFactor=1,
+            dilationWFactor=1,
+            fusedActivationFunction=fused,
+        )
+
+    def _add_mean(self, name: str, value: int, *, keep_dims: bool) -> int:
+        batch, _, _, channels = self._shape(value)
+        shape = (batch, 1, 1, channels) if keep_dims else (batch, channels)
+        axes = self._constant("height_and_width", _HEIGHT_AND_WIDTH)
+        return self._add("Mean", [value, axes], name, shape, keepDims=keep_dims)
+
+    def _add_activation(
+        self, name: str, activation: LayerActivation, value: int
+    ) -> int:
+        if activation != "hswish":
+            return value  # fused into the operator before
+        return self._add("HardSwish", [value], f"{name}.act", self._shape(value))
+
+    def _fused(self, activation: LayerActivation) -> int:
+        kinds = self._schema.ActivationFunctionType
+        kind: int = kinds.RELU if activation == "relu" else kinds.NONE
+        return kind
+
+    def _stored(self, name: str) -> int:
+        return self._constant(name, self._weights[name])
+
+    def _constant(self, name: str, data: Constant) -> int:
+        if name not in self._constants:
+            self._constants[name] = self.add_tensor(name, data.shape, data)
+        return self._constants[name]
+
+    def _shape(self, tensor: int) -> tuple[int, ...]:
+        return tuple(self._tensors[tensor].shape)
+
+    def _add(
+        self,
+        kind: str,
+        inputs: list[int],
+        output: str,
+        shape: tuple[int, ...],
+        **options: int | bool,
+    ) -> int:
+        """Add an operator with one output, and return the output's index."""
+        builtin, table = _OPERATORS[kind]
+        code = getattr(self._schema.BuiltinOperator, builtin)
+        operator = self._schema.OperatorT()
+        operator.opcodeIndex = self._codes.setdefault(code, len(self._codes))
+        operator.inputs = inputs
+        operator.builtinOptionsType = getattr(self._schema.BuiltinOptions, table)
+        operator.builtinOptions = getattr(self._schema, f"{table}T")()
+        for name, value in options.items():
+            setattr(operator.builtinOptions, name, value)
+        index = self.add_tensor(output, shape)
+        operator.outputs = [index]
+        self._operators.append(operator)
+        return index
+
+    def serialise(self, entered: int, value: int) -> bytes:
+        """The finished model, from one tensor to another."""
+        import flatbuffers
+
+        schema = self._schema
+        self._tensors[value].name = OUTPUT_NAME
+        graph = schema.SubGraphT()
+        graph.name = "main"
+        graph.tensors, graph.operators = self._tensors, self._operators
+        graph.inputs, graph.outputs = [entered], [value]
+        model = schema.ModelT()
+        model.version = SCHEMA_VERSION
+        model.description = "ofa-deploy"
+        model.subgraphs, model.buffers = [graph], self._buffers
+        model.operatorCodes = [_operator_code(schema, code) for code in self._codes]
+        model.signatureDefs = [_signature(schema, entered, value)]
+        data_bytes = sum(b.data.nbytes for b in self._buffers[1:])
+        builder = flatbuffers.Builder(data_bytes + (1 << 17))
+        builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
+        return bytes(builder.Output())
+
+
+# Operator code and options table, by the name used here.
+_OPERATORS = {
+    "Add": ("ADD", "AddOptions"),
+    "Conv2D": ("CONV_2D", "Conv2DOptions"),
+    "DepthwiseConv2D": ("DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"),
+    "FullyConnected": ("FULLY_CONNECTED", "FullyConnectedOptions"),
+    "HardSwish": ("HARD_SWISH", "HardSwishOptions"),
+    "Mean": ("MEAN", "ReducerOptions"),
+    "Mul": ("MUL", "MulOptions"),
+    "Pad": ("PAD", "PadOptions"),
+}
+
+
+def _operator_code(schema: Any, code: int) -> Any:
+    entry = schema.OperatorCodeT()
+    entry.builtinCode = code
+    entry.deprecatedBuiltinCode = min(code, 127)  # what readers before 2021 look at
+    entry.version = 1
+    return entry
+
+
+def _signature(schema: Any, entered: int, value: int) -> Any:
+    signature = schema.SignatureDefT()
+    signature.signatureKey = SIGNATURE
+    signature.subgraphIndex = 0
+    signature.inputs = [_named_tensor(schema, INPUT_NAME, entered)]
+    signature.outputs = [_named_tensor(schema, OUTPUT_NAME, value)]
+    return signature
+
+
+def _named_tensor(schema: Any, name: str, index: int) -> Any:
+    entry = schema.TensorMapT()
+    entry.name = name
+    entry.tensorIndex = index
+    return entry
+
+
+def _aligned_buffer(schema: Any, data: Constant) -> Any:
+    class AlignedBuffer(schema.BufferT):  # type: ignore[misc]
+        """Data that starts at a multiple of `BUFFER_ALIGNMENT`."""
+
+        def Pack(self, builder: Any) -> int:  # noqa: N802 - the generated code's name
+            builder.Prep(BUFFER_ALIGNMENT, self.data.nbytes)
+            offset: int = super().Pack(builder)
+            return offset
+
+    buffer = AlignedBuffer()
+    buffer.data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return buffer
+
+
+def _import_schema() -> Any:
+    try:
+        from ai_edge_litert import schema_py_generated
+    except ImportError as error:
+        raise MissingDependency("LiteRT", extra="litert") from error
+    return schema_py_generated

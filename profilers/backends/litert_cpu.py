@@ -1,0 +1,188 @@
+"""LiteRT (TensorFlow Lite) on the CPU, through its XNNPACK delegate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profilers.backends.base import (
+    DYNAMIC,
+    Arrays,
+    check_inputs,
+    check_threads,
+    describe_model,
+)
+from profilers.device import RuntimeSpec
+from profilers.errors import MissingDependency, ModelRejected, RunFailed
+
+__all__ = ["LiteRtCpu", "LiteRtSession"]
+
+_PROVIDER = "XNNPACK"
+
+
+class LiteRtCpu:
+    """Loads `.tflite` files and their bytes.
+
+    `ai-edge-litert` is used where it is installed, else `tflite-runtime`.
+    """
+
+    name = "litert-cpu"
+
+    def load(self, model: Path | bytes, *, threads: int) -> LiteRtSession:
+        """See `Backend.load`.
+
+        Warns (`UserWarning`) unless the delegate runs the whole model in one piece.
+        """
+        check_threads(threads)
+        label = describe_model(model)
+        interpreter_class, _ = _import_litert()
+        source = (
+            {"model_content": model}
+            if isinstance(model, bytes)
+            else {"model_path": str(model)}
+        )
+        try:
+            interpreter = interpreter_class(**source, num_threads=threads)
+            interpreter.allocate_tensors()
+            session = LiteRtSession(interpreter)
+        except (RuntimeError, ValueError) as error:
+            raise ModelRejected(
+                f"LiteRT cannot load {label}: {error}; give a valid .tflite model"
+            ) from error
+        if session.partition_count not in (None, 1):
+            warnings.warn(
+                f"{label} runs in {session.partition_count} partitions of the "
+                f"{_PROVIDER} delegate instead of 1: operators that it lacks run on "
+                "slow reference kernels between them",
+                stacklevel=2,
+            )
+        return session
+
+    def runtime(self, *, threads: int) -> RuntimeSpec:
+        """See `Backend.runtime`."""
+        _, distribution = _import_litert()
+        return RuntimeSpec(
+            backend=self.name,
+            version=importlib.metadata.version(distribution),
+            provider=_PROVIDER,
+            threads=threads,
+            precision="f32",
+        )
+
+
+class LiteRtSession:
+    """An interpreter with its tensors allocated."""
+
+    def __init__(self, interpreter: Any) -> None:
+        self._interpreter: Any = interpreter
+        entered = _details(interpreter, "input")
+        self._inputs = {name: detail["index"] for name, detail in entered.items()}
+        self._outputs = {
+            name: detail["index"]
+            for name, detail in _details(interpreter, "output").items()
+        }
+        self.input_shapes: dict[str, tuple[int, ...]] = {
+            # -1 where free, which is what `DYNAMIC` is too.
+            name: tuple(int(size) for size in detail["shape_signature"])
+            for name, detail in entered.items()
+        }
+        self.input_dtypes: dict[str, np.dtype[Any]] = {
+            name: np.dtype(detail["dtype"]) for name, detail in entered.items()
+        }
+
+    @property
+    def partition_count(self) -> int | None:
+        """Pieces that the delegate runs the model in; None where not known."""
+        try:
+            details = self._interpreter._get_ops_details()
+        except AttributeError:
+            return None
+        return sum(detail["op_name"] == "DELEGATE" for detail in details)
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """See `Session.run`."""
+        step = self.prepare(inputs)
+        try:
+            step()
+            # `get_tensor` copies.
+            return {
+                name: self._interpreter.get_tensor(index)
+                for name, index in self._outputs.items()
+            }
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(f"LiteRT failed to run the model: {error}") from error
+
+    def prepare(self, inputs: Arrays) -> Callable[[], None]:
+        """See `Session.prepare`."""
+        if self._interpreter is None:
+            raise RunFailed("the session is closed; load the model again")
+        arrays = check_inputs(
+            inputs, shapes=self.input_shapes, dtypes=self.input_dtypes
+        )
+        named = dict(zip(self._inputs, arrays, strict=True))
+        try:
+            self._resize(named)
+            for name, array in named.items():
+                self._interpreter.set_tensor(self._inputs[name], array)
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(f"LiteRT refused the inputs: {error}") from error
+        invoke: Callable[[], None] = self._interpreter.invoke
+        return invoke
+
+    def _resize(self, named: Mapping[str, NDArray[Any]]) -> None:
+        free = [name for name in named if DYNAMIC in self.input_shapes[name]]
+        for name in free:
+            index, shape = self._inputs[name], list(named[name].shape)
+            self._interpreter.resize_tensor_input(index, shape, strict=True)
+        if free:
+            self._interpreter.allocate_tensors()
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._interpreter = None
+
+    def __enter__(self) -> LiteRtSession:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the session."""
+        self.close()
+
+
+def _details(interpreter: Any, side: str) -> dict[str, Mapping[str, Any]]:
+    """Tensors on one side by name: the signature's names where there is one."""
+    signatures = interpreter.get_signature_list()
+    if len(signatures) == 1:
+        runner = interpreter.get_signature_runner(next(iter(signatures)))
+        found: dict[str, Mapping[str, Any]] = getattr(runner, f"get_{side}_details")()
+        return found
+    listed = getattr(interpreter, f"get_{side}_details")()
+    return {detail["name"]: detail for detail in listed}
+
+
+def _import_litert() -> tuple[Any, str]:
+    """The interpreter's class, and the distribution that it is from."""
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+
+        return Interpreter, "ai-edge-litert"
+    except ImportError:
+        pass
+    try:
+        from tflite_runtime.interpreter import Interpreter
+    except ImportError as error:
+        raise MissingDependency("LiteRT", extra="litert") from error
+    return Interpreter, "tflite-runtime"

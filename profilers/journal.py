@@ -1,0 +1,248 @@
+"""The journal of a work order: what was measured so far, one record a line.
+
+A line is written, flushed to the disk, and only then counted: whatever happens, at most
+the record that was being written is lost, and the next opening cuts its remains off.
+Every line starts with a checksum, so that a damaged one is dropped, and measured again,
+rather than believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from profilers.codec import decode_visit
+from profilers.errors import FormatError, IncompatibleTables, MeasurementError
+from profilers.json_reader import Json, JsonNode, parse_json
+from profilers.measurement import Visit
+
+__all__ = ["Failure", "Journal", "VisitRecord"]
+
+FORMAT_VERSION = 1
+_CHECKSUM_DIGITS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisitRecord:
+    """A visit of a model.
+
+    Attributes:
+        name: Of the model.
+        visit: Its time counts from the start of the process that made it.
+    """
+
+    name: str
+    visit: Visit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A model that is not measured any more.
+
+    Attributes:
+        name: Of the model.
+        reason: What happened, for people.
+    """
+
+    name: str
+    reason: str
+
+
+class Journal:
+    """An open journal; one process at a time has it.
+
+    Args:
+        path: The file; made if it is not there.
+        subject: Says what is measured with what; a journal of anything else is
+            refused.
+
+    Raises:
+        MeasurementError: Another process has the journal open, or the disk refuses.
+        IncompatibleTables: The journal is of another subject.
+        FormatError: The file is no journal.
+    """
+
+    def __init__(self, path: Path, *, subject: dict[str, Json]) -> None:
+        self._path = path
+        self._file = _open_alone(path)
+        self._visits: dict[str, list[Visit]] = {}
+        self._failures: dict[str, str] = {}
+        self.damaged_count = 0
+        try:
+            self._read(subject)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def visits_of(self, name: str) -> tuple[Visit, ...]:
+        """Visits of a model so far."""
+        return tuple(self._visits.get(name, ()))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reasons by model, of those given up."""
+        return dict(self._failures)
+
+    def add(self, record: VisitRecord | Failure) -> None:
+        """Write a record; once this returns, it is on the disk.
+
+        Raises:
+            MeasurementError: The disk is full or refuses; the journal is as before.
+        """
+        if isinstance(record, VisitRecord):
+            content: dict[str, Json] = {
+                "visit": {"name": record.name, **_encode_visit(record.visit)}
+            }
+        else:
+            content = {"failure": {"name": record.name, "reason": record.reason}}
+        self._append(content)
+        self._take(record)
+
+    def close(self) -> None:
+        """Let other processes have the journal. Closing again does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the journal."""
+        self.close()
+
+    def _append(self, content: dict[str, Json]) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            _write_whole(self._file, _encode_line(content))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(end)
+            raise MeasurementError(
+                f"{self._path} cannot be written: {error}; make room and run the same "
+                "command again, it goes on from here"
+            ) from error
+
+    def _read(self, subject: dict[str, Json]) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole, _, torn = content.rpartition(b"\n")
+        lines = whole.split(b"\n") if whole else []
+        # What a kill or a full disk left of the last line.
+        self._file.truncate(len(content) - len(torn))
+        if not lines:
+            self._append({"format_version": FORMAT_VERSION, "subject": subject})
+            return
+        header = _decode_line(lines[0])
+        if header is None:
+            raise FormatError(
+                f"{self._path.name} is not a journal, or its first line is damaged; "
+                "name another file, or delete it to measure anew",
+                path="",
+            )
+        _check_header(header, subject, self._path.name)
+        for line in lines[1:]:
+            node = _decode_line(line)
+            if node is None:
+                self.damaged_count += 1
+            else:
+                self._take(_decode_record(node))
+
+    def _take(self, record: VisitRecord | Failure) -> None:
+        if isinstance(record, VisitRecord):
+            self._visits.setdefault(record.name, []).append(record.visit)
+        else:
+            self._failures[record.name] = record.reason
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open for reading and appending, and lock; the lock goes with the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a failed write leaves nothing behind for the next one.
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - kept open
+    except OSError as error:
+        raise MeasurementError(
+            f"the journal {path} cannot be opened: {error}; check the folder"
+        ) from error
+    try:
+        _lock(file)
+    except OSError as error:
+        file.close()
+        raise MeasurementError(
+            f"another process is using the journal {path}; wait for it, or stop it and "
+            "run the same command again"
+        ) from error
+    return file
+
+
+def _lock(file: BinaryIO) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows locks what it writes by itself
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_whole(file: BinaryIO, line: bytes) -> None:
+    # An unbuffered file may take a part; on a full disk, the next try says why.
+    rest = memoryview(line)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _encode_line(content: dict[str, Json]) -> bytes:
+    text = json.dumps(content, sort_keys=True, allow_nan=False).encode()
+    return b"%0*x %s\n" % (_CHECKSUM_DIGITS, zlib.crc32(text), text)
+
+
+def _decode_line(line: bytes) -> JsonNode | None:
+    """The line's content; None if it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%0*x" % (_CHECKSUM_DIGITS, zlib.crc32(text)):
+        return None
+    return parse_json(text.decode())
+
+
+def _check_header(node: JsonNode, subject: dict[str, Json], name: str) -> None:
+    fields = node.fields("format_version", "subject")
+    version = fields["format_version"].integer(minimum=1)
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{name} has format version {version}, this version reads "
+            f"{FORMAT_VERSION}; delete it to measure anew",
+            path="format_version",
+        )
+    found = {key: entry.value for key, entry in fields["subject"].entries().items()}
+    differing = sorted(
+        key for key in found.keys() | subject if found.get(key) != subject.get(key)
+    )
+    if differing:
+        raise IncompatibleTables(
+            f"the journal {name} is of another {', '.join(differing)}; its visits "
+            "cannot be mixed with new ones. Name another journal, or delete it"
+        )
+
+
+def _encode_visit(visit: Visit) -> dict[str, Json]:
+    return {**asdict(visit), "samples_ns": list(visit.samples_ns)}
+
+
+def _decode_record(node: JsonNode) -> VisitRecord | Failure:
+    entries = node.entries()
+    if set(entries) == {"failure"}:
+        fields = entries["failure"].fields("name", "reason")
+        return Failure(name=fields["name"].text(), reason=fields["reason"].text())
+    fields = node.fields("visit")["visit"].entries()
+    name = fields.pop("name", JsonNode(None, "visit.name")).text()
+    rest: dict[str, Json] = {key: entry.value for key, entry in fields.items()}
+    return VisitRecord(name=name, visit=decode_visit(JsonNode(rest, "visit")))

@@ -1,0 +1,186 @@
+"""Work orders carried out by real processes that crash, hang, and are killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profilers.errors import DeviceUnfit, RunFailed, UnstableMeasurement
+from profilers.execute import OrderResult, execute
+from profilers.journal import Journal
+from profilers.json_reader import Json
+from profilers.measurement import MeasureSettings
+from tests.support.faulty_worker import COMMAND, NAME, write_model
+
+SUBJECT: dict[str, Json] = {"order": "test"}
+SETTINGS = MeasureSettings(
+    visits=4,
+    runs_per_visit=2,
+    warmup_runs=1,
+    anchor_repeats=1,
+    seed=0,
+    target_relative_error=10.0,  # no extra visits
+    max_seconds=60.0,
+)
+WARM_UP_RUNS = 1
+RUNS_PER_VISIT = 3  # one of them not kept
+
+
+def run(
+    folder: Path,
+    models: dict[str, Path],
+    *,
+    settings: MeasureSettings = SETTINGS,
+    threads: int = 1,
+    limit_s: float = 60.0,
+    group_size: int = 64,
+    backend: str = NAME,
+) -> OrderResult:
+    with Journal(folder / "journal", subject=SUBJECT) as journal:
+        return execute(
+            models,
+            journal=journal,
+            backend_name=backend,
+            threads=threads,
+            settings=settings,
+            limit_s=limit_s,
+            group_size=group_size,
+            command=COMMAND,
+        )
+
+
+def good(folder: Path, count: int) -> dict[str, Path]:
+    return {
+        f"good{index}": write_model(folder / f"good{index}", us=100 + 50 * index)
+        for index in range(count)
+    }
+
+
+def test_every_model_gets_its_visits_and_more_work_takes_longer(
+    tmp_path: Path,
+) -> None:
+    models = {
+        "short": write_model(tmp_path / "short", us=200),
+        "long": write_model(tmp_path / "long", us=5_000),
+    }
+    result = run(tmp_path, models)
+    assert {n: len(m.visits) for n, m in result.measurements.items()} == {
+        "short": SETTINGS.visits,
+        "long": SETTINGS.visits,
+    }
+    assert result.failures == {}
+    assert result.measurements["long"].quiet_ms > 5.0
+    assert (
+        result.measurements["long"].median_ms > result.measurements["short"].median_ms
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "after", "words"),
+    [
+        pytest.param("reject", 0, "bad is rejected", id="rejected"),
+        pytest.param("crash loading", 0, "SIGSEGV", id="crashes while loaded"),
+        pytest.param("crash", 0, "SIGSEGV", id="crashes in the first run"),
+        pytest.param(
+            "crash",
+            WARM_UP_RUNS + 2 * RUNS_PER_VISIT,
+            "about to crash",
+            id="crashes in the third visit",
+        ),
+        pytest.param("raise", 5, "the model failed on purpose", id="raises"),
+    ],
+)
+def test_a_model_that_fails_costs_only_itself(
+    tmp_path: Path, fault: str, after: int, words: str
+) -> None:
+    models = good(tmp_path, 3)
+    models["bad"] = write_model(tmp_path / "bad", fault=fault, after=after)
+    result = run(tmp_path, models)
+    assert set(result.failures) == {"bad"}
+    assert words in result.failures["bad"]
+    assert {n: len(m.visits) for n, m in result.measurements.items()} == {
+        f"good{index}": SETTINGS.visits for index in range(3)
+    }
+
+
+def test_a_model_that_hangs_is_stopped_and_costs_only_itself(tmp_path: Path) -> None:
+    models = good(tmp_path, 2)
+    models["bad"] = write_model(tmp_path / "bad", fault="hang", after=4)
+    result = run(tmp_path, models, limit_s=10.0)
+    assert "gave no sign of life for 10 s" in result.failures["bad"]
+    assert set(result.measurements) == {"good0", "good1"}
+
+
+def test_a_failed_model_is_not_tried_again(tmp_path: Path) -> None:
+    models = good(tmp_path, 1)
+    models["bad"] = write_model(tmp_path / "bad", fault="crash")
+    run(tmp_path, models)
+    write_model(models["bad"])  # it would work now
+    result = run(tmp_path, models)
+    assert set(result.failures) == {"bad"}
+    assert set(result.measurements) == {"good0"}
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    models = good(tmp_path, 3)
+    first = run(tmp_path, models)
+    content = (tmp_path / "journal").read_bytes()
+    assert run(tmp_path, models).measurements == first.measurements
+    assert (tmp_path / "journal").read_bytes() == content
+
+
+def test_groups_cover_all_models_in_two_rounds(tmp_path: Path) -> None:
+    models = good(tmp_path, 5)
+    result = run(tmp_path, models, group_size=2)
+    assert {len(m.visits) for m in result.measurements.values()} == {SETTINGS.visits}
+    assert set(result.measurements) == set(models)
+
+
+def test_models_that_are_too_imprecise_get_more_visits(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, target_relative_error=1e-9, max_seconds=20.0)
+    result = run(tmp_path, good(tmp_path, 2), settings=settings)
+    visits = [len(m.visits) for m in result.measurements.values()]
+    assert SETTINGS.visits < max(visits) <= 4 * SETTINGS.visits
+
+
+def test_an_order_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, visits=30)
+    models = good(tmp_path, 4)
+    journal = tmp_path / "journal"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.test_profilers_execute", tmp_path]
+    )
+    deadline_s = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
+        assert time.monotonic() < deadline_s, "the order did not get going"
+        assert process.poll() is None, "the order ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = journal.read_bytes()
+    whole = before[: before.rindex(b"\n") + 1]
+    result = run(tmp_path, models, settings=settings)
+    assert journal.read_bytes().startswith(whole)
+    assert {len(m.visits) for m in result.measurements.values()} == {settings.visits}
+
+
+def test_what_concerns_all_models_ends_the_order(tmp_path: Path) -> None:
+    models = good(tmp_path, 2)
+    with pytest.raises(DeviceUnfit, match="threads=1000"):
+        run(tmp_path, models, threads=1000)
+    with pytest.raises(RunFailed, match="no backend 'absent'"):
+        run(tmp_path, models, backend="absent")
+    bad = {"bad": write_model(tmp_path / "bad", fault="reject")}
+    with pytest.raises(UnstableMeasurement, match="none of 1 models could be measured"):
+        run(tmp_path, bad)
+
+
+if __name__ == "__main__":
+    here = Path(sys.argv[1])
+    run(here, good(here, 4), settings=replace(SETTINGS, visits=30))

@@ -1,0 +1,146 @@
+"""A journal gives back what was written, whatever happens to the file."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profilers.errors import FormatError, IncompatibleTables, MeasurementError
+from profilers.journal import Failure, Journal, VisitRecord
+from profilers.json_reader import Json
+from profilers.measurement import Visit
+
+SUBJECT: dict[str, Json] = {"runtime": "fake 1", "order": "a" * 64}
+
+
+def visit(number: int) -> VisitRecord:
+    return VisitRecord(
+        name=f"net{number % 3}",
+        visit=Visit(
+            time_ns=number,
+            anchor_before_ns=250_000,
+            anchor_after_ns=251_000 + number,
+            inner_loops=1,
+            samples_ns=(1_000 + number, 2_000),
+        ),
+    )
+
+
+RECORDS = [visit(0), visit(1), Failure(name="net2", reason="crashed"), visit(3)]
+
+
+def written(path: Path) -> bytes:
+    with Journal(path, subject=SUBJECT) as journal:
+        for record in RECORDS:
+            journal.add(record)
+    return path.read_bytes()
+
+
+def contents(journal: Journal) -> set[object]:
+    found: set[object] = set(journal.failures.items())
+    for name in ("net0", "net1", "net2"):
+        found |= {(name, entry) for entry in journal.visits_of(name)}
+    return found
+
+
+def expected(records: list[VisitRecord | Failure]) -> set[object]:
+    return {
+        (r.name, r.visit if isinstance(r, VisitRecord) else r.reason) for r in records
+    }
+
+
+def test_what_was_added_is_there_after_opening_again(tmp_path: Path) -> None:
+    written(tmp_path / "journal")
+    with Journal(tmp_path / "journal", subject=SUBJECT) as journal:
+        assert contents(journal) == expected(RECORDS)
+        assert journal.damaged_count == 0
+
+
+def test_a_journal_cut_anywhere_keeps_its_whole_lines_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal"
+    content = written(path)
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        whole = max(0, sum(end <= cut for end in ends) - 1)  # the header is no record
+        with Journal(path, subject=SUBJECT) as journal:
+            assert contents(journal) == expected(RECORDS[:whole])
+            journal.add(visit(6))
+        with Journal(path, subject=SUBJECT) as journal:
+            assert contents(journal) == expected([*RECORDS[:whole], visit(6)])
+            assert journal.damaged_count == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_damaged_byte_costs_at_most_the_records_it_touches(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    content = bytearray(written(path))
+    header = content.index(b"\n") + 1
+    place = data.draw(st.integers(header, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with Journal(path, subject=SUBJECT) as journal:
+        found = contents(journal)
+    assert found < expected(RECORDS)
+    # A newline lost joins two lines, or cuts the last one off.
+    assert len(found) >= len(RECORDS) - 2
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with (
+        Journal(path, subject=SUBJECT),
+        pytest.raises(MeasurementError, match="another process is using the journal"),
+    ):
+        Journal(path, subject=SUBJECT)
+    Journal(path, subject=SUBJECT).close()
+
+
+def test_a_journal_of_something_else_is_refused_by_what_differs(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal"
+    before = written(path)
+    with pytest.raises(IncompatibleTables, match="is of another runtime;"):
+        Journal(path, subject={**SUBJECT, "runtime": "fake 2"})
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(b"my holiday photographs\n")
+    with pytest.raises(FormatError, match="is not a journal"):
+        Journal(path, subject=SUBJECT)
+    assert path.read_bytes() == b"my holiday photographs\n"
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    before = written(path)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Journal(path, subject=SUBJECT) as journal:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(
+            MeasurementError, match="No space left on device; make room"
+        ):
+            journal.add(visit(6))
+        assert path.read_bytes() == before
+        monkeypatch.undo()
+        journal.add(visit(6))
+    with Journal(path, subject=SUBJECT) as journal:
+        assert contents(journal) == expected([*RECORDS, visit(6)])
