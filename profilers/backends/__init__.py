@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from profilers.backends.base import Backend, Session
+from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
 from profilers.errors import DeviceError
@@ -12,6 +13,7 @@ from profilers.errors import DeviceError
 __all__ = ["Backend", "Session", "backend_names", "get_backend"]
 
 _FACTORIES: dict[str, Callable[[], Backend]] = {
+    LiteRtCpu.name: LiteRtCpu,
     OnnxRuntimeCpu.name: OnnxRuntimeCpu,
     OpenVinoCpu.name: OpenVinoCpu,
 }

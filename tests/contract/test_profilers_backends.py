@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,44 +13,94 @@ from numpy.typing import NDArray
 
 from profilers.backends.base import DYNAMIC, Backend
 from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock
+from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
 from profilers.errors import ModelRejected, RunFailed
 from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
-from tests.support.profilers_models import INPUT_SHAPE, OUT_CHANNELS, conv_model
+from tests.support.profilers_models import INPUT_SHAPE, conv_model
 
 MODEL = conv_model()
-FILE_NAME = "model.onnx"
 
 needs_openvino = pytest.mark.skipif(
     find_spec("openvino") is None, reason="OpenVINO is not installed"
 )
+needs_litert = pytest.mark.skipif(
+    find_spec("ai_edge_litert") is None, reason="LiteRT is not installed"
+)
 
 
-def fake() -> FakeBackend:
-    return FakeBackend(FakeClock(), latency_ns={MODEL: 1000, FILE_NAME: 1000})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A backend, and the same small model in the format that it reads.
+
+    Attributes:
+        backend: The backend.
+        model: Takes `x` of `INPUT_SHAPE`, gives `y`.
+        free_batch: The same with a first dimension that each run chooses.
+        file_name: With the format's ending.
+    """
+
+    backend: Backend
+    model: bytes
+    free_batch: bytes
+    file_name: str
 
 
-def unoptimized() -> OnnxRuntimeCpu:
-    return OnnxRuntimeCpu(optimize=False)
+def onnx_case(backend: Backend) -> Case:
+    return Case(
+        backend=backend,
+        model=MODEL,
+        free_batch=conv_model("batch"),
+        file_name="model.onnx",
+    )
+
+
+def fake() -> Case:
+    latency_ns = {MODEL: 1000, "model.onnx": 1000}
+    return onnx_case(FakeBackend(FakeClock(), latency_ns=latency_ns))
+
+
+def onnxruntime() -> Case:
+    return onnx_case(OnnxRuntimeCpu())
+
+
+def unoptimized() -> Case:
+    return onnx_case(OnnxRuntimeCpu(optimize=False))
+
+
+def openvino() -> Case:
+    return onnx_case(OpenVinoCpu())
+
+
+def litert() -> Case:
+    from tests.support.litert_models import conv_tflite
+
+    return Case(
+        backend=LiteRtCpu(),
+        model=conv_tflite(),
+        free_batch=conv_tflite(free_batch=True),
+        file_name="model.tflite",
+    )
 
 
 REAL = [
-    pytest.param(OnnxRuntimeCpu, id="onnxruntime"),
+    pytest.param(onnxruntime, id="onnxruntime"),
     pytest.param(unoptimized, id="onnxruntime-unoptimized"),
-    pytest.param(OpenVinoCpu, id="openvino", marks=needs_openvino),
+    pytest.param(openvino, id="openvino", marks=needs_openvino),
+    pytest.param(litert, id="litert", marks=needs_litert),
 ]
 
 
 @pytest.fixture(params=[pytest.param(fake, id="fake"), *REAL])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    made: Backend = request.param()
+def case(request: pytest.FixtureRequest) -> Case:
+    made: Case = request.param()
     return made
 
 
 @pytest.fixture(params=REAL)
-def real_backend(request: pytest.FixtureRequest) -> Backend:
-    made: Backend = request.param()
+def real_case(request: pytest.FixtureRequest) -> Case:
+    made: Case = request.param()
     return made
 
 
@@ -57,25 +109,26 @@ def image(seed: int = 0, batch: int = 1) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def test_a_session_knows_its_inputs(backend: Backend) -> None:
-    with backend.load(MODEL, threads=1) as session:
+def test_a_session_knows_its_inputs(case: Case) -> None:
+    with case.backend.load(case.model, threads=1) as session:
         assert dict(session.input_shapes) == {"x": INPUT_SHAPE}
         assert dict(session.input_dtypes) == {"x": np.dtype("float32")}
 
 
-def test_a_file_and_its_bytes_are_the_same_model(
-    backend: Backend, tmp_path: Path
-) -> None:
-    path = tmp_path / FILE_NAME
-    path.write_bytes(MODEL)
-    with backend.load(MODEL, threads=1) as one, backend.load(path, threads=1) as other:
+def test_a_file_and_its_bytes_are_the_same_model(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / case.file_name
+    path.write_bytes(case.model)
+    with (
+        case.backend.load(case.model, threads=1) as one,
+        case.backend.load(path, threads=1) as other,
+    ):
         np.testing.assert_array_equal(
             one.run({"x": image()})["y"], other.run({"x": image()})["y"]
         )
 
 
-def test_the_same_input_gives_the_same_output_at_any_time(backend: Backend) -> None:
-    with backend.load(MODEL, threads=1) as session:
+def test_the_same_input_gives_the_same_output_at_any_time(case: Case) -> None:
+    with case.backend.load(case.model, threads=1) as session:
         first = session.run({"x": image(0)})
         kept = first["y"].copy()
         session.run({"x": image(1)})
@@ -84,8 +137,8 @@ def test_the_same_input_gives_the_same_output_at_any_time(backend: Backend) -> N
         np.testing.assert_array_equal(session.run({"x": image(0)})["y"], kept)
 
 
-def test_outputs_are_numpy_arrays_that_outlive_the_session(backend: Backend) -> None:
-    with backend.load(MODEL, threads=1) as session:
+def test_outputs_are_numpy_arrays_that_outlive_the_session(case: Case) -> None:
+    with case.backend.load(case.model, threads=1) as session:
         outputs = session.run({"x": image()})
     assert set(outputs) == {"y"}
     assert type(outputs["y"]) is np.ndarray
@@ -93,17 +146,17 @@ def test_outputs_are_numpy_arrays_that_outlive_the_session(backend: Backend) -> 
     assert np.isfinite(outputs["y"]).all()
 
 
-def test_the_order_in_memory_of_an_input_is_irrelevant(backend: Backend) -> None:
-    with backend.load(MODEL, threads=1) as session:
+def test_the_order_in_memory_of_an_input_is_irrelevant(case: Case) -> None:
+    with case.backend.load(case.model, threads=1) as session:
         expected = session.run({"x": image()})["y"]
         given = np.asfortranarray(image())
         np.testing.assert_array_equal(session.run({"x": given})["y"], expected)
 
 
 def test_a_prepared_step_can_run_often_and_leaves_later_runs_alone(
-    backend: Backend,
+    case: Case,
 ) -> None:
-    with backend.load(MODEL, threads=1) as session:
+    with case.backend.load(case.model, threads=1) as session:
         expected = session.run({"x": image(0)})["y"]
         step = session.prepare({"x": image(1)})
         for _ in range(3):
@@ -111,10 +164,10 @@ def test_a_prepared_step_can_run_often_and_leaves_later_runs_alone(
         np.testing.assert_array_equal(session.run({"x": image(0)})["y"], expected)
 
 
-def test_sessions_of_one_backend_do_not_disturb_each_other(backend: Backend) -> None:
+def test_sessions_of_one_backend_do_not_disturb_each_other(case: Case) -> None:
     with (
-        backend.load(MODEL, threads=1) as one,
-        backend.load(MODEL, threads=1) as other,
+        case.backend.load(case.model, threads=1) as one,
+        case.backend.load(case.model, threads=1) as other,
     ):
         expected = one.run({"x": image(0)})["y"]
         other.run({"x": image(1)})
@@ -122,26 +175,24 @@ def test_sessions_of_one_backend_do_not_disturb_each_other(backend: Backend) -> 
         np.testing.assert_array_equal(one.run({"x": image(0)})["y"], expected)
 
 
-@pytest.mark.parametrize("model", [b"", b"garbage", MODEL[: len(MODEL) // 2]])
-def test_what_is_no_model_is_rejected(backend: Backend, model: bytes) -> None:
-    with pytest.raises(ModelRejected):
-        backend.load(model, threads=1)
+def test_what_is_no_model_is_rejected(case: Case) -> None:
+    for model in (b"", b"garbage", case.model[: len(case.model) // 2]):
+        with pytest.raises(ModelRejected):
+            case.backend.load(model, threads=1)
 
 
 def test_a_file_that_holds_no_model_is_rejected(
-    real_backend: Backend, tmp_path: Path
+    real_case: Case, tmp_path: Path
 ) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / real_case.file_name
     path.write_bytes(b"garbage")
-    with pytest.raises(ModelRejected, match=r"model\.onnx"):
-        real_backend.load(path, threads=1)
+    with pytest.raises(ModelRejected, match=re.escape(path.name)):
+        real_case.backend.load(path, threads=1)
 
 
-def test_a_missing_file_is_rejected_by_name(
-    real_backend: Backend, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelRejected, match=r"there is no model file .*absent\.onnx"):
-        real_backend.load(tmp_path / "absent.onnx", threads=1)
+def test_a_missing_file_is_rejected_by_name(real_case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ModelRejected, match=r"there is no model file .*absent"):
+        real_case.backend.load(tmp_path / "absent", threads=1)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +206,9 @@ def test_a_missing_file_is_rejected_by_name(
     ],
 )
 def test_inputs_that_do_not_fit_fail_and_the_session_goes_on(
-    backend: Backend, inputs: dict[str, NDArray[np.float32]], message: str
+    case: Case, inputs: dict[str, NDArray[np.float32]], message: str
 ) -> None:
-    with backend.load(MODEL, threads=1) as session:
+    with case.backend.load(case.model, threads=1) as session:
         with pytest.raises(RunFailed, match=message):
             session.run(inputs)
         with pytest.raises(RunFailed, match=message):
@@ -165,8 +216,8 @@ def test_inputs_that_do_not_fit_fail_and_the_session_goes_on(
         session.run({"x": image()})
 
 
-def test_closing_twice_is_fine_and_running_after_it_fails(backend: Backend) -> None:
-    session = backend.load(MODEL, threads=1)
+def test_closing_twice_is_fine_and_running_after_it_fails(case: Case) -> None:
+    session = case.backend.load(case.model, threads=1)
     session.close()
     session.close()
     with pytest.raises(RunFailed, match="closed"):
@@ -175,18 +226,18 @@ def test_closing_twice_is_fine_and_running_after_it_fails(backend: Backend) -> N
         session.prepare({"x": image()})
 
 
-def test_an_inference_has_at_least_one_thread(backend: Backend) -> None:
+def test_an_inference_has_at_least_one_thread(case: Case) -> None:
     with pytest.raises(ValueError, match="threads=0"):
-        backend.load(MODEL, threads=0)
+        case.backend.load(case.model, threads=0)
 
 
-def test_the_runtime_is_described(backend: Backend) -> None:
-    runtime = backend.runtime(threads=2)
-    assert (runtime.backend, runtime.threads) == (backend.name, 2)
+def test_the_runtime_is_described(case: Case) -> None:
+    runtime = case.backend.runtime(threads=2)
+    assert (runtime.backend, runtime.threads) == (case.backend.name, 2)
     assert runtime.precision == "f32"
 
 
-def test_models_are_measured_alike_everywhere(backend: Backend) -> None:
+def test_models_are_measured_alike_everywhere(case: Case) -> None:
     settings = MeasureSettings(
         visits=2,
         runs_per_visit=2,
@@ -196,8 +247,9 @@ def test_models_are_measured_alike_everywhere(backend: Backend) -> None:
         target_relative_error=10.0,
         max_seconds=5.0,
     )
-    models = [ModelUnderTest(name=name, model=MODEL) for name in ("a", "b")]
+    models = [ModelUnderTest(name=name, model=case.model) for name in ("a", "b")]
     rng = np.random.default_rng(0)
+    backend = case.backend
     if isinstance(backend, FakeBackend):
         run = measure_models(
             models,
@@ -216,13 +268,13 @@ def test_models_are_measured_alike_everywhere(backend: Backend) -> None:
     assert all(measurement.quiet_ms > 0 for measurement in run.measurements)
 
 
-def test_a_free_batch_may_change_from_run_to_run(real_backend: Backend) -> None:
-    with real_backend.load(conv_model("batch"), threads=1) as session:
+def test_a_free_batch_may_change_from_run_to_run(real_case: Case) -> None:
+    with real_case.backend.load(real_case.free_batch, threads=1) as session:
         assert session.input_shapes["x"] == (DYNAMIC, *INPUT_SHAPE[1:])
         for batch in (1, 5, 2):
             images = image(batch, batch)
             together = session.run({"x": images})["y"]
-            assert together.shape == (batch, OUT_CHANNELS, *INPUT_SHAPE[2:])
+            assert together.shape[0] == batch
             alone = [session.run({"x": images[i : i + 1]})["y"] for i in range(batch)]
             np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
@@ -230,7 +282,11 @@ def test_a_free_batch_may_change_from_run_to_run(real_backend: Backend) -> None:
 @needs_openvino
 def test_the_runtimes_agree() -> None:
     outputs = []
-    for backend in (OnnxRuntimeCpu(), unoptimized(), OpenVinoCpu()):
+    for backend in (
+        OnnxRuntimeCpu(),
+        OnnxRuntimeCpu(optimize=False),
+        OpenVinoCpu(),
+    ):
         with backend.load(MODEL, threads=1) as session:
             outputs.append(session.run({"x": image()})["y"])
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
@@ -252,3 +308,19 @@ def test_openvino_reads_its_own_format(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             own.run({"x": image()})["y"], onnx.run({"x": image()})["y"]
         )
+
+
+@needs_litert
+def test_litert_warns_of_a_model_that_runs_in_pieces(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    from tests.support.litert_models import conv_tflite
+
+    with LiteRtCpu().load(conv_tflite(), threads=1) as session:
+        assert session.partition_count == 1
+    assert not recwarn.list
+    with (
+        pytest.warns(UserWarning, match="runs in 2 partitions of the XNNPACK"),
+        LiteRtCpu().load(conv_tflite(interrupted=True), threads=1) as session,
+    ):
+        assert session.partition_count == 2
