@@ -132,15 +132,18 @@ class Specializer:
             if found is not None:
                 return found[0]
         self.reporter.begin("profiling this machine")
+        path = cache / table_name(space, self.device, self.runtime)
+        journal_path = path.with_suffix(".journal")
         table = profile_space(
             space,
             backend=self.backend,
             threads=self.target.threads,
             settings=PROFILE_SETTINGS,
+            journal_path=journal_path,
             progress=self.reporter.advance,
         )
-        cache.mkdir(parents=True, exist_ok=True)
-        table.save(cache / table_name(space, self.device, self.runtime))
+        table.save(path)
+        journal_path.unlink()
         return table
 
     def reachable(self, *, sample_count: int = 2_000) -> ReachableRange:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from platformdirs import user_cache_path
 
-from ofa_deploy.errors import IncompatibleTables
-from ofa_deploy.export.onnx import emit_block, emit_network, random_weights
-from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.errors import IncompatibleTables, MeasurementError
+from ofa_deploy.export.runtime_format import (
+    model_suffix,
+    timed_block,
+    timed_network,
+)
+from ofa_deploy.layers import BlockPlan
+from ofa_deploy.plan import NetworkPlan, all_blocks, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
+from profilers.codec import encode_flat
 from profilers.device import DeviceSpec, RuntimeSpec, this_device
-from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
+from profilers.execute import OrderResult, execute
+from profilers.journal import Journal
+from profilers.json_reader import Json
+from profilers.measurement import Measurement, MeasureSettings
 from profilers.table import LatencyTable, require_compatible
 
 NETWORK_COUNT = 48
 Progress = Callable[[int, int], None]
+# A block and a network may share a key.
+_BLOCK, _NETWORK = "block:", "network:"
 
 
 def calibration_networks(
@@ -40,25 +54,61 @@ def calibration_networks(
     return list(dict.fromkeys(chosen))
 
 
-def models_to_measure(
-    space: SearchSpace, *, network_count: int, rng: np.random.Generator
-) -> tuple[list[ModelUnderTest], list[ModelUnderTest]]:
-    """Every block of the space, and some whole networks, as ONNX with random weights.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProfilePlan:
+    """What to measure of a space with a runtime, and the models for it.
 
     Latency depends on shapes, not on values; random weights spare a table from the
-    training that happened to be at hand.
+    training that happened to be at hand. Each model's weights are drawn from its name,
+    so that any of them can be made at any time.
+
+    Args:
+        backend_name: Whose format the models have.
+        seed: Of the weights.
+        blocks: Every block of the space, by key.
+        networks: Some whole networks, by config id.
     """
-    blocks = [
-        ModelUnderTest(name=key, model=emit_block(block, rng=rng))
-        for key, block in sorted(all_blocks(space).items())
-    ]
-    networks = []
-    for config in calibration_networks(space, count=network_count, rng=rng):
-        plan = lower(space, config)
-        weights = random_weights(plan.layers, rng=rng)
-        model = emit_network(plan, weights, form="fused")
-        networks.append(ModelUnderTest(name=config.id, model=model))
-    return blocks, networks
+
+    backend_name: str
+    seed: int
+    blocks: Mapping[str, BlockPlan]
+    networks: Mapping[str, NetworkPlan]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models; `write_model` takes them."""
+        return [f"{_BLOCK}{key}" for key in self.blocks] + [
+            f"{_NETWORK}{key}" for key in self.networks
+        ]
+
+    def write_model(self, name: str, folder: Path) -> Path:
+        """Write one of the models into a folder."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        if name.startswith(_BLOCK):
+            block = self.blocks[name.removeprefix(_BLOCK)]
+            model = timed_block(block, backend_name=self.backend_name, rng=rng)
+        else:
+            network = self.networks[name.removeprefix(_NETWORK)]
+            model = timed_network(network, backend_name=self.backend_name, rng=rng)
+        # A name can be longer than a file's may be.
+        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+        path = folder / f"{stem}{model_suffix(self.backend_name)}"
+        path.write_bytes(model)
+        return path
+
+
+def plan_profile(
+    space: SearchSpace, *, backend_name: str, network_count: int, seed: int
+) -> ProfilePlan:
+    """Choose what to measure: all blocks, and networks that calibrate their sums."""
+    rng = np.random.default_rng(seed)
+    configs = calibration_networks(space, count=network_count, rng=rng)
+    return ProfilePlan(
+        backend_name=backend_name,
+        seed=seed,
+        blocks=dict(sorted(all_blocks(space).items())),
+        networks={config.id: lower(space, config) for config in configs},
+    )
 
 
 def profile_space(
@@ -67,35 +117,84 @@ def profile_space(
     backend: Backend,
     threads: int,
     settings: MeasureSettings,
+    journal_path: Path,
     network_count: int = NETWORK_COUNT,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """Measure a space on this machine."""
-    rng = np.random.default_rng(settings.seed)
-    blocks, networks = models_to_measure(space, network_count=network_count, rng=rng)
-    run = measure_models(
-        blocks + networks,
-        backend=backend,
-        threads=threads,
-        settings=settings,
-        progress=progress,
-        rng=rng,
+    """Measure a space on this machine.
+
+    Args:
+        space: What to measure.
+        backend: Where.
+        threads: Of one inference.
+        settings: How carefully.
+        journal_path: Holds what was measured so far; the same call after a kill goes
+            on from there. The caller removes it once the table is kept.
+        network_count: Whole networks to measure besides the blocks.
+        progress: Called with visits made and visits known to be made.
+
+    Raises:
+        MeasurementError: A block could not be measured, or the journal is in use.
+    """
+    plan = plan_profile(
+        space,
+        backend_name=backend.name,
+        network_count=network_count,
+        seed=settings.seed,
     )
-    measured = {m.name: m for m in run.measurements}
+    device, runtime = this_device(), backend.runtime(threads=threads)
+    subject: dict[str, Json] = {
+        "device": device.fingerprint,
+        "runtime": encode_flat(runtime),
+        "settings": encode_flat(settings),
+        "space": space_sha256(space),
+        "networks": network_count,
+    }
+    with Journal(journal_path, subject=subject) as journal:
+        result = execute(
+            plan.names,
+            plan.write_model,
+            journal=journal,
+            backend_name=backend.name,
+            threads=threads,
+            settings=settings,
+            progress=progress,
+        )
+    _require_blocks(plan, result, journal_path)
     return LatencyTable(
         origin="measured",
         space_name=space.name,
         space_sha256=space_sha256(space),
-        device=this_device(),
-        runtime=backend.runtime(threads=threads),
+        device=device,
+        runtime=runtime,
         settings=settings,
-        conditions=run.conditions,
-        beta=run.beta,
-        anchor_reference_ns=run.anchor_reference_ns,
+        conditions=result.conditions,
+        beta=result.beta,
+        anchor_reference_ns=result.anchor_reference_ns,
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        blocks={model.name: measured[model.name] for model in blocks},
-        networks={model.name: measured[model.name] for model in networks},
+        blocks=_measured(result, _BLOCK),
+        networks=_measured(result, _NETWORK),
+        failures=result.failures,
     )
+
+
+def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:
+    return {
+        name.removeprefix(prefix): replace(measurement, name=name.removeprefix(prefix))
+        for name, measurement in result.measurements.items()
+        if name.startswith(prefix)
+    }
+
+
+def _require_blocks(plan: ProfilePlan, result: OrderResult, journal: Path) -> None:
+    failed = [key for key in plan.blocks if f"{_BLOCK}{key}" in result.failures]
+    if failed:
+        raise MeasurementError(
+            f"{len(failed)} of {len(plan.blocks)} blocks could not be measured; "
+            f"{failed[0]}: {result.failures[f'{_BLOCK}{failed[0]}']}. Without them no "
+            "network that has one can be predicted. Once the cause is gone, delete "
+            f"{journal} and profile again"
+        )
 
 
 def table_name(space: SearchSpace, device: DeviceSpec, runtime: RuntimeSpec) -> str:

@@ -38,6 +38,7 @@ from profilers.worker import Assignment, Began, Refused, Visited, decode_report
 __all__ = ["OrderResult", "execute"]
 
 Progress = Callable[[int, int], None]
+WriteModel = Callable[[str, Path], Path]
 
 # Models open at a time. Hundreds would not fit into a board's memory; far fewer would
 # be seen again and again within one phase of the machine.
@@ -75,7 +76,8 @@ class OrderResult:
 
 
 def execute(
-    models: Mapping[str, Path],
+    names: Sequence[str],
+    write_model: WriteModel,
     *,
     journal: Journal,
     backend_name: str,
@@ -86,10 +88,13 @@ def execute(
     group_size: int = GROUP_SIZE,
     command: Sequence[str] | None = None,
 ) -> OrderResult:
-    """Measure model files against each other.
+    """Measure models against each other.
 
     Args:
-        models: Files by name.
+        names: Of the models; all different.
+        write_model: Called with a name and a folder when the model is about to be
+            measured; returns its file. The folder is removed afterwards: hundreds of
+            models need not be on the disk together.
         journal: Open; what it holds is not measured again.
         backend_name: As `get_backend` takes it.
         threads: Of one inference.
@@ -106,7 +111,8 @@ def execute(
         MeasurementError: The journal cannot be written.
     """
     run = _Run(
-        models=dict(models),
+        names=tuple(sorted(names)),
+        write_model=write_model,
         journal=journal,
         backend_name=backend_name,
         threads=threads,
@@ -116,11 +122,11 @@ def execute(
         command=tuple(command or (sys.executable, "-m", "profilers", "work")),
         deadline_s=time.monotonic() + settings.max_seconds,
     )
-    rounds = 1 if len(models) <= group_size else ROUNDS
+    rounds = 1 if len(names) <= group_size else ROUNDS
     rng = np.random.default_rng(settings.seed)
     for number in range(1, rounds + 1):
         target = math.ceil(settings.visits * number / rounds)
-        for group in _groups(sorted(models), group_size, rng):
+        for group in _groups(sorted(names), group_size, rng):
             run.bring_to(group, target)
     while imprecise := run.imprecise(group_size):
         run.visit(imprecise, passes=1)
@@ -133,7 +139,8 @@ class _Run:
     def __init__(
         self,
         *,
-        models: dict[str, Path],
+        names: tuple[str, ...],
+        write_model: WriteModel,
         journal: Journal,
         backend_name: str,
         threads: int,
@@ -143,7 +150,8 @@ class _Run:
         command: tuple[str, ...],
         deadline_s: float,
     ) -> None:
-        self._models = models
+        self._names = names
+        self._write_model = write_model
         self._journal = journal
         self._backend_name = backend_name
         self._threads = threads
@@ -167,15 +175,20 @@ class _Run:
 
     def visit(self, names: Sequence[str], *, passes: int) -> None:
         """Start a worker on some models, and take down what it tells."""
-        seed = self._settings.seed + sum(len(self._visits(n)) for n in self._models)
-        assignment = Assignment(
-            backend=self._backend_name,
-            threads=self._threads,
-            settings=self._settings,
-            passes=passes,
-            seed=seed,
-            models={name: self._models[name] for name in names},
-        )
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+            assignment = Assignment(
+                backend=self._backend_name,
+                threads=self._threads,
+                settings=self._settings,
+                passes=passes,
+                # Another order of visits each time, and the same after a kill.
+                seed=self._settings.seed
+                + sum(len(self._visits(name)) for name in self._names),
+                models={name: self._write_model(name, Path(folder)) for name in names},
+            )
+            self._do(assignment)
+
+    def _do(self, assignment: Assignment) -> None:
         current: str | None = None
         with _worker(self._command, assignment) as worker:
             while (line := worker.read_line(self._limit_s)) is not None:
@@ -219,11 +232,11 @@ class _Run:
         failures = {
             name: reason
             for name, reason in self._journal.failures.items()
-            if name in self._models
+            if name in self._names
         }
         if not measured:
             raise UnstableMeasurement(
-                f"none of {len(self._models)} models could be measured; the first: "
+                f"none of {len(self._names)} models could be measured; the first: "
                 f"{next(iter(failures.values()))}"
             )
         fit = fit_visits([self._visits(name) for name in measured])
@@ -259,9 +272,7 @@ class _Run:
     def _measured(self) -> list[str]:
         failed = self._journal.failures
         return [
-            name
-            for name in sorted(self._models)
-            if name not in failed and self._visits(name)
+            name for name in self._names if name not in failed and self._visits(name)
         ]
 
     def _take_refusal(self, report: Refused) -> None:
@@ -273,7 +284,7 @@ class _Run:
         if self._progress is None:
             return
         failed = self._journal.failures
-        counts = [len(self._visits(n)) for n in self._models if n not in failed]
+        counts = [len(self._visits(n)) for n in self._names if n not in failed]
         planned = sum(max(self._settings.visits, count) for count in counts)
         self._progress(sum(counts), planned)
 

@@ -35,7 +35,7 @@ from profilers.order import check_sha256
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
@@ -64,6 +64,7 @@ class LatencyTable:
         created_at: ISO 8601 date and time.
         blocks: By name; fused blocks.
         networks: By name; whole networks.
+        failures: Reasons by name, of the models that could not be measured.
     """
 
     format_version: int = FORMAT_VERSION
@@ -79,6 +80,7 @@ class LatencyTable:
     created_at: str
     blocks: Mapping[str, Measurement]
     networks: Mapping[str, Measurement]
+    failures: Mapping[str, str]
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -109,6 +111,7 @@ class LatencyTable:
                     )
             # A frozen table must not change through the caller's dictionary.
             object.__setattr__(self, field, MappingProxyType(measurements))
+        object.__setattr__(self, "failures", MappingProxyType(dict(self.failures)))
 
     def save(self, path: Path) -> None:
         """Write the table, replacing the file at once or leaving it as it was."""
@@ -199,6 +202,7 @@ def _encode(table: LatencyTable) -> dict[str, Json]:
         "networks": {
             name: encode_measurement(net) for name, net in table.networks.items()
         },
+        "failures": dict(table.failures),
     }
 
 
@@ -229,6 +233,10 @@ def _decode(node: JsonNode) -> LatencyTable:
             created_at=entries["created_at"].text(),
             blocks=_decode_measurements(entries["blocks"]),
             networks=_decode_measurements(entries["networks"]),
+            failures={
+                name: entry.text()
+                for name, entry in entries["failures"].entries().items()
+            },
         )
     )
     if entries["sha256"].text() != _digest(_encode(table)):

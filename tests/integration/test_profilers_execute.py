@@ -44,7 +44,8 @@ def run(
 ) -> OrderResult:
     with Journal(folder / "journal", subject=SUBJECT) as journal:
         return execute(
-            models,
+            list(models),
+            lambda name, folder: models[name],
             journal=journal,
             backend_name=backend,
             threads=threads,

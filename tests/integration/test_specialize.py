@@ -307,6 +307,7 @@ def test_a_real_table_leads_to_a_bundle(supernet: Path, tmp_path: Path) -> None:
         backend=get_backend("openvino-cpu"),
         threads=1,
         settings=QUICK,
+        journal_path=tmp_path / "journal",
         network_count=8,
     )
     table.save(tmp_path / "table.json")

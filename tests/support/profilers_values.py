@@ -97,4 +97,5 @@ tables = st.builds(
     created_at=st.datetimes().map(lambda moment: moment.isoformat()),
     blocks=by_name,
     networks=by_name,
+    failures=st.dictionaries(words, words, max_size=2),
 )

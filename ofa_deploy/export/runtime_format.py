@@ -1,0 +1,35 @@
+"""Which format a runtime reads, and random models in it, to be timed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ofa_deploy.export import litert, onnx
+from ofa_deploy.layers import BlockPlan
+from ofa_deploy.plan import NetworkPlan
+
+_SUFFIXES = {"litert-cpu": ".tflite"}
+
+
+def model_suffix(backend_name: str) -> str:
+    """Ending of the files that a backend reads: `.onnx`, or `.tflite`."""
+    return _SUFFIXES.get(backend_name, ".onnx")
+
+
+def timed_block(
+    block: BlockPlan, *, backend_name: str, rng: np.random.Generator
+) -> bytes:
+    """A block with random weights, in the backend's format."""
+    if model_suffix(backend_name) == ".tflite":
+        return litert.emit_block(block, rng=rng)
+    return onnx.emit_block(block, rng=rng)
+
+
+def timed_network(
+    plan: NetworkPlan, *, backend_name: str, rng: np.random.Generator
+) -> bytes:
+    """A network with random weights, in the backend's format."""
+    weights = onnx.random_weights(plan.layers, rng=rng)
+    if model_suffix(backend_name) == ".tflite":
+        return litert.emit_network(plan, weights)
+    return onnx.emit_network(plan, weights, form="fused")
