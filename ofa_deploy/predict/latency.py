@@ -26,7 +26,7 @@ TWO_SIDED_95 = 1.96
 ONE_SIDED_95 = 1.645
 # Strength of the prior that a block costs alone what it costs in a network, in units
 # of the squared relative error that one network's measurement carries.
-PRIOR_STRENGTH = 1e-2
+PRIOR_STRENGTH = 3e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
