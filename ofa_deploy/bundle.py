@@ -20,6 +20,7 @@ from safetensors.numpy import load as load_tensors
 from ofa_deploy.errors import BundleError, DataError, DigestMismatch, FormatError
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
 from ofa_deploy.exporting import REFERENCE_FILE
+from ofa_deploy.inference import infer
 from ofa_deploy.manifest import MANIFEST_FILE, FileRecord, Manifest
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.verify import (
@@ -164,7 +165,7 @@ class Bundle:
             resolution=self.manifest.resolution,
             normalisation=self.manifest.normalisation,
         )
-        logits = self._open_session().run({INPUT_NAME: inputs})[OUTPUT_NAME][0]
+        logits = infer(self._open_session(), inputs)[0]
         names = self.manifest.class_names
         if logits.shape != (len(names),):
             raise FormatError(

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
+from ofa_deploy.export.onnx import emit_network
 from ofa_deploy.fuse import fuse
+from ofa_deploy.inference import infer
 from ofa_deploy.materialise import Weights, materialise
 from ofa_deploy.plan import NetworkPlan
 from ofa_deploy.preprocess import prepare
@@ -96,6 +97,6 @@ def top1_accuracy(
     correct = 0
     for start in range(0, len(inputs), batch_size):
         batch = inputs[start : start + batch_size]
-        logits = session.run({INPUT_NAME: batch})[OUTPUT_NAME]
+        logits = infer(session, batch)
         correct += int((logits.argmax(1) == labels[start : start + batch_size]).sum())
     return correct / len(inputs)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from ofa_deploy.export import litert
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.fuse import fuse
@@ -29,6 +30,7 @@ from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 ONNX_FILE = "model.onnx"
 IR_FILE = "model.xml"
+LITERT_FILE = "model.tflite"
 REFERENCE_FILE = "reference.safetensors"
 PARITY_IMAGES = 256
 REFERENCE_IMAGES = 8
@@ -85,12 +87,16 @@ def export_network(
         backend=reference_backend,
         threads=target.threads,
     )
-    model = emit_network(plan, fuse(weights, plan), form="fused")
+    fused = fuse(weights, plan)
+    model = emit_network(plan, fused, form="fused")
     (folder / ONNX_FILE).write_bytes(model)
     model_file = ONNX_FILE
     if target.backend == "openvino-cpu":
         model_file = IR_FILE
         write_ir(model, folder / IR_FILE)
+    elif target.backend == "litert-cpu":
+        model_file = LITERT_FILE
+        (folder / LITERT_FILE).write_bytes(litert.emit_network(plan, fused))
     images = _parity_inputs(inputs)
     unfused = emit_network(plan, weights, form="unfused", batch=None)
     with reference_backend.load(unfused, threads=target.threads) as session:

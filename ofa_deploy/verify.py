@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.errors import ParityError
-from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
+from ofa_deploy.inference import infer
 from ofa_deploy.predict.latency import ONE_SIDED_95
 from profilers.backends.base import Session
 from profilers.fresh import FreshMeasurement
@@ -82,11 +82,9 @@ def run_one_by_one(
     session: Session, inputs: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Outputs `(n, classes)` of a model of static batch 1."""
-    outputs = [
-        session.run({INPUT_NAME: inputs[i : i + 1]})[OUTPUT_NAME]
-        for i in range(len(inputs))
-    ]
-    return np.concatenate(outputs)
+    return np.concatenate(
+        [infer(session, inputs[i : i + 1]) for i in range(len(inputs))]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -423,8 +423,8 @@ COUNT = f"must be a whole number from 1 to {CORES}, the cores that this process 
     [
         (
             "tpu",
-            "device 'tpu' is unknown; there are onnxruntime-cpu, openvino-cpu, "
-            "optionally with ?threads=N",
+            "device 'tpu' is unknown; there are litert-cpu, onnxruntime-cpu, "
+            "openvino-cpu, optionally with ?threads=N",
         ),
         (
             "openvino-cpu?thread=2",

@@ -197,8 +197,8 @@ def test_an_unknown_device_is_refused(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "bundle"
     assert_refused(
         run("specialize", "--latency-ms", "1", "--out", out, "--device", "tpu"),
-        "device 'tpu' is unknown; there are onnxruntime-cpu, openvino-cpu, optionally "
-        "with ?threads=N",
+        "device 'tpu' is unknown; there are litert-cpu, onnxruntime-cpu, "
+        "openvino-cpu, optionally with ?threads=N",
     )
 
 
