@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from profilers.backends import get_backend
+from profilers.backends.base import random_inputs
 from profilers.codec import decode_settings
 from profilers.doctor import examine
 from profilers.errors import DeployError
 from profilers.fresh import ProcessReport
 from profilers.json_reader import parse_json
-from profilers.measure import ModelUnderTest, measure_models, random_inputs
+from profilers.measure import ModelUnderTest, measure_models
 from profilers.worker import work
 
 __all__ = ["main"]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profilers.anchor import Anchor, Clock, MatrixAnchor
-from profilers.backends.base import DYNAMIC, Backend, Session
+from profilers.backends.base import Backend, Session, random_inputs
 from profilers.device import available_cores, read_conditions
 from profilers.errors import DeviceUnfit, MeasurementError, RunFailed
 from profilers.measurement import (
@@ -46,7 +46,6 @@ __all__ = [
     "Stability",
     "Visit",
     "measure_models",
-    "random_inputs",
     "visit_models",
 ]
 
@@ -258,24 +257,6 @@ def _load_all(
         inputs = _inputs_for(session, shared_inputs, rng)
         benches.append(_Bench(name=model.name, session=session, inputs=inputs))
     return benches
-
-
-def random_inputs(session: Session, rng: np.random.Generator) -> Inputs:
-    """Draw one value for each input; free dimensions become 1.
-
-    Floating-point inputs are normal, as normalised images are; integers are small.
-    """
-    inputs: Inputs = {}
-    for name, shape in session.input_shapes.items():
-        size = tuple(1 if length == DYNAMIC else length for length in shape)
-        dtype = session.input_dtypes[name]
-        if dtype.kind == "f":
-            inputs[name] = rng.standard_normal(size, dtype=np.float32).astype(dtype)
-        elif dtype.kind == "b":
-            inputs[name] = rng.integers(0, 2, size).astype(dtype)
-        else:
-            inputs[name] = rng.integers(0, 128, size).astype(dtype)
-    return inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

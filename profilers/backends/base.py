@@ -6,10 +6,12 @@ A backend imports its runtime inside its methods, maps the runtime's exceptions 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +23,20 @@ __all__ = [
     "DYNAMIC",
     "Arrays",
     "Backend",
+    "LayerLatency",
+    "LayerProfiler",
     "Session",
     "check_inputs",
+    "check_runs",
     "check_threads",
     "describe_model",
+    "random_inputs",
 ]
 
 Arrays = Mapping[str, NDArray[Any]]
+
+# Of a profile of layers, before its runs count.
+WARMUP_RUNS = 3
 
 # Stands in `Session.input_shapes` for a dimension that each run may choose.
 DYNAMIC = -1
@@ -108,6 +117,60 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLatency:
+    """What one layer of a loaded model took.
+
+    Attributes:
+        name: The runtime's name of it; layers that the runtime fused are one.
+        kind: The runtime's name of what it does, such as `Convolution`.
+        median_ms: Over the runs of a profile. Profiling costs time itself: compare
+            layers with each other, not their sum with a latency.
+    """
+
+    name: str
+    kind: str
+    median_ms: float
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.kind:
+            raise ValueError(f"name={self.name!r}, kind={self.kind!r}; give both")
+        if not (math.isfinite(self.median_ms) and self.median_ms >= 0):
+            raise ValueError(
+                f"median_ms={self.median_ms}; give a finite number, at least 0"
+            )
+
+
+@runtime_checkable
+class LayerProfiler(Protocol):
+    """A backend whose runtime can tell what each layer takes."""
+
+    def profile_layers(
+        self, model: Path | bytes, *, threads: int, runs: int
+    ) -> tuple[LayerLatency, ...]:
+        """Run a model with the runtime's own profiling on.
+
+        Args:
+            model: As for `load`.
+            threads: Threads of one inference, at least 1.
+            runs: Profiled runs, at least 1, on random inputs; a few more warm up.
+
+        Returns:
+            The layers that were executed, in the runtime's order.
+
+        Raises:
+            MissingDependency: The runtime is not installed.
+            ModelRejected: The runtime cannot read or compile the model.
+            RunFailed: The runtime failed.
+        """
+
+
+def check_runs(runs: int) -> None:
+    """Raise `ValueError` unless `runs` is at least 1."""
+    if runs < 1:
+        raise ValueError(f"runs={runs}; give at least 1")
+
+
 def check_threads(threads: int) -> None:
     """Raise `ValueError` unless `threads` is at least 1."""
     if threads < 1:
@@ -125,6 +188,26 @@ def describe_model(model: Path | bytes) -> str:
     if not model.is_file():
         raise ModelRejected(f"there is no model file {model}; check the path")
     return model.name
+
+
+def random_inputs(
+    session: Session, rng: np.random.Generator
+) -> dict[str, NDArray[Any]]:
+    """Draw one value for each input; free dimensions become 1.
+
+    Floating-point inputs are normal, as normalised images are; integers are small.
+    """
+    inputs: dict[str, NDArray[Any]] = {}
+    for name, shape in session.input_shapes.items():
+        size = tuple(1 if length == DYNAMIC else length for length in shape)
+        dtype = session.input_dtypes[name]
+        if dtype.kind == "f":
+            inputs[name] = rng.standard_normal(size, dtype=np.float32).astype(dtype)
+        elif dtype.kind == "b":
+            inputs[name] = rng.integers(0, 2, size).astype(dtype)
+        else:
+            inputs[name] = rng.integers(0, 128, size).astype(dtype)
+    return inputs
 
 
 def check_inputs(

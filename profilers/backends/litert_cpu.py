@@ -104,7 +104,7 @@ class LiteRtSession:
             details = self._interpreter._get_ops_details()
         except AttributeError:
             return None
-        return sum(detail["op_name"] == "DELEGATE" for detail in details)
+        return [detail["op_name"] for detail in details].count("DELEGATE")
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Session.run`."""

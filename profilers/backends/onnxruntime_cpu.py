@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +15,14 @@ from numpy.typing import NDArray
 
 from profilers.backends.base import (
     DYNAMIC,
+    WARMUP_RUNS,
     Arrays,
+    LayerLatency,
     check_inputs,
+    check_runs,
     check_threads,
     describe_model,
+    random_inputs,
 )
 from profilers.device import RuntimeSpec
 from profilers.errors import MissingDependency, ModelRejected, RunFailed
@@ -23,6 +30,7 @@ from profilers.errors import MissingDependency, ModelRejected, RunFailed
 __all__ = ["OnnxRuntimeCpu", "OnnxRuntimeSession"]
 
 _PROVIDER = "CPUExecutionProvider"
+_NODE_SUFFIX = "_kernel_time"
 
 # From ONNX Runtime's names to numpy's.
 _DTYPES = {
@@ -52,10 +60,29 @@ class OnnxRuntimeCpu:
 
     def load(self, model: Path | bytes, *, threads: int) -> OnnxRuntimeSession:
         """See `Backend.load`."""
+        return self._load(model, threads=threads, profile_prefix=None)
+
+    def profile_layers(
+        self, model: Path | bytes, *, threads: int, runs: int
+    ) -> tuple[LayerLatency, ...]:
+        """See `LayerProfiler.profile_layers`."""
+        check_runs(runs)
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+            prefix = str(Path(folder) / "profile")
+            with self._load(model, threads=threads, profile_prefix=prefix) as session:
+                events = session.profile_events(WARMUP_RUNS + runs)
+        return _layers(events)
+
+    def _load(
+        self, model: Path | bytes, *, threads: int, profile_prefix: str | None
+    ) -> OnnxRuntimeSession:
         check_threads(threads)
         label = describe_model(model)
         runtime = _import_onnxruntime()
         options = runtime.SessionOptions()
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile_prefix
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
@@ -134,6 +161,15 @@ class OnnxRuntimeSession:
 
         return step
 
+    def profile_events(self, runs: int) -> list[dict[str, Any]]:
+        """Events of the runtime's own profile; the session must be loaded for one."""
+        step = self.prepare(random_inputs(self, np.random.default_rng(0)))
+        for _ in range(runs):
+            step()
+        path = Path(self._session.end_profiling())
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return events
+
     def close(self) -> None:
         """See `Session.close`."""
         self._session = None
@@ -155,6 +191,22 @@ class OnnxRuntimeSession:
         if self._session is None:
             raise RunFailed("the session is closed; load the model again")
         return check_inputs(inputs, shapes=self.input_shapes, dtypes=self.input_dtypes)
+
+
+def _layers(events: list[dict[str, Any]]) -> tuple[LayerLatency, ...]:
+    """Medians by node, the warm-up runs left out."""
+    times_ms: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        name = event["name"]
+        if event.get("cat") == "Node" and name.endswith(_NODE_SUFFIX):
+            key = (name.removesuffix(_NODE_SUFFIX), event["args"]["op_name"])
+            times_ms.setdefault(key, []).append(event["dur"] / 1e3)
+    return tuple(
+        LayerLatency(
+            name=name, kind=kind, median_ms=statistics.median(times[WARMUP_RUNS:])
+        )
+        for (name, kind), times in times_ms.items()
+    )
 
 
 def _dtype(node: Any) -> np.dtype[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,14 @@ from numpy.typing import NDArray
 
 from profilers.backends.base import (
     DYNAMIC,
+    WARMUP_RUNS,
     Arrays,
+    LayerLatency,
     check_inputs,
+    check_runs,
     check_threads,
     describe_model,
+    random_inputs,
 )
 from profilers.device import RuntimeSpec
 from profilers.errors import MissingDependency, ModelRejected, RunFailed
@@ -37,12 +42,26 @@ class OpenVinoCpu:
 
     def load(self, model: Path | bytes, *, threads: int) -> OpenVinoSession:
         """See `Backend.load`."""
+        return self._load(model, threads=threads)
+
+    def profile_layers(
+        self, model: Path | bytes, *, threads: int, runs: int
+    ) -> tuple[LayerLatency, ...]:
+        """See `LayerProfiler.profile_layers`."""
+        check_runs(runs)
+        with self._load(model, threads=threads, PERF_COUNT="YES") as session:
+            return session.profile_layers(runs)
+
+    def _load(
+        self, model: Path | bytes, *, threads: int, **extra: str
+    ) -> OpenVinoSession:
         check_threads(threads)
         label = describe_model(model)
         openvino = import_openvino()
         if self._core is None:
             self._core = openvino.Core()
         settings = {
+            **extra,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(threads),
@@ -127,6 +146,24 @@ class OpenVinoSession:
             infer(None, share_outputs=True)
 
         return step
+
+    def profile_layers(self, runs: int) -> tuple[LayerLatency, ...]:
+        """Medians by layer; the model must have been compiled to count."""
+        step = self.prepare(random_inputs(self, np.random.default_rng(0)))
+        times_ms: dict[tuple[str, str], list[float]] = {}
+        for number in range(WARMUP_RUNS + runs):
+            step()
+            if number < WARMUP_RUNS:
+                continue
+            for layer in self._request.profiling_info:
+                if layer.status == layer.Status.EXECUTED:
+                    key = (layer.node_name, layer.node_type)
+                    elapsed_ms = layer.real_time.total_seconds() * 1e3
+                    times_ms.setdefault(key, []).append(elapsed_ms)
+        return tuple(
+            LayerLatency(name=name, kind=kind, median_ms=statistics.median(times))
+            for (name, kind), times in times_ms.items()
+        )
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from profilers.backends.base import DYNAMIC, Backend
+from profilers.backends.base import DYNAMIC, Backend, LayerProfiler
 from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock
 from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -57,7 +57,7 @@ def onnx_case(backend: Backend) -> Case:
 
 
 def fake() -> Case:
-    latency_ns = {MODEL: 1000, "model.onnx": 1000}
+    latency_ns: dict[str | bytes, int] = {MODEL: 1000, "model.onnx": 1000}
     return onnx_case(FakeBackend(FakeClock(), latency_ns=latency_ns))
 
 
@@ -324,3 +324,21 @@ def test_litert_warns_of_a_model_that_runs_in_pieces(
         LiteRtCpu().load(conv_tflite(interrupted=True), threads=1) as session,
     ):
         assert session.partition_count == 2
+
+
+# -- layers ----------------------------------------------------------------------------
+
+
+def test_layers_are_told_where_the_runtime_can(real_case: Case) -> None:
+    backend = real_case.backend
+    if not isinstance(backend, LayerProfiler):
+        assert isinstance(backend, LiteRtCpu)  # has no way to read them from Python
+        return
+    layers = backend.profile_layers(real_case.model, threads=1, runs=5)
+    assert any(layer.kind.startswith("Conv") for layer in layers)
+    assert sum(layer.median_ms for layer in layers) > 0
+    assert len({layer.name for layer in layers}) == len(layers)
+    with pytest.raises(ValueError, match="runs=0"):
+        backend.profile_layers(real_case.model, threads=1, runs=0)
+    with pytest.raises(ModelRejected):
+        backend.profile_layers(b"garbage", threads=1, runs=1)

@@ -31,7 +31,12 @@ def visit(number: int) -> VisitRecord:
     )
 
 
-RECORDS = [visit(0), visit(1), Failure(name="net2", reason="crashed"), visit(3)]
+RECORDS: list[VisitRecord | Failure] = [
+    visit(0),
+    visit(1),
+    Failure(name="net2", reason="crashed"),
+    visit(3),
+]
 
 
 def written(path: Path) -> bytes:
