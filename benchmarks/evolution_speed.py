@@ -18,7 +18,7 @@ from ofa_deploy.predict.accuracy import (
     AccuracySample,
     fit_accuracy_predictor,
 )
-from ofa_deploy.predict.latency import BlockLookup, LatencyPredictor
+from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios
 from ofa_deploy.search.evolution import Evolution, SearchProblem
 from ofa_deploy.space import Genomes, SearchSpace
 
@@ -101,12 +101,9 @@ def random_problem(space: SearchSpace, *, members: int) -> SearchProblem:
     sizes = (len(space.resolutions), space.slot_count, 3, 3)
     latency = LatencyPredictor(
         space=space,
-        blocks=BlockLookup(
-            fixed_ms=rng.uniform(0.1, 0.2, sizes[0]),
-            slot_ms=rng.uniform(0.05, 0.5, sizes),
-        ),
-        weights=np.array([0.0, *[1.0] * (1 + len(space.stages))]),
-        residual_ratio=0.03,
+        fixed_ms=rng.uniform(0.1, 0.2, sizes[0]),
+        slot_ms=rng.uniform(0.05, 0.5, sizes),
+        residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05),
     )
     drawn = latency.predict_ms(space.sample(1_000, rng))
     return SearchProblem(

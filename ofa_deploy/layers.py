@@ -187,6 +187,15 @@ class BlockPlan:
         """Weights and biases once batch norms are folded."""
         return sum(layer.parameter_count for layer in self.layers)
 
+    @property
+    def activation_count(self) -> int:
+        """Values that its layers write, of one image."""
+        channels, total = self.in_channels, 0
+        for layer in self.layers:
+            channels = getattr(layer, "out_channels", channels)
+            total += channels * layer.out_size**2
+        return total
+
 
 def _layer_key(layer: Layer) -> str:
     if isinstance(layer, ConvLayer):

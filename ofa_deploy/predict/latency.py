@@ -1,32 +1,39 @@
 """Latency of a network from measured blocks, calibrated by measured networks.
 
 A network is not the sum of its blocks: the runtime fuses and keeps caches warm across
-them. So the sums of each stage are features, and a small set of whole networks,
-measured in the same run, says what each is worth. Everything is in quiet-state
-milliseconds.
+them. So the sums of each stage are features, with the network's sizes beside them, and
+a small set of whole networks, measured in the same run, says what each is worth.
+Everything is in quiet-state milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ofa_deploy.errors import UnmeasuredBlock
-from ofa_deploy.plan import lower
-from ofa_deploy.space import BlockConfig, Genomes, SearchSpace, SubnetConfig
+from ofa_deploy.predict.block_costs import (
+    COSTS,
+    BlockCosts,
+    Floats,
+    features,
+    look_up_blocks,
+    stage_starts,
+)
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
 from profilers.table import LatencyTable
 
-Floats = NDArray[np.float64]
-
-# Two-sided 95 % of a normal residual, and one-sided 95 % for upper bounds.
 TWO_SIDED_95 = 1.96
 ONE_SIDED_95 = 1.645
+# Share of networks that an interval, or an upper bound, is to hold.
+COVERAGE = 0.95
 # Strength of the prior that a block costs alone what it costs in a network, in units
 # of the squared relative error that one network's measurement carries.
-PRIOR_STRENGTH = 3e-3
+PRIOR_STRENGTH = 3e-4
+# Networks priced at a time: their prices stay in the processor's cache.
+BATCH = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,124 +45,74 @@ class LatencyEstimate:
     high_ms: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BlockLookup:
-    """Measured block latencies as arrays over genes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidualRatios:
+    """How measured latencies lie around predictions that had not seen them.
 
     Args:
-        fixed_ms: Stem and head, `(resolutions,)`.
-        slot_ms: `(resolutions, slots, kernels, expands)`; NaN where a stage has fewer
-            choices than another.
+        rms: Root mean square of measured over predicted, minus 1.
+        low: What 97.5 % of networks lie above, as a multiple of their prediction.
+        high: What 97.5 % lie below.
+        upper: What 95 % lie below.
     """
 
-    fixed_ms: Floats
-    slot_ms: Floats
-
-
-def look_up_blocks(
-    space: SearchSpace, latency_ms_by_key: Mapping[str, float]
-) -> BlockLookup:
-    """Arrange measured blocks by genes.
-
-    Raises:
-        UnmeasuredBlock: Names the first block that is missing.
-    """
-    kernels = max(len(s.kernels) for s in space.stages)
-    expands = max(len(s.expands) for s in space.stages)
-    fixed = np.zeros(len(space.resolutions))
-    slots = np.full((len(fixed), space.slot_count, kernels, expands), np.nan)
-    for r, resolution in enumerate(space.resolutions):
-        for k in range(kernels):
-            for e in range(expands):
-                config = _uniform(space, resolution, k, e)
-                times = [
-                    (b.name, _measured(latency_ms_by_key, b.key))
-                    for b in lower(space, config).blocks
-                ]
-                staged = [ms for name, ms in times if name.startswith("stage")]
-                slots[r, :, k, e] = staged
-                fixed[r] = sum(ms for n, ms in times if not n.startswith("stage"))
-    return BlockLookup(fixed_ms=fixed, slot_ms=slots)
-
-
-def _uniform(
-    space: SearchSpace, resolution: int, kernel: int, expand: int
-) -> SubnetConfig:
-    """The deepest network that takes the same choice everywhere, as far as it goes."""
-    return SubnetConfig(
-        resolution=resolution,
-        stages=tuple(
-            (
-                BlockConfig(
-                    kernel=stage.kernels[min(kernel, len(stage.kernels) - 1)],
-                    expand=stage.expands[min(expand, len(stage.expands) - 1)],
-                ),
-            )
-            * stage.max_depth
-            for stage in space.stages
-        ),
-    )
-
-
-def _measured(latency_ms_by_key: Mapping[str, float], key: str) -> float:
-    try:
-        return latency_ms_by_key[key]
-    except KeyError:
-        raise UnmeasuredBlock(
-            f"block {key} is not in the latency table; the table is of another space. "
-            "Run `ofa-deploy profile` to measure this one"
-        ) from None
-
-
-def features(space: SearchSpace, blocks: BlockLookup, genomes: Genomes) -> Floats:
-    """Per network: 1, stem and head, and the block sum of each stage, in ms.
-
-    Returns:
-        `(n, 2 + stages)`.
-    """
-    resolution = genomes[:, 0]
-    pairs = genomes[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
-    slot = np.arange(space.slot_count)[None, :]
-    times = blocks.slot_ms[resolution[:, None], slot, pairs[..., 0], pairs[..., 1]]
-    times = np.where(space.active_slots(genomes), times, 0.0)
-    bounds = np.cumsum([0, *(stage.max_depth for stage in space.stages)])[:-1]
-    stages = np.add.reduceat(times, bounds, axis=1)
-    fixed = blocks.fixed_ms[resolution][:, None]
-    return np.concatenate([np.ones_like(fixed), fixed, stages], axis=1)
+    rms: float
+    low: float
+    high: float
+    upper: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LatencyPredictor:
-    """Block sums times calibrated weights.
+    """A list of prices, by gene.
 
     Args:
         space: Whose genomes it takes.
-        blocks: Measured blocks.
-        weights: Of `features`, `(2 + stages,)`.
-        residual_ratio: Relative standard error of a prediction, from networks that
-            the fit had not seen.
+        fixed_ms: Stem, head and what every network costs, `(resolutions,)`.
+        slot_ms: `(resolutions, slots, kernels, expands)`.
+        residuals: Of networks that the fit had not seen.
     """
 
     space: SearchSpace
-    blocks: BlockLookup
-    weights: Floats
-    residual_ratio: float
+    fixed_ms: Floats
+    slot_ms: Floats
+    residuals: ResidualRatios
 
     def predict_ms(self, genomes: Genomes) -> Floats:
         """Predicted latencies `(n,)` of genomes `(n, genes)`."""
-        return features(self.space, self.blocks, genomes) @ self.weights
+        latencies = np.empty(len(genomes))
+        for start in range(0, len(genomes), BATCH):
+            part = genomes[start : start + BATCH]
+            latencies[start : start + BATCH] = self._price(part)
+        return latencies
+
+    def _price(self, genomes: Genomes) -> Floats:
+        space = self.space
+        _, slot_count, kernels, expands = self.slot_ms.shape
+        pairs = genomes[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
+        resolution = genomes[:, 0]
+        place = resolution[:, None] * slot_count + np.arange(slot_count)
+        place = (place * kernels + pairs[..., 0]) * expands + pairs[..., 1]
+        prices = self.slot_ms.ravel().take(place)
+        prices *= space.active_slots(genomes)
+        total: Floats = prices.sum(axis=1) + self.fixed_ms[resolution]
+        return total
+
+    @property
+    def residual_ratio(self) -> float:
+        """Relative standard error of a prediction."""
+        return self.residuals.rms
 
     @property
     def upper_ratio(self) -> float:
         """What 95 % of networks stay below, as a multiple of their prediction."""
-        return 1 + ONE_SIDED_95 * self.residual_ratio
+        return self.residuals.upper
 
     def estimate(self, config: SubnetConfig) -> LatencyEstimate:
         """The prediction for one network, with its interval."""
         ms = float(self.predict_ms(self.space.encode(config)[None])[0])
-        margin = TWO_SIDED_95 * self.residual_ratio
         return LatencyEstimate(
-            ms=ms, low_ms=ms * (1 - margin), high_ms=ms * (1 + margin)
+            ms=ms, low_ms=ms * self.residuals.low, high_ms=ms * self.residuals.high
         )
 
 
@@ -175,19 +132,51 @@ def fit_latency_predictor(space: SearchSpace, table: LatencyTable) -> LatencyPre
     genomes = np.stack([space.encode(SubnetConfig.from_id(name)) for name in names])
     measured = np.array([table.networks[name].quiet_ms for name in names])
     matrix = features(space, blocks, genomes)
-    return LatencyPredictor(
-        space=space,
-        blocks=blocks,
-        weights=_ridge(matrix, measured),
-        residual_ratio=_left_out_error(matrix, measured),
+    return price_list(
+        space,
+        blocks,
+        fit_weights(matrix, measured),
+        residuals=_conformal(left_out_ratios(matrix, measured)),
     )
 
 
-def _ridge(matrix: Floats, measured: Floats) -> Floats:
-    """Least relative squares, drawn towards plain sums (weights 1, constant 0)."""
+def price_list(
+    space: SearchSpace,
+    blocks: BlockCosts,
+    weights: Floats,
+    *,
+    residuals: ResidualRatios,
+) -> LatencyPredictor:
+    """The predictor that weighs `features` with `weights`."""
+    count = len(space.stages)
+    constant, fixed_weight, rest = weights[0], weights[1], weights[2 + count :]
+    starts = np.array(stage_starts(space))
+    stage = np.searchsorted(starts, np.arange(space.slot_count), side="right") - 1
+    stage_weight = weights[2 + stage]
+    return LatencyPredictor(
+        space=space,
+        fixed_ms=(
+            constant + fixed_weight * blocks.fixed[:, 0] + blocks.fixed[:, 1:] @ rest
+        ),
+        slot_ms=(
+            stage_weight[:, None, None] * blocks.slots[..., 0]
+            + blocks.slots[..., 1:] @ rest
+        ),
+        residuals=residuals,
+    )
+
+
+def fit_weights(matrix: Floats, measured: Floats) -> Floats:
+    """Least relative squares, drawn towards plain sums of the blocks' milliseconds.
+
+    Args:
+        matrix: `features` of measured networks, `(n, features)`.
+        measured: Their latencies in ms, `(n,)`.
+    """
     scaled = matrix / measured[:, None]
     prior = np.ones(matrix.shape[1])
     prior[0] = 0.0
+    prior[-(len(COSTS) - 1) :] = 0.0
     # A prior in the units of each feature's own share of a latency.
     strength = PRIOR_STRENGTH * (scaled**2).mean(axis=0) * len(matrix)
     gram = scaled.T @ scaled + np.diag(strength)
@@ -195,12 +184,40 @@ def _ridge(matrix: Floats, measured: Floats) -> Floats:
     return solution
 
 
-def _left_out_error(matrix: Floats, measured: Floats, *, folds: int = 10) -> float:
-    """Root mean square relative error over folds that the fit has not seen."""
+def left_out_ratios(matrix: Floats, measured: Floats, *, folds: int = 10) -> Floats:
+    """Measured over predicted, `(n,)`, each by a fit that had not seen it."""
     fold = np.arange(len(measured)) % min(folds, len(measured))
-    errors = np.empty(len(measured))
+    ratios = np.empty(len(measured))
     for left_out in np.unique(fold):
         inside = fold != left_out
-        weights = _ridge(matrix[inside], measured[inside])
-        errors[~inside] = matrix[~inside] @ weights / measured[~inside] - 1
-    return float(np.sqrt((errors**2).mean()))
+        weights = fit_weights(matrix[inside], measured[inside])
+        ratios[~inside] = measured[~inside] / (matrix[~inside] @ weights)
+    return ratios
+
+
+def _conformal(ratios: Floats) -> ResidualRatios:
+    """Bounds from the ratios' own ranks, with no assumption about their shape.
+
+    Source: V. Vovk, "Cross-conformal predictors", 2015: the scores of networks left
+    out in turn take the place of a calibration set's.
+    """
+    tail = (1 - COVERAGE) / 2
+    return ResidualRatios(
+        rms=float(np.sqrt(((ratios - 1) ** 2).mean())),
+        low=1 / _rank_bound(1 / ratios, 1 - tail),
+        high=_rank_bound(ratios, 1 - tail),
+        upper=_rank_bound(ratios, COVERAGE),
+    )
+
+
+def _rank_bound(ratios: Floats, coverage: float) -> float:
+    """The least ratio that a new one stays below with at least `coverage`.
+
+    With too few for that, the normal bound of their scatter, where it is larger.
+    """
+    rank = math.ceil((len(ratios) + 1) * coverage)
+    if rank <= len(ratios):
+        return float(np.sort(ratios)[rank - 1])
+    quantile = TWO_SIDED_95 if coverage > COVERAGE else ONE_SIDED_95
+    normal = 1 + quantile * float(np.sqrt(((ratios - 1) ** 2).mean()))
+    return max(normal, float(ratios.max()))

@@ -9,12 +9,12 @@ import pytest
 from ofa_deploy.errors import UnmeasuredBlock
 from ofa_deploy.families import mbv3
 from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
 from ofa_deploy.predict.latency import (
-    ONE_SIDED_95,
     LatencyPredictor,
-    features,
+    ResidualRatios,
     fit_latency_predictor,
-    look_up_blocks,
+    price_list,
 )
 from ofa_deploy.profiling import calibration_networks
 from ofa_deploy.search.exhaustive import enumerate_genomes
@@ -68,13 +68,34 @@ def test_weighted_stage_sums_are_recovered_within_a_percent(
     np.testing.assert_allclose(predictor.predict_ms(drawn), truth, rtol=0.01)
 
 
-def test_features_are_the_sums_done_by_hand() -> None:
-    blocks = look_up_blocks(
-        SMALL, {key: work_ms(block) for key, block in all_blocks(SMALL).items()}
+def costs(space: SearchSpace) -> BlockCosts:
+    return look_up_blocks(
+        space, {key: work_ms(block) for key, block in all_blocks(space).items()}
     )
-    drawn = SMALL.sample(50, np.random.default_rng(1))
-    expected = [[1.0, *stage_sums_ms(SMALL, SMALL.decode(row))] for row in drawn]
-    np.testing.assert_allclose(features(SMALL, blocks, drawn), expected)
+
+
+def features_by_hand(space: SearchSpace, config: SubnetConfig) -> list[float]:
+    plan = lower(space, config)
+    return [
+        1.0,
+        *stage_sums_ms(space, config),
+        plan.mac_count / 1e6,
+        plan.parameter_count / 1e6,
+        sum(block.activation_count for block in plan.blocks) / 1e6,
+        float(len(plan.blocks)),
+    ]
+
+
+@pytest.mark.parametrize("space", [tiny.SPACE, SMALL], ids=lambda s: s.name)
+def test_features_are_the_sums_done_by_hand(space: SearchSpace) -> None:
+    drawn = space.sample(50, np.random.default_rng(1))
+    expected = [features_by_hand(space, space.decode(row)) for row in drawn]
+    np.testing.assert_allclose(features(space, costs(space), drawn), expected)
+
+
+def test_activations_are_counted_layer_by_layer() -> None:
+    block = lower(SMALL, SMALL.largest()).blocks[-1]  # at 4x4: 640, pool, 512, classes
+    assert block.activation_count == 640 * 16 + 640 + 512 + 10
 
 
 def test_many_networks_at_once_are_predicted_as_one_by_one() -> None:
@@ -85,16 +106,19 @@ def test_many_networks_at_once_are_predicted_as_one_by_one() -> None:
     np.testing.assert_allclose(together, alone)
 
 
-def test_a_prediction_is_constant_plus_weighted_sums() -> None:
-    predictor = fitted(tiny.SPACE)
-    config = tiny.SPACE.largest()
-    by_hand = predictor.weights[0] + sum(
-        weight * ms
-        for weight, ms in zip(
-            predictor.weights[1:], stage_sums_ms(tiny.SPACE, config), strict=True
-        )
+@pytest.mark.parametrize("space", [tiny.SPACE, SMALL], ids=lambda s: s.name)
+def test_a_prediction_is_the_weighted_sum_of_the_features(space: SearchSpace) -> None:
+    count = len(features_by_hand(space, space.largest()))
+    weights = np.random.default_rng(2).uniform(0.5, 1.5, count)
+    predictor = price_list(
+        space,
+        costs(space),
+        weights,
+        residuals=ResidualRatios(rms=0.1, low=0.8, high=1.2, upper=1.15),
     )
-    assert predictor.estimate(config).ms == pytest.approx(by_hand)
+    drawn = space.sample(200, np.random.default_rng(3))
+    expected = features(space, costs(space), drawn) @ weights
+    np.testing.assert_allclose(predictor.predict_ms(drawn), expected)
 
 
 def noisy_predictor(seed: int) -> LatencyPredictor:
@@ -114,11 +138,8 @@ def test_the_residual_is_about_the_measurements_own_error(seed: int) -> None:
 
 
 def test_the_interval_lies_around_the_prediction() -> None:
-    predictor = noisy_predictor(0)
-    estimate = predictor.estimate(tiny.SPACE.largest())
-    margin = 1.96 * predictor.residual_ratio
-    assert estimate.low_ms == pytest.approx(estimate.ms * (1 - margin))
-    assert estimate.high_ms == pytest.approx(estimate.ms * (1 + margin))
+    estimate = noisy_predictor(0).estimate(tiny.SPACE.largest())
+    assert estimate.low_ms < estimate.ms < estimate.high_ms
 
 
 def test_nearly_all_true_latencies_lie_in_their_intervals() -> None:
@@ -132,20 +153,29 @@ def test_nearly_all_true_latencies_lie_in_their_intervals() -> None:
     assert np.mean(inside) >= 0.95
 
 
-def test_the_upper_ratio_is_the_one_sided_bound() -> None:
-    predictor = noisy_predictor(0)
-    assert predictor.upper_ratio == 1 + ONE_SIDED_95 * predictor.residual_ratio
+def test_a_new_measurement_stays_below_the_upper_bound_as_often_as_promised() -> None:
+    below = []
+    for seed in range(20):
+        predictor = noisy_predictor(seed)
+        rng = np.random.default_rng(100 + seed)
+        drawn = tiny.SPACE.sample(50, rng)
+        truth = np.array([true_ms(tiny.SPACE)(tiny.SPACE.decode(r)) for r in drawn])
+        measured = truth * (1 + 0.03 * rng.standard_normal(50))
+        bound = predictor.predict_ms(drawn) * predictor.upper_ratio
+        below.append(np.mean(measured <= bound))
+    assert np.mean(below) >= 0.94
 
 
 def test_without_a_measured_difference_the_predictor_adds_plain_sums() -> None:
+    def plain_ms(config: SubnetConfig) -> float:
+        return sum(stage_sums_ms(tiny.SPACE, config))
+
     same = [tiny.SPACE.largest(), tiny.SPACE.smallest()]
-    sums = tiny.latency_table(
-        tiny.SPACE,
-        networks=same,
-        network_ms=lambda config: sum(stage_sums_ms(tiny.SPACE, config)),
-    )
-    weights = fit_latency_predictor(tiny.SPACE, sums).weights
-    np.testing.assert_allclose(weights, [0, 1, 1, 1], atol=1e-9)
+    sums = tiny.latency_table(tiny.SPACE, networks=same, network_ms=plain_ms)
+    predictor = fit_latency_predictor(tiny.SPACE, sums)
+    drawn = enumerate_genomes(tiny.SPACE)
+    expected = [plain_ms(tiny.SPACE.decode(row)) for row in drawn]
+    np.testing.assert_allclose(predictor.predict_ms(drawn), expected)
 
 
 def test_a_missing_block_is_named() -> None:
