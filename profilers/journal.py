@@ -13,9 +13,9 @@ import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
+from profilers.closing import Closing
 from profilers.codec import decode_visit
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.json_reader import Json, JsonNode, parse_json
@@ -53,7 +53,7 @@ class Failure:
     reason: str
 
 
-class Journal:
+class Journal(Closing):
     """An open journal; one process at a time has it.
 
     Args:
@@ -106,19 +106,6 @@ class Journal:
     def close(self) -> None:
         """Let other processes have the journal. Closing again does nothing."""
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the journal."""
-        self.close()
 
     def _append(self, content: dict[str, Json]) -> None:
         end = self._file.seek(0, os.SEEK_END)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from profilers.backends.base import Arrays, check_inputs, check_threads
+from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import ModelRejected, RunFailed
 
@@ -114,7 +114,7 @@ class FakeBackend:
         )
 
 
-class FakeSession:
+class FakeSession(Closing):
     """Takes `x` of `FAKE_INPUT_SHAPE`, gives it back as `y`, and moves the clock."""
 
     def __init__(self, clock: FakeClock, latency_ns: int, phases: Phases) -> None:
@@ -140,19 +140,6 @@ class FakeSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._open = False
-
-    def __enter__(self) -> FakeSession:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
 
     def _step(self) -> None:
         factor = self._phases(self._clock.now_ns)

@@ -6,7 +6,6 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from profilers.backends.base import (
     check_threads,
     describe_model,
 )
+from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import MissingDependency, ModelRejected, RunFailed
 
@@ -77,7 +77,7 @@ class LiteRtCpu:
         )
 
 
-class LiteRtSession:
+class LiteRtSession(Closing):
     """An interpreter with its tensors allocated."""
 
     def __init__(self, interpreter: Any) -> None:
@@ -147,19 +147,6 @@ class LiteRtSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._interpreter = None
-
-    def __enter__(self) -> LiteRtSession:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
 
 
 def _details(interpreter: Any, side: str) -> dict[str, Mapping[str, Any]]:

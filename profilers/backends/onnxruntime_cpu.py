@@ -7,7 +7,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from profilers.backends.base import (
     describe_model,
     random_inputs,
 )
+from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import MissingDependency, ModelRejected, RunFailed
 
@@ -116,7 +116,7 @@ class OnnxRuntimeCpu:
         )
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Closing):
     """An inference session with its bound inputs."""
 
     def __init__(self, session: Any) -> None:
@@ -173,19 +173,6 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._session = None
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
 
     def _checked(self, inputs: Arrays) -> list[NDArray[Any]]:
         if self._session is None:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from profilers.backends.base import (
     describe_model,
     random_inputs,
 )
+from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import MissingDependency, ModelRejected, RunFailed
 
@@ -93,7 +93,7 @@ class OpenVinoCpu:
         )
 
 
-class OpenVinoSession:
+class OpenVinoSession(Closing):
     """A compiled model with one synchronous request."""
 
     def __init__(self, openvino: Any, compiled: Any) -> None:
@@ -168,19 +168,6 @@ class OpenVinoSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._request = None
-
-    def __enter__(self) -> OpenVinoSession:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
 
 
 def _port_names(ports: Any, kind: str) -> list[str]:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 import profilers.backends
 from profilers.__main__ import main
 from profilers.backends.base import Arrays
+from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import ModelRejected, RunFailed
 
@@ -62,7 +62,7 @@ class FaultyBackend:
         )
 
 
-class FaultySession:
+class FaultySession(Closing):
     """Waits, until its fault."""
 
     def __init__(self, *, us: int, fault: str, after: int) -> None:
@@ -93,18 +93,6 @@ class FaultySession:
 
     def close(self) -> None:
         """See `Session.close`."""
-
-    def __enter__(self) -> FaultySession:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Do nothing."""
 
 
 def _crash() -> None:
