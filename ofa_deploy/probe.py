@@ -1,0 +1,344 @@
+"""What a runtime makes of operators and widths, before anything is searched.
+
+Small blocks that differ in one operator, or in one width, are measured against each
+other: the difference is what the operator costs here, and the steps between widths are
+the channels that the runtime's kernels work in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ofa_deploy.export.runtime_format import model_suffix, timed_block
+from ofa_deploy.families.mbv3 import pointwise, squeeze_excite
+from ofa_deploy.layers import BlockPlan, ConvLayer, Layer
+from profilers.backends.base import Backend, LayerProfiler
+from profilers.execute import OrderResult, execute
+from profilers.journal import Journal
+from profilers.measurement import MeasureSettings
+
+CHANNELS = 64
+SIZE = 28
+PROFILE_RUNS = 20
+# An operator that moves data at less than this share of the rate of the 1x1
+# convolution beside it would better be avoided.
+SLOW_RATE_SHARE = 0.1
+# A wider layer that costs at most this much more dominates the narrower one.
+SAME_COST = 1.01
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorProbe:
+    """Two blocks that differ in one operator.
+
+    Args:
+        name: Of the operator.
+        block: With it.
+        without: Without it.
+    """
+
+    name: str
+    block: BlockPlan
+    without: BlockPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorFact:
+    """What a runtime makes of an operator.
+
+    Args:
+        name: Of the operator.
+        problem: Why the runtime does not run it; empty if it does.
+        extra_ms: Quiet-state milliseconds that it adds to a block; None if it does not
+            run. Not significant if smaller than `error_ms`.
+        error_ms: Standard error of `extra_ms`.
+        giga_macs_per_s: Rate of its own multiply-accumulates; None if it has none, or
+            costs nothing that could be measured.
+        fused: Whether it runs inside another layer; None if the runtime does not tell.
+        slow: Whether its rate is below `SLOW_RATE_SHARE` of the 1x1 convolution's.
+    """
+
+    name: str
+    problem: str
+    extra_ms: float | None
+    error_ms: float | None
+    giga_macs_per_s: float | None
+    fused: bool | None
+    slow: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthFact:
+    """What a layer of one width costs.
+
+    Args:
+        channels: Output channels.
+        quiet_ms: Latency.
+        error_ms: Its standard error.
+        dominated_by: The widest layer that costs no more; None if there is none.
+    """
+
+    channels: int
+    quiet_ms: float
+    error_ms: float
+    dominated_by: int | None
+
+
+def operator_probes() -> list[OperatorProbe]:
+    """The operators that networks of the spaces are made of."""
+    plain = _pointwise("in")
+    out = _pointwise("out")
+    pair = _block(plain, out)
+    probes = [
+        OperatorProbe(
+            name="ReLU",
+            block=_block(replace(plain, activation="relu")),
+            without=_block(plain),
+        ),
+        OperatorProbe(
+            name="hard-swish",
+            block=_block(replace(plain, activation="hswish")),
+            without=_block(plain),
+        ),
+        OperatorProbe(
+            name="squeeze-and-excite",
+            block=_block(plain, squeeze_excite("se", CHANNELS, SIZE), out),
+            without=pair,
+        ),
+        OperatorProbe(
+            name="residual add", block=replace(pair, residual=True), without=pair
+        ),
+        OperatorProbe(
+            name="dense 3x3",
+            block=_block(plain, _conv(3, depthwise=False), out),
+            without=pair,
+        ),
+    ]
+    probes += [
+        OperatorProbe(
+            name=f"depthwise {kernel}x{kernel}",
+            block=_block(plain, _conv(kernel, depthwise=True), out),
+            without=pair,
+        )
+        for kernel in (3, 5, 7)
+    ]
+    return probes
+
+
+def probe_operators(
+    backend: Backend,
+    *,
+    threads: int,
+    settings: MeasureSettings,
+    probes: Sequence[OperatorProbe] | None = None,
+    progress: Progress | None = None,
+) -> list[OperatorFact]:
+    """Measure what each operator adds to a block.
+
+    Args:
+        backend: Whose operators.
+        threads: Of one inference.
+        settings: How carefully.
+        probes: None takes `operator_probes()`.
+        progress: Called with visits made and visits known to be made.
+    """
+    probes = operator_probes() if probes is None else probes
+    blocks = {b.key: b for probe in probes for b in (probe.block, probe.without)}
+    result = _measure(
+        blocks, backend, threads=threads, settings=settings, progress=progress
+    )
+    return [_judge(probe, result, backend, threads) for probe in probes]
+
+
+def _judge(
+    probe: OperatorProbe, result: OrderResult, backend: Backend, threads: int
+) -> OperatorFact:
+    problem = result.failures.get(probe.block.key, "")
+    if problem:
+        return OperatorFact(
+            name=probe.name,
+            problem=problem,
+            extra_ms=None,
+            error_ms=None,
+            giga_macs_per_s=None,
+            fused=None,
+            slow=False,
+        )
+    whole = result.measurements[probe.block.key]
+    base = result.measurements[probe.without.key]
+    extra_ms = whole.quiet_ms - base.quiet_ms
+    error_ms = float(
+        np.hypot(
+            whole.quiet_ms * whole.standard_error_ratio,
+            base.quiet_ms * base.standard_error_ratio,
+        )
+    )
+    macs = probe.block.mac_count - probe.without.mac_count
+    rate = macs / extra_ms / 1e6 if macs and extra_ms > error_ms else None
+    base_rate = probe.without.mac_count / base.quiet_ms / 1e6
+    return OperatorFact(
+        name=probe.name,
+        problem="",
+        extra_ms=extra_ms,
+        error_ms=error_ms,
+        giga_macs_per_s=rate,
+        fused=_is_fused(probe, backend, threads),
+        slow=rate is not None and rate < SLOW_RATE_SHARE * base_rate,
+    )
+
+
+def _is_fused(probe: OperatorProbe, backend: Backend, threads: int) -> bool | None:
+    """Whether the runtime executes no more layers with the operator than without."""
+    if not isinstance(backend, LayerProfiler):
+        return None
+    counts = [
+        len(
+            backend.profile_layers(
+                _model(block, backend.name), threads=threads, runs=PROFILE_RUNS
+            )
+        )
+        for block in (probe.block, probe.without)
+    ]
+    return counts[0] <= counts[1]
+
+
+def sweep_widths(
+    backend: Backend,
+    *,
+    threads: int,
+    settings: MeasureSettings,
+    widths: Sequence[int] = tuple(range(8, 137, 4)),
+    size: int = 14,
+    progress: Progress | None = None,
+) -> list[WidthFact]:
+    """Measure a 1x1 convolution at many output widths.
+
+    Args:
+        backend: Where.
+        threads: Of one inference.
+        settings: How carefully.
+        widths: Output channels, ascending.
+        size: Height and width of the maps.
+        progress: Called with visits made and visits known to be made.
+
+    Raises:
+        MeasurementError: Not one width could be measured.
+    """
+    blocks = {str(width): _block(_pointwise("in", width, size)) for width in widths}
+    result = _measure(
+        blocks, backend, threads=threads, settings=settings, progress=progress
+    )
+    measured = {
+        width: result.measurements[str(width)]
+        for width in widths
+        if str(width) in result.measurements
+    }
+    return [
+        WidthFact(
+            channels=width,
+            quiet_ms=entry.quiet_ms,
+            error_ms=entry.quiet_ms * entry.standard_error_ratio,
+            dominated_by=max(
+                (
+                    wider
+                    for wider, other in measured.items()
+                    if wider > width and other.quiet_ms <= SAME_COST * entry.quiet_ms
+                ),
+                default=None,
+            ),
+        )
+        for width, entry in measured.items()
+    ]
+
+
+def channel_step(facts: Sequence[WidthFact]) -> int:
+    """The runtime's step: the commonest distance between widths worth having.
+
+    Args:
+        facts: Of a sweep, ascending.
+
+    Raises:
+        ValueError: Fewer than two widths are worth having.
+    """
+    kept = [fact.channels for fact in facts if fact.dominated_by is None]
+    if len(kept) < 2:
+        raise ValueError(f"widths worth having are {kept}; sweep over more of them")
+    distances, counts = np.unique(np.diff(kept), return_counts=True)
+    return int(distances[counts.argmax()])
+
+
+def _measure(
+    blocks: Mapping[str, BlockPlan],
+    backend: Backend,
+    *,
+    threads: int,
+    settings: MeasureSettings,
+    progress: Progress | None,
+) -> OrderResult:
+    """Measure blocks in worker processes: a probe is what a runtime may crash on."""
+
+    def write_model(name: str, folder: Path) -> Path:
+        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+        path = folder / f"{stem}{model_suffix(backend.name)}"
+        path.write_bytes(_model(blocks[name], backend.name))
+        return path
+
+    with (
+        tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder,
+        Journal(Path(folder) / "journal", subject={}) as journal,
+    ):
+        return execute(
+            list(blocks),
+            write_model,
+            journal=journal,
+            backend_name=backend.name,
+            threads=threads,
+            settings=settings,
+            progress=progress,
+        )
+
+
+def _model(block: BlockPlan, backend_name: str) -> bytes:
+    rng = np.random.default_rng(0)
+    return timed_block(block, backend_name=backend_name, rng=rng)
+
+
+def _block(*layers: Layer) -> BlockPlan:
+    first, last = layers[0], layers[-1]
+    if not (isinstance(first, ConvLayer) and isinstance(last, ConvLayer)):
+        raise TypeError("a probe's block begins and ends with a convolution")
+    return BlockPlan(
+        name="probe",
+        in_channels=first.in_channels,
+        out_channels=last.out_channels,
+        in_size=first.in_size,
+        layers=layers,
+        residual=False,
+    )
+
+
+def _pointwise(name: str, channels: int = CHANNELS, size: int = SIZE) -> ConvLayer:
+    return pointwise(name, CHANNELS, channels, size)
+
+
+def _conv(kernel: int, *, depthwise: bool) -> ConvLayer:
+    return ConvLayer(
+        name="middle",
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        kernel=kernel,
+        kernels=(kernel,),
+        stride=1,
+        depthwise=depthwise,
+        batch_norm=True,
+        activation="none",
+        in_size=SIZE,
+    )

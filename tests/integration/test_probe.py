@@ -1,0 +1,94 @@
+"""Probes of the real runtimes say what everybody knows of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ofa_deploy.families.mbv3 import squeeze_excite
+from ofa_deploy.layers import BlockPlan
+from ofa_deploy.probe import (
+    OperatorProbe,
+    WidthFact,
+    channel_step,
+    operator_probes,
+    probe_operators,
+    sweep_widths,
+)
+from profilers.backends import backend_names, get_backend
+from profilers.measurement import MeasureSettings
+
+QUICK = MeasureSettings(
+    visits=4,
+    runs_per_visit=5,
+    warmup_runs=2,
+    anchor_repeats=2,
+    seed=0,
+    target_relative_error=10.0,
+    max_seconds=5.0,
+)
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_every_operator_of_the_spaces_runs_everywhere(name: str) -> None:
+    facts = probe_operators(get_backend(name), threads=1, settings=QUICK)
+    assert [fact.name for fact in facts] == [p.name for p in operator_probes()]
+    assert {fact.problem for fact in facts} == {""}
+    dense = next(fact for fact in facts if fact.name == "dense 3x3")
+    assert dense.extra_ms is not None
+    assert dense.extra_ms > 0
+
+
+def test_what_a_runtime_fuses_is_seen() -> None:
+    facts = {
+        fact.name: fact.fused
+        for fact in probe_operators(
+            get_backend("openvino-cpu"), threads=1, settings=QUICK
+        )
+    }
+    assert facts["ReLU"] is True
+    assert facts["hard-swish"] is True
+    assert facts["dense 3x3"] is False
+    assert facts["squeeze-and-excite"] is False
+
+
+def test_what_a_runtime_does_not_run_is_told_with_the_reason() -> None:
+    good = operator_probes()[0]
+    # A gate over other channels than there are: no runtime runs that.
+    first, *_ = good.block.layers
+    broken: BlockPlan = replace(
+        good.block,
+        layers=(first, squeeze_excite("se", 48, 28), first),
+    )
+    probe = OperatorProbe(name="broken", block=broken, without=good.without)
+    facts = probe_operators(
+        get_backend("onnxruntime-cpu"), threads=1, settings=QUICK, probes=[good, probe]
+    )
+    assert [bool(fact.problem) for fact in facts] == [False, True]
+    assert facts[1].extra_ms is None
+
+
+def test_the_staircase_is_read_off_the_widths_worth_having() -> None:
+    def fact(channels: int) -> WidthFact:
+        edge = -(-channels // 16) * 16
+        return WidthFact(
+            channels=channels,
+            quiet_ms=edge / 100,
+            error_ms=0.001,
+            dominated_by=None if edge == channels else edge,
+        )
+
+    assert channel_step([fact(width) for width in range(8, 137, 4)]) == 16
+    with pytest.raises(ValueError, match=r"widths worth having are \[16\]"):
+        channel_step([fact(16)])
+
+
+def test_a_sweep_measures_every_width_and_finds_wider_ones_slower() -> None:
+    widths = (16, 64, 512)
+    facts = sweep_widths(
+        get_backend("onnxruntime-cpu"), threads=1, settings=QUICK, widths=widths
+    )
+    assert tuple(fact.channels for fact in facts) == widths
+    assert facts[-1].quiet_ms > facts[0].quiet_ms
+    assert facts[-1].dominated_by is None
