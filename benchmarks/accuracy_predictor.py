@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from inputs import add_supernet, console, new_parser
 from numpy.typing import NDArray
-from ranking import kendall_tau, spearman_rho
+from ranking import spearman_rho
 from report import Section
 from rich.progress import track
 
@@ -18,6 +18,7 @@ from ofa_deploy.predict.accuracy import (
     fit_accuracy_predictor,
     one_hot,
 )
+from ofa_deploy.predict.evaluation import kendall_tau
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.zoo import open_supernet
 

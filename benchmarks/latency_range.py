@@ -14,11 +14,11 @@ from inputs import (
     time_models,
 )
 from numpy.typing import NDArray
-from ranking import kendall_tau
 from report import Section
 
 from ofa_deploy.pipeline import Specializer
 from ofa_deploy.plan import lower
+from ofa_deploy.predict.evaluation import kendall_tau
 from ofa_deploy.search.evolution import SearchProblem, descend_to_fastest
 from ofa_deploy.space import SubnetConfig
 from profilers.measurement import MeasurementRun, MeasureSettings, ModelUnderTest

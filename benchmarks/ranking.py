@@ -1,4 +1,4 @@
-"""How alike two orders are: Kendall's tau-b and Spearman's rho, in numpy."""
+"""How alike two orders are: Spearman's rho, in numpy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-
-
-def kendall_tau(x: Floats, y: Floats) -> float:
-    """Tau-b of `(n,)` and `(n,)`, -1..1; NaN if all values of one are equal."""
-    first, second = np.triu_indices(len(x), 1)
-    signs_x, signs_y = np.sign(x[first] - x[second]), np.sign(y[first] - y[second])
-    # A sign is 0 for a tie, so its square counts the pairs without one.
-    untied = float(signs_x @ signs_x) * float(signs_y @ signs_y)
-    return float(signs_x @ signs_y) / untied**0.5 if untied else float("nan")
 
 
 def spearman_rho(x: Floats, y: Floats) -> float:
