@@ -32,6 +32,7 @@ ORDER = (
     "export_speed",
     "evolution_speed",
     "small_geometry",
+    "latency_predictor",
 )
 PACKAGES = ("ofa-deploy", "numpy", "onnxruntime", "openvino")
 PASSED, MISSED = "- **passed**: ", "- **missed**: "

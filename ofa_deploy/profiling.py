@@ -20,43 +20,62 @@ from ofa_deploy.export.runtime_format import (
 )
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
+from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
+from ofa_deploy.predict.design import choose_informative
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import DeviceSpec, RuntimeSpec, this_device
-from profilers.execute import OrderResult, execute
+from profilers.execute import OrderResult, WriteModel, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
+from profilers.summary import fit_visits
 from profilers.table import LatencyTable, require_compatible
 
 NETWORK_COUNT = 48
+# Of which calibration networks are chosen.
+CANDIDATES_PER_NETWORK = 20
 Progress = Callable[[int, int], None]
 # A block and a network may share a key.
 _BLOCK, _NETWORK = "block:", "network:"
 
 
 def calibration_networks(
-    space: SearchSpace, *, count: int, rng: np.random.Generator
+    space: SearchSpace, costs: BlockCosts, *, count: int, rng: np.random.Generator
 ) -> list[SubnetConfig]:
-    """Networks that calibrate a predictor: the extremes, and a spread between them.
+    """Networks that calibrate a predictor: the extremes, a spread, the informative.
 
-    Uniform sampling crowds around the middle; here a large sample is ordered by
-    multiply-accumulates and thinned evenly.
+    Uniform sampling crowds around the middle, so a third of them is a large sample
+    ordered by its expected latency and thinned evenly; the rest are those whose
+    prediction would be the least certain otherwise.
+
+    Args:
+        space: Where they are from.
+        costs: Measured blocks.
+        count: How many, at least 2.
+        rng: Of the sample.
     """
-    drawn = [
-        space.decode(row) for row in np.unique(space.sample(20 * count, rng), axis=0)
-    ]
-    ordered = sorted(drawn, key=lambda config: lower(space, config).mac_count)
-    picked = np.unique(np.linspace(0, len(ordered) - 1, max(count - 2, 1)).astype(int))
-    chosen = [space.smallest(), *(ordered[i] for i in picked), space.largest()]
-    return list(dict.fromkeys(chosen))
+    extremes = np.stack([space.encode(space.smallest()), space.encode(space.largest())])
+    drawn = space.sample(CANDIDATES_PER_NETWORK * count, rng)
+    pool = np.unique(np.concatenate([extremes, drawn]), axis=0)
+    matrix = features(space, costs, pool)
+    expected_ms = matrix[:, 1 : 2 + len(space.stages)].sum(axis=1)
+    extreme_rows = (pool[:, None] == extremes).all(axis=2).any(axis=1).nonzero()[0]
+    count = min(count, len(pool))
+    places = np.linspace(0, len(pool) - 1, max(2, count // 3)).astype(int)
+    spread = np.argsort(expected_ms, kind="stable")[places]
+    taken = np.union1d(extreme_rows, spread)[:count]
+    informative = choose_informative(
+        matrix / expected_ms[:, None], count=count - len(taken), taken=taken
+    )
+    return [space.decode(row) for row in pool[np.concatenate([taken, informative])]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ProfilePlan:
-    """What to measure of a space with a runtime, and the models for it.
+class TimedModels:
+    """Blocks and networks of a space as models to be timed.
 
     Latency depends on shapes, not on values; random weights spare a table from the
     training that happened to be at hand. Each model's weights are drawn from its name,
@@ -65,8 +84,8 @@ class ProfilePlan:
     Args:
         backend_name: Whose format the models have.
         seed: Of the weights.
-        blocks: Every block of the space, by key.
-        networks: Some whole networks, by config id.
+        blocks: By key.
+        networks: By config id.
     """
 
     backend_name: str
@@ -75,11 +94,14 @@ class ProfilePlan:
     networks: Mapping[str, NetworkPlan]
 
     @property
+    def block_names(self) -> list[str]:
+        """As `write_model` takes them."""
+        return [f"{_BLOCK}{key}" for key in self.blocks]
+
+    @property
     def names(self) -> list[str]:
-        """Of all models; `write_model` takes them."""
-        return [f"{_BLOCK}{key}" for key in self.blocks] + [
-            f"{_NETWORK}{key}" for key in self.networks
-        ]
+        """Of all models, as `write_model` takes them."""
+        return self.block_names + [f"{_NETWORK}{key}" for key in self.networks]
 
     def write_model(self, name: str, folder: Path) -> Path:
         """Write one of the models into a folder."""
@@ -97,20 +119,6 @@ class ProfilePlan:
         return path
 
 
-def plan_profile(
-    space: SearchSpace, *, backend_name: str, network_count: int, seed: int
-) -> ProfilePlan:
-    """Choose what to measure: all blocks, and networks that calibrate their sums."""
-    rng = np.random.default_rng(seed)
-    configs = calibration_networks(space, count=network_count, rng=rng)
-    return ProfilePlan(
-        backend_name=backend_name,
-        seed=seed,
-        blocks=dict(sorted(all_blocks(space).items())),
-        networks={config.id: lower(space, config) for config in configs},
-    )
-
-
 def profile_space(
     space: SearchSpace,
     *,
@@ -121,7 +129,7 @@ def profile_space(
     network_count: int = NETWORK_COUNT,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """Measure a space on this machine.
+    """Measure a space on this machine: its blocks, then networks chosen by them.
 
     Args:
         space: What to measure.
@@ -136,12 +144,6 @@ def profile_space(
     Raises:
         MeasurementError: A block could not be measured, or the journal is in use.
     """
-    plan = plan_profile(
-        space,
-        backend_name=backend.name,
-        network_count=network_count,
-        seed=settings.seed,
-    )
     device, runtime = this_device(), backend.runtime(threads=threads)
     subject: dict[str, Json] = {
         "device": device.fingerprint,
@@ -150,17 +152,35 @@ def profile_space(
         "space": space_sha256(space),
         "networks": network_count,
     }
+    models = TimedModels(
+        backend_name=backend.name,
+        seed=settings.seed,
+        blocks=dict(sorted(all_blocks(space).items())),
+        networks={},
+    )
     with Journal(journal_path, subject=subject) as journal:
-        result = execute(
-            plan.names,
-            plan.write_model,
-            journal=journal,
-            backend_name=backend.name,
-            threads=threads,
-            settings=settings,
-            progress=progress,
+
+        def measure(names: list[str], write_model: WriteModel) -> OrderResult:
+            return execute(
+                names,
+                write_model,
+                journal=journal,
+                backend_name=backend.name,
+                threads=threads,
+                settings=settings,
+                progress=progress,
+            )
+
+        _require_blocks(measure(models.block_names, models.write_model), journal_path)
+        configs = calibration_networks(
+            space,
+            look_up_blocks(space, _planned_latencies(models, journal, settings)),
+            count=network_count,
+            rng=np.random.default_rng(settings.seed),
         )
-    _require_blocks(plan, result, journal_path)
+        networks = {config.id: lower(space, config) for config in configs}
+        models = replace(models, networks=networks)
+        result = measure(models.names, models.write_model)
     return LatencyTable(
         origin="measured",
         space_name=space.name,
@@ -178,6 +198,22 @@ def profile_space(
     )
 
 
+def _planned_latencies(
+    models: TimedModels, journal: Journal, settings: MeasureSettings
+) -> dict[str, float]:
+    """Blocks' quiet latencies by the planned visits alone.
+
+    Extra visits come and go with time; the choice of networks must be the same when a
+    killed run goes on.
+    """
+    names = models.block_names
+    fit = fit_visits([journal.visits_of(name)[: settings.visits] for name in names])
+    return {
+        name.removeprefix(_BLOCK): float(np.exp(effect)) / 1e6
+        for name, effect in zip(names, fit.effect_log, strict=True)
+    }
+
+
 def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:
     return {
         name.removeprefix(prefix): replace(measurement, name=name.removeprefix(prefix))
@@ -186,14 +222,14 @@ def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:
     }
 
 
-def _require_blocks(plan: ProfilePlan, result: OrderResult, journal: Path) -> None:
-    failed = [key for key in plan.blocks if f"{_BLOCK}{key}" in result.failures]
+def _require_blocks(result: OrderResult, journal_path: Path) -> None:
+    failed = sorted(name for name in result.failures if name.startswith(_BLOCK))
     if failed:
         raise MeasurementError(
-            f"{len(failed)} of {len(plan.blocks)} blocks could not be measured; "
-            f"{failed[0]}: {result.failures[f'{_BLOCK}{failed[0]}']}. Without them no "
-            "network that has one can be predicted. Once the cause is gone, delete "
-            f"{journal} and profile again"
+            f"{len(failed)} blocks could not be measured; {failed[0]}: "
+            f"{result.failures[failed[0]]}. Without them no network that has one can "
+            f"be predicted. Once the cause is gone, delete {journal_path} and profile "
+            "again"
         )
 
 

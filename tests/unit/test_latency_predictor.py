@@ -50,7 +50,7 @@ def true_ms(space: SearchSpace) -> Callable[[SubnetConfig], float]:
 
 def table(space: SearchSpace, *, network_count: int = 48) -> LatencyTable:
     rng = np.random.default_rng(0)
-    networks = calibration_networks(space, count=network_count, rng=rng)
+    networks = calibration_networks(space, costs(space), count=network_count, rng=rng)
     return tiny.latency_table(space, networks=networks, network_ms=true_ms(space))
 
 
@@ -211,6 +211,6 @@ def test_too_few_networks_are_refused(count: int) -> None:
 
 def test_calibration_networks_are_different_and_hold_the_extremes() -> None:
     rng = np.random.default_rng(0)
-    networks = calibration_networks(SMALL, count=20, rng=rng)
+    networks = calibration_networks(SMALL, costs(SMALL), count=20, rng=rng)
     assert len(set(networks)) == len(networks) == 20
     assert {SMALL.largest(), SMALL.smallest()} <= set(networks)

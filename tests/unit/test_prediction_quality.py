@@ -30,7 +30,7 @@ def test_a_common_factor_is_the_error_and_keeps_the_ranks(
 
 
 def test_shares_are_counted_at_five_and_ten_percent() -> None:
-    measured = np.full(4, 10.0) + np.arange(4)
+    measured = np.array([10.0, 11.0, 12.0, 13.0])
     quality = judge(measured * np.array([1.04, 0.96, 1.09, 1.2]), measured)
     assert (quality.within_5, quality.within_10) == (0.5, 0.75)
 

@@ -1,0 +1,260 @@
+"""How well latencies of unseen networks of the ImageNet space are predicted."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from inputs import Journal as Rows
+from inputs import add_work, console, new_parser
+from numpy.typing import NDArray
+from report import Section
+
+from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.families import mbv3
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.evaluation import PredictionQuality, judge
+from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
+from ofa_deploy.profiling import (
+    TimedModels,
+    find_table,
+    profile_space,
+    table_name,
+)
+from ofa_deploy.space import SearchSpace, SubnetConfig
+from profilers.backends import get_backend
+from profilers.device import this_device
+from profilers.execute import OrderResult, execute
+from profilers.journal import Journal
+from profilers.measurement import MeasureSettings
+from profilers.table import LatencyTable
+
+SEED = 5
+BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
+SETTINGS = MeasureSettings.screen(seed=SEED)
+SPEED_SAMPLE = 1_000_000
+LEAST = {"within_10": 0.99, "within_5": 0.90, "kendall_tau": 0.95}
+MAX_RMSPE = 0.03
+MAX_MINUTES = 15.0
+LEAST_PER_S = 1e6
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What was found on one runtime.
+
+    Args:
+        backend: Its name.
+        predicted: Against the mean of two measurements.
+        noise: One measurement against the other.
+        coverage: Share of measurements inside the 95 % interval.
+        below_upper: Share below the 95 % upper bound.
+        networks: Measured to fit the predictor.
+        blocks: Measured for it.
+        minutes: That took, all in all.
+    """
+
+    backend: str
+    predicted: PredictionQuality
+    noise: PredictionQuality
+    coverage: float
+    below_upper: float
+    networks: int
+    blocks: int
+    minutes: float
+
+
+def main() -> None:
+    """Profile, measure held-out networks twice, publish."""
+    parser = new_parser(__doc__)
+    add_work(parser)
+    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--networks", type=int, default=250, help="to fit with")
+    parser.add_argument("--held-out", type=int, default=120, help="to judge by")
+    args = parser.parse_args()
+    section = Section("latency_predictor", "Latency predictor", results=args.results)
+    space = mbv3.imagenet(width=1.0)
+    rows = [examine(space, backend, args) for backend in args.backends]
+    publish(section, space, rows, time_predictions(space, args))
+
+
+def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> Row:
+    """Everything about one runtime."""
+    table, minutes = table_of(space, backend_name, args)
+    predictor = fit_latency_predictor(space, table)
+    rng = np.random.default_rng(SEED)
+    drawn = np.unique(space.sample(2 * args.held_out, rng), axis=0)
+    unseen = [row for row in drawn if space.decode(row).id not in table.networks]
+    genomes = np.stack(unseen)[rng.permutation(len(unseen))[: args.held_out]]
+    names = [space.decode(row).id for row in genomes]
+    first, second = (
+        measure_held_out(space, names, backend_name, args, table, number)
+        for number in (1, 2)
+    )
+    measured = np.sqrt(first * second)
+    predicted = predictor.predict_ms(genomes)
+    ratio = measured / predicted
+    residuals = predictor.residuals
+    return Row(
+        backend=backend_name,
+        predicted=judge(predicted, measured),
+        noise=judge(first, second),
+        coverage=float(((residuals.low <= ratio) & (ratio <= residuals.high)).mean()),
+        below_upper=float((ratio <= residuals.upper).mean()),
+        networks=len(table.networks),
+        blocks=len(table.blocks),
+        minutes=minutes,
+    )
+
+
+def table_of(
+    space: SearchSpace, backend_name: str, args: argparse.Namespace
+) -> tuple[LatencyTable, float]:
+    """The table in the work folder, measured now if there is none; and its minutes."""
+    backend = get_backend(backend_name)
+    runtime = backend.runtime(threads=1)
+    rows = Rows(args.work / "latency_predictor.jsonl")
+    found = find_table(space, this_device(), runtime, folders=(args.work,))
+    name = table_name(space, this_device(), runtime)
+    if found is None:
+        args.work.mkdir(parents=True, exist_ok=True)
+        start_s = time.monotonic()
+        with StageBar(console) as bar:
+            bar.begin(f"profiling {backend_name}")
+            table = profile_space(
+                space,
+                backend=backend,
+                threads=1,
+                settings=SETTINGS,
+                journal_path=args.work / f"{name}.journal",
+                network_count=args.networks,
+                progress=bar.advance,
+            )
+        table.save(args.work / name)
+        rows.add({"table": name, "minutes": (time.monotonic() - start_s) / 60})
+        found = table, args.work / name
+    minutes = [row["minutes"] for row in rows.rows if row["table"] == name]
+    return found[0], float(minutes[-1])
+
+
+def measure_held_out(
+    space: SearchSpace,
+    names: list[str],
+    backend_name: str,
+    args: argparse.Namespace,
+    table: LatencyTable,
+    number: int,
+) -> Floats:
+    """Quiet latencies `(n,)` at the table's anchor level, in a run of their own."""
+    models = TimedModels(
+        backend_name=backend_name,
+        seed=SEED + number,
+        blocks={},
+        networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
+    )
+    path = args.work / f"held-out-{backend_name}-{number}.journal"
+    subject = {"backend": backend_name, "networks": len(names), "run": number}
+    with Journal(path, subject=subject) as journal, StageBar(console) as bar:
+        bar.begin(f"held-out networks on {backend_name}, run {number}")
+        result: OrderResult = execute(
+            models.names,
+            models.write_model,
+            journal=journal,
+            backend_name=backend_name,
+            threads=1,
+            settings=SETTINGS,
+            progress=bar.advance,
+        )
+    # Another run, another quiet level of the anchor: bring both to the table's.
+    shift = (table.anchor_reference_ns / result.anchor_reference_ns) ** result.beta
+    return np.array(
+        [result.measurements[name].quiet_ms * shift for name in models.names]
+    )
+
+
+def time_predictions(space: SearchSpace, args: argparse.Namespace) -> float:
+    """Networks predicted per second, in one call."""
+    table, _ = table_of(space, args.backends[0], args)
+    predictor: LatencyPredictor = fit_latency_predictor(space, table)
+    genomes = space.sample(SPEED_SAMPLE, np.random.default_rng(SEED))
+    predictor.predict_ms(genomes[:1000])
+    start_s = time.perf_counter()
+    predictor.predict_ms(genomes)
+    return SPEED_SAMPLE / (time.perf_counter() - start_s)
+
+
+def publish(
+    section: Section, space: SearchSpace, rows: list[Row], per_s: float
+) -> None:
+    """A line of quality and one of noise per runtime, then the bars."""
+    section.text(
+        f"`{space.name}`, resolutions {space.resolutions[0]}–{space.resolutions[-1]}, "
+        "1 thread, quiet-state latencies. *predicted*: networks that the predictor had "
+        "not seen, against the mean of two measurements of each. *noise*: one of these "
+        "against the other; no predictor can do better."
+    )
+    section.table(
+        [
+            "runtime",
+            "",
+            "n",
+            "RMSPE %",
+            "±5 %",
+            "±10 %",
+            "Kendall tau",
+            "in 95 % interval",
+            "below 95 % bound",
+            "networks, blocks measured",
+            "minutes",
+        ],
+        [line for row in rows for line in lines(row)],
+    )
+    for row in rows:
+        quality = row.predicted
+        passed = quality.rmspe <= MAX_RMSPE and all(
+            getattr(quality, field) >= least for field, least in LEAST.items()
+        )
+        section.bar(
+            f"{row.backend}: within 10 % {quality.within_10:.1%} (99 %), within 5 % "
+            f"{quality.within_5:.1%} (90 %), RMSPE {quality.rmspe:.1%} (3 %), tau "
+            f"{quality.kendall_tau:.3f} (0.95)",
+            passed=passed,
+        )
+        section.bar(
+            f"{row.backend}: {row.networks} networks, {row.minutes:.1f} minutes from "
+            f"nothing (300, {MAX_MINUTES:g})",
+            passed=row.networks <= 300 and row.minutes <= MAX_MINUTES,
+        )
+    section.bar(
+        f"{per_s / 1e6:.1f} million networks predicted per second on one core (1)",
+        passed=per_s >= LEAST_PER_S,
+    )
+    section.publish()
+
+
+def lines(row: Row) -> list[list[str]]:
+    """The two table rows of a runtime."""
+    return [
+        [
+            row.backend if what == "predicted" else "",
+            what,
+            f"{quality.count}",
+            f"{100 * quality.rmspe:.2f}",
+            f"{quality.within_5:.1%}",
+            f"{quality.within_10:.1%}",
+            f"{quality.kendall_tau:.3f}",
+            f"{row.coverage:.1%}" if what == "predicted" else "",
+            f"{row.below_upper:.1%}" if what == "predicted" else "",
+            f"{row.networks}, {row.blocks}" if what == "predicted" else "",
+            f"{row.minutes:.1f}" if what == "predicted" else "",
+        ]
+        for what, quality in (("predicted", row.predicted), ("noise", row.noise))
+    ]
+
+
+if __name__ == "__main__":
+    main()
