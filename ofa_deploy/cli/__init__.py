@@ -19,8 +19,10 @@ from ofa_deploy.cli.tables import (
     show_bundle,
     show_bundle_json,
     show_diagnosis,
+    show_operators,
     show_range,
     show_table,
+    show_widths,
 )
 
 app = typer.Typer(
@@ -58,6 +60,46 @@ def doctor(as_json: AsJson = False) -> None:
         show_diagnosis(_console, diagnosis)
     if any(finding.severity == "error" for finding in diagnosis.findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def probe(device: Device = "openvino-cpu", as_json: AsJson = False) -> None:
+    """Say what a runtime makes of operators and widths on this machine."""
+    from ofa_deploy.probe import channel_step, probe_operators, sweep_widths
+    from ofa_deploy.target import parse_target
+    from profilers.backends import get_backend
+    from profilers.measurement import MeasureSettings
+
+    target = parse_target(device)
+    backend = get_backend(target.backend)
+    backend.runtime(threads=target.threads)
+    settings = MeasureSettings.screen()
+    with StageBar(Console(stderr=True, quiet=as_json)) as bar:
+        bar.begin("probing operators")
+        operators = probe_operators(
+            backend,
+            threads=target.threads,
+            settings=settings,
+            progress=bar.advance,
+        )
+        bar.begin("sweeping widths")
+        widths = sweep_widths(
+            backend,
+            threads=target.threads,
+            settings=settings,
+            progress=bar.advance,
+        )
+    step = channel_step(widths)
+    if as_json:
+        content = {
+            "operators": [asdict(fact) for fact in operators],
+            "widths": [asdict(fact) for fact in widths],
+            "channel_step": step,
+        }
+        print(json.dumps(content, indent=2, sort_keys=True))
+    else:
+        show_operators(_console, operators)
+        show_widths(_console, widths, step=step)
 
 
 @app.command()

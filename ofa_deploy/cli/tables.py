@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,8 +11,11 @@ from rich.table import Table
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.pipeline import ReachableRange
 from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.probe import OperatorFact, WidthFact
 from profilers.doctor import Diagnosis
 from profilers.table import LatencyTable
+
+WIDTH_BAR = 40  # characters of the slowest width's bar
 
 
 def show_bundle(console: Console, bundle: Bundle) -> None:
@@ -111,6 +115,39 @@ def show_table(
     )
     if table.conditions.shared_host:
         console.print("shared host: the figures are indicative")
+
+
+def show_operators(console: Console, facts: Sequence[OperatorFact]) -> None:
+    """What each operator costs beside a 1x1 convolution."""
+    table = Table("operator", "adds ms", "GMAC/s", "fused", "", box=None)
+    for fact in facts:
+        if fact.extra_ms is None or fact.error_ms is None:
+            table.add_row(fact.name, "", "", "", f"does not run: {fact.problem}")
+            continue
+        rate = fact.giga_macs_per_s
+        table.add_row(
+            fact.name,
+            f"{fact.extra_ms:.4f} ± {fact.error_ms:.4f}",
+            "" if rate is None else f"{rate:.1f}",
+            {True: "yes", False: "no", None: "not told"}[fact.fused],
+            "slow" if fact.slow else "",
+        )
+    console.print(table)
+
+
+def show_widths(console: Console, facts: Sequence[WidthFact], *, step: int) -> None:
+    """The staircase of widths, with a bar for each one's latency."""
+    console.print(f"channels come in steps of {step}; widths in between cost as much")
+    slowest_ms = max(fact.quiet_ms for fact in facts)
+    table = Table("channels", "ms", "", "", box=None)
+    for fact in facts:
+        table.add_row(
+            str(fact.channels),
+            f"{fact.quiet_ms:.4f}",
+            "█" * round(WIDTH_BAR * fact.quiet_ms / slowest_ms),
+            "" if fact.dominated_by is None else f"as dear as {fact.dominated_by}",
+        )
+    console.print(table)
 
 
 def show_diagnosis(console: Console, diagnosis: Diagnosis) -> None:

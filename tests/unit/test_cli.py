@@ -23,7 +23,7 @@ from profilers.backends import get_backend
 from profilers.device import this_device
 from tests.support import tiny, tiny_bundle
 
-COMMANDS = ("check", "demo", "doctor", "profile", "specialize", "train")
+COMMANDS = ("check", "demo", "doctor", "probe", "profile", "specialize", "train")
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,33 @@ def test_a_bundle_in_json_is_its_manifest_and_its_path(
     assert (outcome.code, outcome.told) == (0, "")
     manifest = json.loads((out / "manifest.json").read_text())
     assert json.loads(outcome.output) == {**manifest, "path": str(out)}
+
+
+# -- probe -----------------------------------------------------------------------------
+
+
+def test_a_probe_tells_operators_widths_and_the_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = MeasureSettings(
+        visits=2,
+        runs_per_visit=1,
+        warmup_runs=1,
+        anchor_repeats=1,
+        seed=0,
+        target_relative_error=10.0,
+        max_seconds=1.0,
+    )
+    monkeypatch.setattr(MeasureSettings, "screen", lambda: quick)
+    outcome = run("probe", "--device", "onnxruntime-cpu", "--json")
+    assert outcome.told == ""
+    found = json.loads(outcome.output)
+    assert {"ReLU", "squeeze-and-excite"} <= {f["name"] for f in found["operators"]}
+    assert len(found["widths"]) > 20
+    assert found["channel_step"] >= 4
+    told = run("probe", "--device", "onnxruntime-cpu").told
+    assert "channels come in steps of" in told
+    assert "squeeze-and-excite" in told
 
 
 # -- doctor ----------------------------------------------------------------------------
