@@ -30,6 +30,7 @@ from ofa_deploy.profiling import (
     table_name,
 )
 from ofa_deploy.reporting import Reporter, Silent
+from ofa_deploy.search.dominance import promotion
 from ofa_deploy.search.evolution import (
     Evolution,
     SearchProblem,
@@ -169,6 +170,7 @@ class Specializer:
             accuracy=accuracy.predict,
             latency_ms=self.predictor.predict_ms,
             budget_ms=budget_ms,
+            promotion=promotion(self.supernet.space, self.predictor.slot_ms),
         )
 
     def search(self, budget_ms: float, *, seed: int = 0) -> SearchResult:

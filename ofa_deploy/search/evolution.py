@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
+from ofa_deploy.search.dominance import Promotion
 from ofa_deploy.space import Genomes, SearchSpace
 
 Objective = Callable[[Genomes], NDArray[np.float64]]
@@ -43,12 +44,14 @@ class SearchProblem:
         accuracy: Genomes `(n, genes)` to predicted accuracies `(n,)`.
         latency_ms: Genomes `(n, genes)` to predicted latencies `(n,)`.
         budget_ms: Upper bound of `latency_ms`.
+        promotion: Widths to leave out; None for none.
     """
 
     space: SearchSpace
     accuracy: Objective
     latency_ms: Objective
     budget_ms: float
+    promotion: Promotion | None = None
 
     def __post_init__(self) -> None:
         require_budget(self.budget_ms)
@@ -113,7 +116,7 @@ class Evolution:
         for _ in range(self.generations):
             survivors = _best_different(population, fitness, parent_count)
             parents, parent_fitness = population[survivors], fitness[survivors]
-            children = self._breed(space, parents, rng)
+            children = _promoted(problem, self._breed(space, parents, rng))
             child_latency = problem.latency_ms(children)
             child_fitness = _fitness(problem, children, child_latency)
             evaluated += len(children)
@@ -144,7 +147,7 @@ class Evolution:
                 budget_ms=problem.budget_ms,
                 fastest_ms=fastest_ms,
             )
-        drawn = space.sample(self.population * 10, rng)
+        drawn = _promoted(problem, space.sample(self.population * 10, rng))
         latency = problem.latency_ms(drawn)
         # The closest to the budget from below; where few fit, the fastest one's
         # neighbourhood fills up by breeding.
@@ -175,6 +178,10 @@ class Evolution:
         blocks = rng.random((len(genomes), space.slot_count)) < self.block_mutation
         changes[:, first_slot:] = np.repeat(blocks, 2, axis=1)
         return np.where(changes, redrawn, genomes)
+
+
+def _promoted(problem: SearchProblem, genomes: Genomes) -> Genomes:
+    return genomes if problem.promotion is None else problem.promotion.apply(genomes)
 
 
 def descend_to_fastest(
