@@ -1,4 +1,4 @@
-"""Random crops and flips of a whole batch at once."""
+"""Random crops, flips and mixtures of a whole batch at once."""
 
 from __future__ import annotations
 
@@ -36,6 +36,40 @@ def crop_and_flip(images: Tensor, *, padding: int, rng: np.random.Generator) -> 
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+def cut_and_mix(
+    images: Tensor, targets: Tensor, *, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Paste one box of every image over another image's, and mix their labels so.
+
+    Source: S. Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers
+    with Localizable Features", ICCV 2019; one box a batch, its area uniform.
+
+    Args:
+        images: `(N, 3, H, W)`.
+        targets: Class probabilities `(N, classes)`.
+        rng: Source of the box and of the pairs.
+
+    Returns:
+        New images and targets of the same shapes.
+    """
+    count, _, height, width = images.shape
+    side = rng.random() ** 0.5
+    top, bottom = _span(height, side, rng)
+    left, right = _span(width, side, rng)
+    partner = torch.from_numpy(rng.permutation(count))
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+    share = (bottom - top) * (right - left) / (height * width)
+    return mixed, (1 - share) * targets + share * targets[partner]
+
+
+def _span(size: int, side: float, rng: np.random.Generator) -> tuple[int, int]:
+    """A stretch of `side * size` around a random place, cut off at the border."""
+    centre = int(rng.integers(size))
+    half = round(side * size / 2)
+    return max(0, centre - half), min(size, centre + half)
 
 
 def resize_bilinear(x: Tensor, size: int) -> Tensor:

@@ -10,8 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ofa_deploy.errors import TrainingError
@@ -68,13 +68,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         TrainingError: Not a checkpoint, or damaged.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors: dict[str, Tensor] = {
-                name: file.get_tensor(name)
-                for name in file.keys()  # noqa: SIM118 - the file is not iterable
-            }
-        position = Position(**json.loads(metadata["position"]))
+        # Read at once: the file may be replaced while a training goes on.
+        content = path.read_bytes()
+        tensors: dict[str, Tensor] = load(content)
+        position = Position(**json.loads(_metadata(content)["position"]))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise TrainingError(
             f"{path} is not a readable checkpoint ({error}); delete the run's folder "
@@ -89,6 +86,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if k.startswith(_MOMENTUM)
         },
     )
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a safetensors file: its header's length in 8 bytes, then the header."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

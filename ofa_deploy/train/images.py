@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet, split_validation
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.preprocess import Normalisation, measure_normalisation
-from ofa_deploy.train.augment import crop_and_flip, network_input
+from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, network_input
 from ofa_deploy.train.recipe import Recipe
 
 _EVALUATION_BATCH = 250
@@ -51,13 +52,13 @@ class TrainingImages:
     def batch(
         self, phase: int, step: int, *, resolution: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The augmented inputs and labels of a step.
+        """The augmented inputs of a step, and their class probabilities.
 
         Args:
             phase: Index of the phase; it and the epoch fix the order of the images.
             step: Of the phase.
             resolution: Height and width of the inputs.
-            rng: Source of crops and flips.
+            rng: Source of crops, flips and mixtures.
         """
         epoch, place = divmod(step, self.batches_per_epoch)
         order = np.random.default_rng(
@@ -68,10 +69,14 @@ class TrainingImages:
         images = crop_and_flip(
             self._images[index], padding=self._recipe.crop_padding, rng=rng
         )
+        targets = F.one_hot(self._labels[index], len(self.training.class_names))
+        targets = targets.float()
+        if rng.random() < self._recipe.phases[phase].cutmix_share:
+            images, targets = cut_and_mix(images, targets, rng=rng)
         inputs = network_input(
             images, resolution=resolution, normalisation=self.normalisation
         )
-        return inputs, self._labels[index]
+        return inputs, targets
 
     def plain_batches(
         self, data: ImageSet, *, resolution: int, most: int

@@ -337,7 +337,7 @@ class ProgressiveTraining:
         rng = np.random.default_rng([self.recipe.seed, self._phase_index, step])
         space = restrict(self.space, phase)
         resolution = int(rng.choice(self.space.resolutions))
-        inputs, labels = self.images.batch(
+        inputs, targets = self.images.batch(
             self._phase_index, step, resolution=resolution, rng=rng
         )
         teacher_logits = self._teach(inputs, resolution) if phase.distill else None
@@ -350,7 +350,7 @@ class ProgressiveTraining:
             plan = lower(self.space, config)
             loss = supernet_loss(
                 self._logits(self.supernet, inputs, plan),
-                labels,
+                targets,
                 teacher_logits=teacher_logits,
                 label_smoothing=self.recipe.label_smoothing,
                 distillation_ratio=self.recipe.distillation_ratio,

@@ -29,6 +29,7 @@ class Phase:
         depth_choices: How many of the largest depths are sampled.
         expand_choices: How many of the largest expand ratios are sampled.
         distill: Whether the full network of the first phase teaches.
+        cutmix_share: Share of the batches whose images are mixed, 0..1.
         sorted_expands: Sort channels before the phase, keeping the prefixes of this
             many of the largest expand ratios; None for no sorting.
     """
@@ -42,6 +43,7 @@ class Phase:
     depth_choices: int = 1
     expand_choices: int = 1
     distill: bool = True
+    cutmix_share: float = 0.0
     sorted_expands: int | None = None
 
 
@@ -110,15 +112,16 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 84 epochs, 60 of them on the full network alone."""
+    """Progressive shrinking in 74 epochs, 50 of them on the full network alone."""
     return Recipe(
         phases=(
             Phase(
                 name="full",
-                epochs=60,
+                epochs=50,
                 warmup_epochs=3,
                 peak_learning_rate=0.1,
                 distill=False,
+                cutmix_share=0.5,
             ),
             Phase(
                 name="kernel",
@@ -126,6 +129,7 @@ def default_recipe() -> Recipe:
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 kernel_choices=3,
+                cutmix_share=0.25,
             ),
             Phase(
                 name="depth1",
@@ -134,6 +138,7 @@ def default_recipe() -> Recipe:
                 subnet_count=2,
                 kernel_choices=3,
                 depth_choices=2,
+                cutmix_share=0.25,
             ),
             Phase(
                 name="depth2",
@@ -143,6 +148,7 @@ def default_recipe() -> Recipe:
                 subnet_count=2,
                 kernel_choices=3,
                 depth_choices=3,
+                cutmix_share=0.25,
             ),
             Phase(
                 name="width1",
@@ -153,6 +159,7 @@ def default_recipe() -> Recipe:
                 depth_choices=3,
                 expand_choices=2,
                 sorted_expands=1,
+                cutmix_share=0.25,
             ),
             Phase(
                 name="width2",
@@ -164,6 +171,7 @@ def default_recipe() -> Recipe:
                 depth_choices=3,
                 expand_choices=3,
                 sorted_expands=2,
+                cutmix_share=0.25,
             ),
         )
     )

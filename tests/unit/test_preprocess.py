@@ -16,7 +16,7 @@ from ofa_deploy.preprocess import (
     prepare,
     resize,
 )
-from ofa_deploy.train.augment import crop_and_flip, network_input
+from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, network_input
 from profilers.json_reader import JsonNode
 from tests.support import tiny
 
@@ -143,3 +143,36 @@ def test_augmentation_keeps_shape_and_type() -> None:
     images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
     found = crop_and_flip(images, padding=2, rng=np.random.default_rng(4))
     assert (found.shape, found.dtype) == (images.shape, torch.uint8)
+
+
+# -- mixtures --------------------------------------------------------------------------
+
+
+def mixtures(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight images, each all of one value and one class, mixed."""
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 10, 12)
+    return cut_and_mix(images, torch.eye(8), rng=np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_are_mixed_by_the_pixels_each_image_gave(seed: int) -> None:
+    images, targets = mixtures(seed)
+    for image, target in zip(images, targets, strict=True):
+        values, counts = image[0].unique(return_counts=True)
+        expected = torch.zeros(8)
+        expected[values.long()] = counts.float() / image[0].numel()
+        torch.testing.assert_close(target, expected)
+        assert (image == image[:1]).all()  # one box for all channels
+
+
+def test_mixtures_are_of_all_sizes() -> None:
+    largest = [float(mixtures(seed)[1].max(dim=1).values.min()) for seed in range(50)]
+    assert min(largest) < 0.6
+    assert max(largest) > 0.95
+
+
+def test_mixing_leaves_its_arguments_alone() -> None:
+    images = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8)
+    before = images.clone()
+    cut_and_mix(images, torch.eye(4), rng=np.random.default_rng(0))
+    assert torch.equal(images, before)
