@@ -331,7 +331,8 @@ def test_missing_reference_outputs_fail_the_check(bundle: Path) -> None:
 def test_a_runtime_that_is_unknown_fails_the_check(bundle: Path) -> None:
     rewrite_manifest(bundle, put("runtime", "backend", value="abacus"))
     assert refused_check(bundle) == (
-        "there is no backend 'abacus'; choose one of: onnxruntime-cpu, openvino-cpu"
+        "there is no backend 'abacus'; choose one of: litert-cpu, "
+        "onnxruntime-cpu, openvino-cpu"
     )
 
 

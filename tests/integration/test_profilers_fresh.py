@@ -12,7 +12,6 @@ import pytest
 from profilers import (
     Conditions,
     MeasureSettings,
-    backend_names,
     measure_in_fresh_process,
 )
 from profilers.errors import FormatError, RunFailed
@@ -26,6 +25,7 @@ from profilers.measurement import (
 from tests.support.profilers_models import conv_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Those that read the ONNX model of these tests.
 PACKAGES = {
     "onnxruntime-cpu": "onnxruntime",
     "openvino-cpu": "openvino",
@@ -81,7 +81,7 @@ def in_new_interpreter(code: str) -> str:
     return finished.stdout.strip()
 
 
-@pytest.mark.parametrize("backend_name", backend_names())
+@pytest.mark.parametrize("backend_name", PACKAGES)
 def test_a_file_is_timed_by_processes_of_its_own(
     backend_name: str, model_path: Path
 ) -> None:

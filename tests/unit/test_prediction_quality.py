@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from ofa_deploy.predict.evaluation import judge, kendall_tau
 
-latencies = st.lists(st.floats(0.1, 100.0), min_size=2, max_size=20, unique=True)
+latencies = st.lists(
+    st.integers(1, 10_000).map(lambda hundredths: hundredths / 100),
+    min_size=2,
+    max_size=20,
+    unique=True,
+)
 
 
 @given(latencies)

@@ -119,7 +119,8 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DeviceError) as refused:
         get_backend("toaster")
     assert str(refused.value) == (
-        "there is no backend 'toaster'; choose one of: onnxruntime-cpu, openvino-cpu"
+        "there is no backend 'toaster'; choose one of: litert-cpu, "
+        "onnxruntime-cpu, openvino-cpu"
     )
 
 
