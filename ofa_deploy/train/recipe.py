@@ -112,12 +112,12 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 74 epochs, 50 of them on the full network alone."""
+    """Progressive shrinking in 66 epochs, 42 of them on the full network alone."""
     return Recipe(
         phases=(
             Phase(
                 name="full",
-                epochs=50,
+                epochs=42,
                 warmup_epochs=3,
                 peak_learning_rate=0.1,
                 distill=False,
