@@ -93,8 +93,3 @@ def _metadata(content: bytes) -> dict[str, str]:
     length = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
     return metadata
-
-
-def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A detached copy that later training does not change."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

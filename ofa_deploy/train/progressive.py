@@ -2,7 +2,9 @@
 
 A run is a folder. `checkpoint.safetensors` is its whole state; a run that is killed at
 any moment continues from there to the same weights, step by step, as if it had not been
-killed.
+killed. `phase-NAME.safetensors` is what a phase ended with, rounded to float16: these
+small files alone let another machine go on with the next phase, again to the same
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
-    copy_tensors,
     read_checkpoint,
     write_checkpoint,
 )
@@ -44,7 +45,6 @@ from ofa_deploy.train.recipe import Phase, Recipe, restrict
 from profilers.files import write_atomically
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-TEACHER_FILE = "teacher.safetensors"
 LOG_FILE = "log.jsonl"
 SUPERNET_FOLDER = "supernet"
 _MONITOR_CALIBRATION = 1_000
@@ -163,11 +163,8 @@ class ProgressiveTraining:
 
     def _open_folder(self) -> None:
         folder = self.settings.folder
-        path = folder / CHECKPOINT_FILE
         if self.settings.resume:
-            if not path.exists():
-                raise TrainingError(f"{folder} holds no run to resume")
-            self._restore(read_checkpoint(path))
+            self._restore(read_checkpoint(self._latest_state()))
             return
         if folder.exists() and any(folder.iterdir()):
             raise TrainingError(
@@ -178,6 +175,17 @@ class ProgressiveTraining:
         recipe = json.dumps(asdict(self.recipe), indent=2, sort_keys=True)
         write_atomically(folder / "recipe.json", recipe.encode())
         self._enter_phase(0)
+
+    def _latest_state(self) -> Path:
+        """The checkpoint; where only phases' results were copied, the last of these."""
+        results = [self._phase_result(phase) for phase in reversed(self.recipe.phases)]
+        for path in (self.settings.folder / CHECKPOINT_FILE, *results):
+            if path.exists():
+                return path
+        raise TrainingError(f"{self.settings.folder} holds no run to resume")
+
+    def _phase_result(self, phase: Phase) -> Path:
+        return self.settings.folder / f"phase-{phase.name}.safetensors"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
@@ -203,25 +211,27 @@ class ProgressiveTraining:
         if self._phase_index > 0:
             self._load_teacher()
 
-    def _save(self) -> None:
-        position = Position(
+    def _position(self) -> Position:
+        return Position(
             phase=self._phase_index,
             step=self._step,
             recipe_sha256=self.recipe.sha256,
             data_sha256=self.images.sha256,
             elapsed_s=self.elapsed_s,
         )
+
+    def _save(self) -> None:
         write_checkpoint(
             self.settings.folder / CHECKPOINT_FILE,
             Checkpoint(
-                position=position,
+                position=self._position(),
                 weights=self.supernet.state_dict(),
                 momentum=self._optimizer.momentum(),
             ),
         )
 
     def _load_teacher(self) -> None:
-        teacher = read_checkpoint(self.settings.folder / TEACHER_FILE)
+        teacher = read_checkpoint(self._phase_result(self.recipe.phases[0]))
         self._teacher = new_supernet(self.space)
         self._teacher.load_state_dict(teacher.weights)
         # Batch statistics, as published: they suit every resolution.
@@ -266,19 +276,11 @@ class ProgressiveTraining:
         self._save()
 
     def _write_phase_result(self, phase: Phase) -> None:
-        weights = copy_tensors(self.supernet.state_dict())
-        position = Position(
-            phase=self._phase_index,
-            step=self._step,
-            recipe_sha256=self.recipe.sha256,
-            data_sha256=self.images.sha256,
-            elapsed_s=self.elapsed_s,
-        )
-        result = Checkpoint(position=position, weights=weights, momentum={})
-        folder = self.settings.folder
-        write_checkpoint(folder / f"phase-{phase.name}.safetensors", result)
-        if not phase.distill:
-            write_checkpoint(folder / TEACHER_FILE, result)
+        weights = {k: v.detach().half() for k, v in self.supernet.state_dict().items()}
+        # So that this run and one that starts from the file stay equal.
+        self.supernet.load_state_dict(weights)
+        result = Checkpoint(position=self._position(), weights=weights, momentum={})
+        write_checkpoint(self._phase_result(phase), result)
 
     def _run_phase(
         self, phase: Phase, progress: Callable[[TrainingProgress], None] | None

@@ -26,7 +26,6 @@ from ofa_deploy.train.finish import finish_supernet
 from ofa_deploy.train.progressive import (
     CHECKPOINT_FILE,
     SUPERNET_FOLDER,
-    TEACHER_FILE,
     ProgressiveTraining,
     TrainingProgress,
 )
@@ -37,6 +36,7 @@ from tests.support.train_tiny import RECIPE, STEPS_PER_EPOCH, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
+TEACHER_FILE = f"phase-{RECIPE.phases[0].name}.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,17 @@ def test_a_killed_run_continues_to_the_same_weights(
     kill_when_at(folder, phase=phase, step=step)
     training(folder, resume=True).run()
     assert_same_weights(folder, trained)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_goes_on_from_the_results_of_its_first_phases(
+    count: int, tmp_path: Path, trained: Path
+) -> None:
+    for phase in RECIPE.phases[:count]:
+        name = f"phase-{phase.name}.safetensors"
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    training(tmp_path, resume=True).run()
+    assert_same_weights(tmp_path, trained)
 
 
 class Interrupted(Exception):
