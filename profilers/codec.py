@@ -29,6 +29,7 @@ __all__ = [
     "encode_flat",
     "encode_measurement",
     "encode_run",
+    "encode_visit",
 ]
 
 Flat = DeviceSpec | RuntimeSpec | Conditions | MeasureSettings
@@ -112,6 +113,11 @@ def decode_measurement(node: JsonNode) -> Measurement:
             stability=_decode_stability(fields["stability"]),
         )
     )
+
+
+def encode_visit(visit: Visit) -> dict[str, Json]:
+    """Encode a `Visit`."""
+    return {**dataclasses.asdict(visit), "samples_ns": list(visit.samples_ns)}
 
 
 def decode_visit(node: JsonNode) -> Visit:

@@ -211,16 +211,7 @@ def measure_models(
         fit = _visit_all(benches, settings, clock, anchor, progress, rng, known)
     conditions = read_conditions()
     return MeasurementRun(
-        measurements=tuple(
-            summarize(
-                bench.name,
-                bench.visits,
-                effect_log=float(fit.effect_log[index]),
-                standard_error_log=float(fit.standard_error_log[index]),
-                settings=settings,
-            )
-            for index, bench in enumerate(benches)
-        ),
+        measurements=summarize(names, [b.visits for b in benches], fit, settings),
         beta=fit.beta,
         anchor_reference_ns=math.exp(fit.reference_log_anchor),
         conditions=conditions,

@@ -11,7 +11,7 @@ import numpy as np
 from profilers.measurement import Measurement, MeasureSettings, Stability, Visit
 from profilers.stats import QuietStateFit, quiet_state
 
-__all__ = ["fit_visits", "summarize"]
+__all__ = ["fit_visits", "summarize", "summarize_model"]
 
 
 def fit_visits(
@@ -49,6 +49,32 @@ def fit_visits(
 
 
 def summarize(
+    names: Sequence[str],
+    visits: Sequence[Sequence[Visit]],
+    fit: QuietStateFit,
+    settings: MeasureSettings,
+) -> tuple[Measurement, ...]:
+    """Make measurements from visits and the fit to them.
+
+    Args:
+        names: Of the models.
+        visits: `visits[m]` are those of model `m`.
+        fit: To these visits.
+        settings: What was to be reached.
+    """
+    return tuple(
+        summarize_model(
+            name,
+            visits[index],
+            effect_log=float(fit.effect_log[index]),
+            standard_error_log=float(fit.standard_error_log[index]),
+            settings=settings,
+        )
+        for index, name in enumerate(names)
+    )
+
+
+def summarize_model(
     name: str,
     visits: Sequence[Visit],
     *,
@@ -63,7 +89,7 @@ def summarize(
         visits: Its visits.
         effect_log: Natural logarithm of its quiet latency in ns.
         standard_error_log: Standard error of that.
-        settings: What it was to reach.
+        settings: What was to be reached.
     """
     error = math.expm1(standard_error_log)
     reasons = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -31,7 +32,6 @@ from profilers.errors import FormatError, IncompatibleTables
 from profilers.files import write_atomically
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Measurement, MeasureSettings
-from profilers.order import check_sha256
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
@@ -92,7 +92,7 @@ class LatencyTable:
             raise ValueError(f"origin={self.origin!r}; give one of {get_args(Origin)}")
         if not self.space_name:
             raise ValueError("space_name is empty; name the search space")
-        check_sha256(self.space_sha256)
+        _check_sha256(self.space_sha256)
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta={self.beta}; give a finite number, at least 0")
         reference_ns = self.anchor_reference_ns
@@ -171,6 +171,11 @@ def require_compatible(
             + "; ".join(differences)
             + ". Run `ofa-deploy profile` on this device to measure a new one"
         )
+
+
+def _check_sha256(digest: str) -> None:
+    if len(digest) != 64 or set(digest) - set(string.digits + "abcdef"):
+        raise ValueError(f"space_sha256={digest!r}; give 64 lowercase hex digits")
 
 
 def _check_time(created_at: str) -> None:

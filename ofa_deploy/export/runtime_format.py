@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 
 from ofa_deploy.export import litert, onnx
@@ -33,3 +36,12 @@ def timed_network(
     if model_suffix(backend_name) == ".tflite":
         return litert.emit_network(plan, weights)
     return onnx.emit_network(plan, weights, form="fused")
+
+
+def write_timed(folder: Path, name: str, model: bytes, *, backend_name: str) -> Path:
+    """Write a model into a folder, and return its file."""
+    # A name can be longer than a file's may be.
+    stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = folder / f"{stem}{model_suffix(backend_name)}"
+    path.write_bytes(model)
+    return path
