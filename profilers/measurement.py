@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+Verdict = Literal["stable", "unstable"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureSettings:
     """How carefully to measure.
@@ -130,7 +133,7 @@ class Stability:
         reasons: What went wrong, for people.
     """
 
-    verdict: Literal["stable", "unstable"]
+    verdict: Verdict
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -28,9 +28,9 @@ from profilers.codec import (
     encode_measurement,
 )
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
-from profilers.errors import FormatError, IncompatibleTables
+from profilers.errors import IncompatibleTables
 from profilers.files import write_atomically
-from profilers.json_reader import Json, JsonNode, parse_json
+from profilers.json_reader import Json, JsonNode, read_json
 from profilers.measurement import Measurement, MeasureSettings
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
@@ -126,19 +126,11 @@ class LatencyTable:
         Raises:
             FormatError: The file cannot be read, is damaged, or of another version.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(
-                f"{path.name} cannot be read as a latency table ({error}); "
-                "check the path, or run `ofa-deploy profile` to make one",
-                path="",
-            ) from error
-        try:
-            return _decode(parse_json(text))
-        except FormatError as error:
-            # The decoder knows the place inside the file; people ask which file.
-            raise error.in_file(path.name) from error.__cause__
+        return read_json(
+            path,
+            _decode,
+            otherwise="check the path, or run `ofa-deploy profile` to make one",
+        )
 
 
 def require_compatible(
@@ -226,7 +218,7 @@ def _decode(node: JsonNode) -> LatencyTable:
     entries = node.fields(*names, "sha256")
     table = node.build(
         lambda: LatencyTable(
-            origin=_decode_origin(entries["origin"]),
+            origin=entries["origin"].choice(get_args(Origin)),
             space_name=entries["space_name"].text(),
             space_sha256=entries["space_sha256"].text(),
             device=decode_device(entries["device"]),
@@ -250,15 +242,6 @@ def _decode(node: JsonNode) -> LatencyTable:
             f"after it was written; {_REMEASURE}"
         )
     return table
-
-
-def _decode_origin(node: JsonNode) -> Origin:
-    text = node.text()
-    for origin in get_args(Origin):
-        if text == origin:
-            found: Origin = origin
-            return found
-    node.refuse(f"{text!r} is not allowed; give one of {list(get_args(Origin))}")
 
 
 def _decode_measurements(node: JsonNode) -> dict[str, Measurement]:

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.errors import MissingDependency
+from ofa_deploy.export.emitter import Emitter
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, random_weights
 from ofa_deploy.layers import (
     BlockPlan,
     ConvLayer,
-    Layer,
     LayerActivation,
     LinearLayer,
     PoolLayer,
@@ -73,7 +73,7 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
     return graph.serialise(entered, graph.add_block(block, entered))
 
 
-class _Graph:
+class _Graph(Emitter[int]):
     """Tensors and operators of a model under construction."""
 
     def __init__(self, weights: Weights) -> None:
@@ -103,26 +103,21 @@ class _Graph:
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
-    def add_block(self, block: BlockPlan, value: int) -> int:
-        """Add a block's layers, and its shortcut."""
-        entered = value
-        for layer in block.layers:
-            value = self._add_layer(layer, value)
-        if block.residual:
-            name = f"{block.name}.sum"
-            value = self._add("Add", [value, entered], name, self._shape(value))
-        return value
+    def add_sum(self, block: BlockPlan, value: int, entered: int) -> int:
+        """See `Emitter`."""
+        name = f"{block.name}.sum"
+        return self._add("Add", [value, entered], name, self._shape(value))
 
-    def _add_layer(self, layer: Layer, value: int) -> int:
-        if isinstance(layer, ConvLayer):
-            return self._add_conv(layer, value)
-        if isinstance(layer, SqueezeExciteLayer):
-            return self._add_gate(layer, value)
-        if isinstance(layer, PoolLayer):
-            return self._add_mean(f"{layer.name}.out", value, keep_dims=False)
+    def add_pool(self, layer: PoolLayer, value: int) -> int:
+        """See `Emitter`."""
+        return self._add_mean(f"{layer.name}.out", value, keep_dims=False)
+
+    def add_linear(self, layer: LinearLayer, value: int) -> int:
+        """See `Emitter`."""
         return self._add_dense(layer, value, activation="none")
 
-    def _add_conv(self, layer: ConvLayer, value: int) -> int:
+    def add_conv(self, layer: ConvLayer, value: int) -> int:
+        """See `Emitter`."""
         if len(self._shape(value)) == 2:  # after the pool
             return self._add_dense(layer, value, activation=layer.activation)
         value, padding = self._pad(layer, value)
@@ -193,7 +188,8 @@ class _Graph:
         )
         return self._add_activation(name, activation, value)
 
-    def _add_gate(self, layer: SqueezeExciteLayer, value: int) -> int:
+    def add_gate(self, layer: SqueezeExciteLayer, value: int) -> int:
+        """See `Emitter`."""
         name = layer.name
         kinds = self._schema.ActivationFunctionType
         gate = self._add_mean(f"{name}.mean", value, keep_dims=True)

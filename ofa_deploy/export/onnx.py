@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from ofa_deploy.export.emitter import Emitter
 from ofa_deploy.fuse import BATCH_NORM_EPS
 from ofa_deploy.layers import (
     BlockPlan,
@@ -25,7 +26,7 @@ from ofa_deploy.layers import (
     PoolLayer,
     SqueezeExciteLayer,
 )
-from ofa_deploy.materialise import Weights
+from ofa_deploy.materialise import Weights, fused_shapes
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
 
 # 17 is read by every runtime in use; later opsets add nothing that a plan needs.
@@ -94,36 +95,14 @@ def random_weights(
     """Fused weights of unit gain, for timing a network that is not trained."""
     weights: dict[str, NDArray[np.float32]] = {}
     for layer in layers:
-        for name, shape in _fused_shapes(layer).items():
+        for name, shape in fused_shapes(layer).items():
             values = rng.standard_normal(shape, dtype=np.float32)
             fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
             weights[f"{layer.name}.{name}"] = values / np.float32(fan_in**0.5)
     return weights
 
 
-def _fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
-    if isinstance(layer, PoolLayer):
-        return {}
-    if isinstance(layer, LinearLayer):
-        return {
-            "weight": (layer.out_channels, layer.in_channels),
-            "bias": (layer.out_channels,),
-        }
-    if isinstance(layer, SqueezeExciteLayer):
-        channels, middle = layer.channels, layer.middle_channels
-        return {
-            "reduce.weight": (middle, channels, 1, 1),
-            "reduce.bias": (middle,),
-            "expand.weight": (channels, middle, 1, 1),
-            "expand.bias": (channels,),
-        }
-    shapes: dict[str, tuple[int, ...]] = {"weight": layer.weight_shape}
-    if layer.batch_norm:
-        shapes["bias"] = (layer.out_channels,)
-    return shapes
-
-
-class _Graph:
+class _Graph(Emitter[str]):
     """Nodes and initialisers of a model under construction."""
 
     def __init__(self, weights: Weights, form: Form) -> None:
@@ -148,27 +127,22 @@ class _Graph:
         self._nodes.append(node)
         return output
 
-    def add_block(self, block: BlockPlan, value: str) -> str:
-        """Add a block's layers, and its shortcut."""
-        entered = value
-        for layer in block.layers:
-            value = self._add_layer(layer, value)
-        if block.residual:
-            value = self.add("Add", [value, entered], f"{block.name}.sum")
-        return value
+    def add_sum(self, block: BlockPlan, value: str, entered: str) -> str:
+        """See `Emitter`."""
+        return self.add("Add", [value, entered], f"{block.name}.sum")
 
-    def _add_layer(self, layer: Layer, value: str) -> str:
-        if isinstance(layer, ConvLayer):
-            return self._add_conv(layer, value)
-        if isinstance(layer, SqueezeExciteLayer):
-            return self._add_gate(layer, value)
-        if isinstance(layer, PoolLayer):
-            return self.add("GlobalAveragePool", [value], f"{layer.name}.out")
+    def add_pool(self, layer: PoolLayer, value: str) -> str:
+        """See `Emitter`."""
+        return self.add("GlobalAveragePool", [value], f"{layer.name}.out")
+
+    def add_linear(self, layer: LinearLayer, value: str) -> str:
+        """See `Emitter`."""
         flat = self.add("Flatten", [value], f"{layer.name}.flat", axis=1)
         names = [self._constant(f"{layer.name}.{n}") for n in ("weight", "bias")]
         return self.add("Gemm", [flat, *names], f"{layer.name}.out", transB=1)
 
-    def _add_conv(self, layer: ConvLayer, value: str) -> str:
+    def add_conv(self, layer: ConvLayer, value: str) -> str:
+        """See `Emitter`."""
         name = layer.name
         inputs = [value, self._constant(f"{name}.weight")]
         if layer.batch_norm and self._form == "fused":
@@ -235,7 +209,8 @@ class _Graph:
         self._statistics.append((name, channels))
         return self.add("Add", [scaled, beta], f"{name}.norm")
 
-    def _add_gate(self, layer: SqueezeExciteLayer, value: str) -> str:
+    def add_gate(self, layer: SqueezeExciteLayer, value: str) -> str:
+        """See `Emitter`."""
         name = layer.name
         gate = self.add("GlobalAveragePool", [value], f"{name}.mean")
         for part in ("reduce", "expand"):

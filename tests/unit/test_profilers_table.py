@@ -278,10 +278,10 @@ def test_what_is_no_table_is_refused(text: str) -> None:
 
 def test_bytes_that_are_no_text_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    with pytest.raises(FormatError, match="cannot be read as a latency table"):
+    with pytest.raises(FormatError, match=r"cannot be read \("):
         LatencyTable.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FormatError, match="cannot be read as a latency table"):
+    with pytest.raises(FormatError, match=r"cannot be read \("):
         LatencyTable.load(path)
 
 
