@@ -58,6 +58,7 @@ def train(
         raise MissingDependency("PyTorch", extra="train") from error
     from dataclasses import replace
 
+    from ofa_deploy.train.allocator import keep_freed_memory
     from ofa_deploy.train.precision import prefers_bf16
     from ofa_deploy.train.progressive import (
         ProgressiveTraining,
@@ -67,6 +68,7 @@ def train(
     from ofa_deploy.train.recipe import default_recipe
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     data = load_with_progress(data_path, skip_bad=skip_bad, console=console)
     height, width = data.images.shape[1:3]
     if height != width:
