@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ofa_deploy.export.runtime_format import timed_block, write_timed
+from ofa_deploy.export.runtime_format import Precision, timed_block, write_timed
 from ofa_deploy.families.mbv3 import pointwise, squeeze_excite
 from ofa_deploy.layers import BlockPlan, ConvLayer, Layer
 from profilers.backends.base import Backend, LayerProfiler
@@ -36,6 +36,33 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimedBlock:
+    """A block as a model of its own.
+
+    Args:
+        block: The block.
+        precision: Of its weights and activations.
+    """
+
+    block: BlockPlan
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """Tells it from others."""
+        return f"{self.block.key} {self.precision}"
+
+    def emit(self, backend_name: str) -> bytes:
+        """With random weights, in the format that a backend reads."""
+        return timed_block(
+            self.block,
+            backend_name=backend_name,
+            rng=np.random.default_rng(0),
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorProbe:
     """Two blocks that differ in one operator.
 
@@ -43,11 +70,21 @@ class OperatorProbe:
         name: Of the operator.
         block: With it.
         without: Without it.
+        precision: Of both.
     """
 
     name: str
     block: BlockPlan
     without: BlockPlan
+    precision: Precision = "float32"
+
+    @property
+    def models(self) -> tuple[TimedBlock, TimedBlock]:
+        """With and without the operator."""
+        return (
+            TimedBlock(block=self.block, precision=self.precision),
+            TimedBlock(block=self.without, precision=self.precision),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +167,10 @@ def operator_probes() -> list[OperatorProbe]:
         )
         for kernel in (3, 5, 7)
     ]
-    return probes
+    quantised = [
+        replace(probe, name=f"{probe.name}, int8", precision="int8") for probe in probes
+    ]
+    return probes + quantised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +200,12 @@ class Prober:
             progress: Called with visits made and visits known to be made.
         """
         probes = operator_probes() if probes is None else probes
-        blocks = {b.key: b for probe in probes for b in (probe.block, probe.without)}
-        result = self._measure(blocks, progress)
+        models = {model.name: model for probe in probes for model in probe.models}
+        result = self._measure(models, progress)
         return [
-            _judge(probe, result, fused=self._is_fused(probe))
-            if probe.block.key in result.measurements
-            else _refused(probe, result.failures[probe.block.key])
+            _refused(probe, problem)
+            if (problem := _problem(probe, result))
+            else _judge(probe, result, fused=self._is_fused(probe))
             for probe in probes
         ]
 
@@ -186,8 +226,13 @@ class Prober:
         Raises:
             MeasurementError: Not one width could be measured.
         """
-        blocks = {str(width): _block(_pointwise("in", width, size)) for width in widths}
-        result = self._measure(blocks, progress)
+        models = {
+            str(width): TimedBlock(
+                block=_block(_pointwise("in", width, size)), precision="float32"
+            )
+            for width in widths
+        }
+        result = self._measure(models, progress)
         measured = {
             width: result.measurements[str(width)]
             for width in widths
@@ -204,17 +249,17 @@ class Prober:
         ]
 
     def _measure(
-        self, blocks: Mapping[str, BlockPlan], progress: Progress | None
+        self, models: Mapping[str, TimedBlock], progress: Progress | None
     ) -> OrderResult:
         """Measure in worker processes: a probe is what a runtime may crash on."""
         backend_name = self.backend.name
 
         def write_model(name: str, folder: Path) -> Path:
-            model = _model(blocks[name], backend_name)
+            model = models[name].emit(backend_name)
             return write_timed(folder, name, model, backend_name=backend_name)
 
         order = WorkOrder(
-            names=tuple(blocks),
+            names=tuple(models),
             backend=backend_name,
             threads=self.threads,
             settings=self.settings,
@@ -235,14 +280,20 @@ class Prober:
         counts = [
             len(
                 self.backend.profile_layers(
-                    _model(block, self.backend.name),
+                    model.emit(self.backend.name),
                     threads=self.threads,
                     runs=PROFILE_RUNS,
                 )
             )
-            for block in (probe.block, probe.without)
+            for model in probe.models
         ]
         return counts[0] <= counts[1]
+
+
+def _problem(probe: OperatorProbe, result: OrderResult) -> str:
+    """Why the operator cannot be judged; empty if it can."""
+    reasons = (result.failures.get(model.name, "") for model in probe.models)
+    return next(filter(None, reasons), "")
 
 
 def _refused(probe: OperatorProbe, problem: str) -> OperatorFact:
@@ -260,8 +311,7 @@ def _refused(probe: OperatorProbe, problem: str) -> OperatorFact:
 def _judge(
     probe: OperatorProbe, result: OrderResult, *, fused: bool | None
 ) -> OperatorFact:
-    whole = result.measurements[probe.block.key]
-    base = result.measurements[probe.without.key]
+    whole, base = (result.measurements[model.name] for model in probe.models)
     extra_ms = whole.quiet_ms - base.quiet_ms
     error_ms = float(
         np.hypot(
@@ -310,11 +360,6 @@ def channel_step(facts: Sequence[WidthFact]) -> int:
         raise ValueError(f"widths worth having are {kept}; sweep over more of them")
     distances, counts = np.unique(np.diff(kept), return_counts=True)
     return int(distances[counts.argmax()])
-
-
-def _model(block: BlockPlan, backend_name: str) -> bytes:
-    rng = np.random.default_rng(0)
-    return timed_block(block, backend_name=backend_name, rng=rng)
 
 
 def _block(*layers: Layer) -> BlockPlan:

@@ -36,6 +36,7 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
 Form = Literal["fused", "unfused", "statistics"]
+Constant: TypeAlias = NDArray[np.float32 | np.int64 | np.int32 | np.int8]
 Buffer: TypeAlias = bytes | memoryview
 Message: TypeAlias = onnx.ModelProto | onnx.GraphProto | onnx.TensorProto
 
@@ -56,7 +57,7 @@ def emit_network(
         `(batch, class_count)`; in the statistics form also `{layer}.mean` and
         `{layer}.variance`, `(channels,)`, for every batch norm.
     """
-    graph = _Graph(weights, form)
+    graph = OnnxGraph(weights, form)
     value = INPUT_NAME
     for block in plan.blocks:
         value = graph.add_block(block, value)
@@ -77,9 +78,13 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
         rng: Source of the weights. Their values do not matter, but must not be zero
             or denormal, which run at other speeds.
     """
-    weights = random_weights(block.layers, rng=rng)
-    graph = _Graph(weights, "fused")
-    graph.add("Identity", [graph.add_block(block, INPUT_NAME)], OUTPUT_NAME)
+    graph = OnnxGraph(random_weights(block.layers, rng=rng), "fused")
+    return serialise_block(graph, block, INPUT_NAME)
+
+
+def serialise_block(graph: OnnxGraph, block: BlockPlan, value: str) -> bytes:
+    """A graph with nothing but one block, which begins at `value`."""
+    graph.add("Identity", [graph.add_block(block, value)], OUTPUT_NAME)
     flat = isinstance(block.layers[-1], LinearLayer)
     spatial = [] if flat else [block.out_size, block.out_size]
     return graph.serialise(
@@ -102,14 +107,14 @@ def random_weights(
     return weights
 
 
-class _Graph(Emitter[str]):
+class OnnxGraph(Emitter[str]):
     """Nodes and initialisers of a model under construction."""
 
     def __init__(self, weights: Weights, form: Form) -> None:
         self._weights = weights
         self._form = form
         self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, NDArray[np.float32 | np.int64]] = {}
+        self._constants: dict[str, Constant] = {}
         self._statistics: list[tuple[str, int]] = []
 
     def add(
@@ -190,20 +195,20 @@ class _Graph(Emitter[str]):
         variance = self.add(
             "ReduceMean", [squared], f"{name}.variance4", axes=axes, keepdims=1
         )
-        eps = self._add_array("eps", np.array(BATCH_NORM_EPS, dtype=np.float32))
+        eps = self.add_array("eps", np.array(BATCH_NORM_EPS, dtype=np.float32))
         shifted = self.add("Add", [variance, eps], f"{name}.shifted")
         spread = self.add("Sqrt", [shifted], f"{name}.spread")
         normal = self.add("Div", [centred, spread], f"{name}.normal")
         shape = (1, channels, 1, 1)
         gamma, beta = (
-            self._add_array(
+            self.add_array(
                 f"{name}.norm.{tensor}",
                 self._weights[f"{name}.norm.{tensor}"].reshape(shape),
             )
             for tensor in ("gamma", "beta")
         )
         scaled = self.add("Mul", [normal, gamma], f"{name}.scaled")
-        flat = self._add_array("flat", np.array([-1], dtype=np.int64))
+        flat = self.add_array("flat", np.array([-1], dtype=np.int64))
         self.add("Reshape", [mean, flat], f"{name}.mean")
         self.add("Reshape", [variance, flat], f"{name}.variance")
         self._statistics.append((name, channels))
@@ -225,9 +230,10 @@ class _Graph(Emitter[str]):
         return self.add("Mul", [value, gate], f"{name}.scaled")
 
     def _constant(self, name: str) -> str:
-        return self._add_array(name, self._weights[name])
+        return self.add_array(name, self._weights[name])
 
-    def _add_array(self, name: str, array: NDArray[np.float32 | np.int64]) -> str:
+    def add_array(self, name: str, array: Constant) -> str:
+        """Add a constant, once, and return its name."""
         self._constants.setdefault(name, array)
         return name
 
@@ -261,14 +267,10 @@ class _Graph(Emitter[str]):
         return b"".join([model.SerializeToString(), *_field(model, "graph", parts)])
 
 
-def _tensor(label: str, array: NDArray[np.float32 | np.int64]) -> list[Buffer]:
+def _tensor(label: str, array: Constant) -> list[Buffer]:
     """A `TensorProto` in the wire format, its values without a copy."""
-    integers = array.dtype == np.int64
-    header = onnx.TensorProto(
-        name=label,
-        data_type=TensorProto.INT64 if integers else TensorProto.FLOAT,
-        dims=array.shape,
-    )
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    header = onnx.TensorProto(name=label, data_type=kind, dims=array.shape)
     values = array.reshape(-1).view(np.uint8).data
     return [header.SerializeToString(), *_field(header, "raw_data", [values])]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from ofa_deploy.export import litert, onnx
+from ofa_deploy.export import litert, onnx, timed_int8
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan
+
+Precision = Literal["float32", "int8"]
 
 _SUFFIXES = {"litert-cpu": ".tflite"}
 
@@ -20,11 +23,19 @@ def model_suffix(backend_name: str) -> str:
 
 
 def timed_block(
-    block: BlockPlan, *, backend_name: str, rng: np.random.Generator
+    block: BlockPlan,
+    *,
+    backend_name: str,
+    rng: np.random.Generator,
+    precision: Precision = "float32",
 ) -> bytes:
     """A block with random weights, in the backend's format."""
     if model_suffix(backend_name) == ".tflite":
+        if precision == "int8":
+            return timed_int8.emit_litert_block(block, rng=rng)
         return litert.emit_block(block, rng=rng)
+    if precision == "int8":
+        return timed_int8.emit_onnx_block(block, rng=rng)
     return onnx.emit_block(block, rng=rng)
 
 
