@@ -346,18 +346,18 @@ def _dominating(width: int, measured: Mapping[int, Measurement]) -> int | None:
     )
 
 
-def channel_step(facts: Sequence[WidthFact]) -> int:
+def channel_step(facts: Sequence[WidthFact]) -> int | None:
     """The runtime's step: the commonest distance between widths worth having.
 
     Args:
         facts: Of a sweep, ascending.
 
-    Raises:
-        ValueError: Fewer than two widths are worth having.
+    Returns:
+        Channels; None if fewer than two widths are worth having.
     """
     kept = [fact.channels for fact in facts if fact.dominated_by is None]
     if len(kept) < 2:
-        raise ValueError(f"widths worth having are {kept}; sweep over more of them")
+        return None
     distances, counts = np.unique(np.diff(kept), return_counts=True)
     return int(distances[counts.argmax()])
 
