@@ -31,10 +31,10 @@ from profilers.errors import (
 )
 from profilers.fresh import STDERR_TAIL_CHARACTERS, describe_exit, package_environment
 from profilers.journal import Failure, Journal, VisitRecord
-from profilers.measure import EXTRA_PASS_SHARE, MAX_VISITS_FACTOR
+from profilers.measure import EXTRA_PASS_SHARE
 from profilers.measurement import Measurement, Visit
 from profilers.order import WorkOrder
-from profilers.summary import fit_visits, summarize
+from profilers.summary import fit_visits, need_visits, summarize
 from profilers.worker import Assignment, Began, Refused, Visited, decode_report
 
 __all__ = ["OrderResult", "execute"]
@@ -102,8 +102,8 @@ def execute(
         deadline_s=time.monotonic() + order.settings.max_seconds,
     )
     run.visit_as_planned()
-    while imprecise := run.imprecise():
-        run.visit(imprecise, passes=1)
+    while needy := run.needy():
+        run.visit(needy, passes=1)
     return run.result()
 
 
@@ -175,23 +175,15 @@ class _Run:
             raise RunFailed(f"a worker {reason} before its first model")
         self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
 
-    def imprecise(self) -> list[str]:
+    def needy(self) -> list[str]:
         """The models that most need another visit, while there is time for any."""
         measured = self._measured()
         if not measured or time.monotonic() >= self.deadline_s:
             return []
-        fit = fit_visits([self._visits(name) for name in measured])
-        most = self.order.settings.visits * MAX_VISITS_FACTOR
-        target_log = math.log1p(self.order.settings.target_relative_error)
-        order = np.argsort(-fit.standard_error_log, kind="stable")
-        chosen = [
-            measured[index]
-            for index in order
-            if fit.standard_error_log[index] > target_log
-            and len(self._visits(measured[index])) < most
-        ]
+        visits = [self._visits(name) for name in measured]
+        needy = need_visits(visits, fit_visits(visits), self.order.settings)
         share = math.ceil(len(measured) * EXTRA_PASS_SHARE)
-        return chosen[: min(share, self.order.group_size)]
+        return [measured[i] for i in needy[: min(share, self.order.group_size)]]
 
     def result(self) -> OrderResult:
         """Fit all visits together."""
