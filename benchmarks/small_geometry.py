@@ -128,7 +128,7 @@ def train_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     journal = Journal(args.work / "small_geometry.jsonl")
     schedule = recipe(args.epochs)
     keys = {
-        label: {"space": space_sha256(space), "recipe": schedule.sha256}
+        label: {"space": space_sha256(space), "recipe": schedule.sha256(len(schedule.phases) - 1)}
         for label, space in candidates().items()
     }
     found: dict[str, dict[str, Any]] = {}

@@ -28,7 +28,7 @@ class Position:
     Args:
         phase: Index of the phase.
         step: Steps done in it.
-        recipe_sha256: Of the recipe.
+        recipe_sha256: Of the recipe up to the phase's end.
         data_sha256: Of the training images and labels.
         elapsed_s: Time spent so far, over all sittings.
     """

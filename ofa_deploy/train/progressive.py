@@ -24,7 +24,7 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
-from ofa_deploy.space import SearchSpace
+from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
@@ -190,7 +190,7 @@ class ProgressiveTraining:
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
         for label, saved, current in (
-            ("recipe", position.recipe_sha256, self.recipe.sha256),
+            ("recipe", position.recipe_sha256, self.recipe.sha256(position.phase)),
             ("training data", position.data_sha256, self.images.sha256),
         ):
             if saved != current:
@@ -215,7 +215,7 @@ class ProgressiveTraining:
         return Position(
             phase=self._phase_index,
             step=self._step,
-            recipe_sha256=self.recipe.sha256,
+            recipe_sha256=self.recipe.sha256(self._phase_index),
             data_sha256=self.images.sha256,
             elapsed_s=self.elapsed_s,
         )
@@ -347,9 +347,8 @@ class ProgressiveTraining:
         self._optimizer.set_learning_rate(rate)
         self._optimizer.zero_grad()
         total = 0.0
-        for genome in space.sample(phase.subnet_count, rng):
-            config = replace(space.decode(genome), resolution=resolution)
-            plan = lower(self.space, config)
+        for config in _sample(space, phase, rng):
+            plan = lower(self.space, replace(config, resolution=resolution))
             loss = supernet_loss(
                 self._logits(self.supernet, inputs, plan),
                 targets,
@@ -418,6 +417,15 @@ class ProgressiveTraining:
         }
         with (self.settings.folder / LOG_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _sample(
+    space: SearchSpace, phase: Phase, rng: np.random.Generator
+) -> list[SubnetConfig]:
+    """The sub-networks of one step."""
+    ends = [space.largest(), space.smallest()] if phase.sandwich else []
+    rows = space.sample(phase.subnet_count - len(ends), rng)
+    return [*ends, *map(space.decode, rows)]
 
 
 def _learning_rate(phase: Phase, epoch: float) -> float:

@@ -24,7 +24,10 @@ class Phase:
         warmup_epochs: Of those, with a rising learning rate.
         peak_learning_rate: Of SGD, after the warm-up; it then falls along a cosine
             to 0. Muon's rate follows it in a fixed ratio.
-        subnet_count: Sub-networks sampled per step; their gradients are summed.
+        subnet_count: Sub-networks trained per step; their gradients are summed.
+        sandwich: Whether the largest and the smallest are always among them, the rest
+            sampled: the ends of the space gain most, and lift what is between (Yu and
+            Huang, "Universally Slimmable Networks", ICCV 2019, section 3.2).
         kernel_choices: How many of the largest kernel sizes are sampled.
         depth_choices: How many of the largest depths are sampled.
         expand_choices: How many of the largest expand ratios are sampled.
@@ -39,12 +42,20 @@ class Phase:
     warmup_epochs: float = 0.0
     peak_learning_rate: float
     subnet_count: int = 1
+    sandwich: bool = False
     kernel_choices: int = 1
     depth_choices: int = 1
     expand_choices: int = 1
     distill: bool = True
     cutmix_share: float = 0.0
     sorted_expands: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sandwich and self.subnet_count < 2:
+            raise TrainingError(
+                f"phase {self.name}: subnet_count={self.subnet_count}; a sandwich has "
+                "at least 2"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +101,13 @@ class Recipe:
                 "the first phase trains the teacher and cannot have one itself"
             )
 
-    @property
-    def sha256(self) -> str:
-        """Digest of all its fields."""
-        text = json.dumps(asdict(self), sort_keys=True)
+    def sha256(self, phase_index: int) -> str:
+        """Digest of what decides a run up to the end of a phase.
+
+        Later phases are no part of it: they may still change.
+        """
+        past = replace(self, phases=self.phases[: phase_index + 1])
+        text = json.dumps(asdict(past), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def scaled(self, factor: float) -> Recipe:
@@ -155,6 +169,7 @@ def default_recipe() -> Recipe:
                 epochs=2,
                 peak_learning_rate=0.01,
                 subnet_count=4,
+                sandwich=True,
                 kernel_choices=3,
                 depth_choices=3,
                 expand_choices=2,
@@ -167,6 +182,7 @@ def default_recipe() -> Recipe:
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=4,
+                sandwich=True,
                 kernel_choices=3,
                 depth_choices=3,
                 expand_choices=3,

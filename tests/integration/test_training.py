@@ -112,6 +112,21 @@ def test_a_run_goes_on_from_the_results_of_its_first_phases(
     assert_same_weights(tmp_path, trained)
 
 
+def test_phases_to_come_may_still_change_and_past_ones_may_not(
+    tmp_path: Path, trained: Path
+) -> None:
+    name = "phase-full.safetensors"
+    (tmp_path / name).write_bytes((trained / name).read_bytes())
+    full, kernel, width = RECIPE.phases
+    later = replace(kernel, peak_learning_rate=0.01)
+    training(tmp_path, resume=True, recipe=replace(RECIPE, phases=(full, later, width)))
+    past = replace(full, peak_learning_rate=0.01)
+    with pytest.raises(TrainingError, match="the recipe is not the one"):
+        training(
+            tmp_path, resume=True, recipe=replace(RECIPE, phases=(past, kernel, width))
+        )
+
+
 class Interrupted(Exception):
     """Stands for whatever ends a run from outside."""
 
@@ -318,6 +333,31 @@ def test_a_phase_trains_only_its_own_choices(index: int, tmp_path: Path) -> None
     assert trained
     for config in trained:
         allowed.validate(config)
+
+
+def test_a_sandwich_trains_both_ends_in_every_step(tmp_path: Path) -> None:
+    full, _, width = RECIPE.phases
+    recipe = replace(RECIPE, phases=(full, replace(width, sandwich=True)))
+    training(tmp_path / "run", recipe=recipe, stop_after=full.name).run()
+    run = training(tmp_path / "run", recipe=recipe, resume=True)
+    trained: list[SubnetConfig] = []
+
+    def note(module: Supernet, arguments: tuple[Tensor, NetworkPlan]) -> None:
+        if module.training and torch.is_grad_enabled():
+            trained.append(arguments[1].config)
+
+    run.supernet.register_forward_pre_hook(note)
+    run.run()
+    space = restrict(tiny.SPACE, recipe.phases[1])
+    ends = [space.largest(), space.smallest()]
+    assert len(trained) == 2 * STEPS_PER_EPOCH
+    for number, config in enumerate(trained):
+        assert config == replace(ends[number % 2], resolution=config.resolution)
+
+
+def test_a_sandwich_of_one_network_is_refused() -> None:
+    with pytest.raises(TrainingError, match="subnet_count=1; a sandwich has at least"):
+        replace(RECIPE.phases[0], sandwich=True)
 
 
 def test_the_first_phase_holds_one_network_per_resolution() -> None:
