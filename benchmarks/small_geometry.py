@@ -127,8 +127,9 @@ def train_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The journal's rows by candidate, after training those without one."""
     journal = Journal(args.work / "small_geometry.jsonl")
     schedule = recipe(args.epochs)
+    recipe_sha256 = schedule.sha256(len(schedule.phases) - 1)
     keys = {
-        label: {"space": space_sha256(space), "recipe": schedule.sha256(len(schedule.phases) - 1)}
+        label: {"space": space_sha256(space), "recipe": recipe_sha256}
         for label, space in candidates().items()
     }
     found: dict[str, dict[str, Any]] = {}
