@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from profilers.closing import Closing
-from profilers.codec import decode_visit
+from profilers.codec import decode_visit, encode_visit
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Visit
@@ -96,7 +96,7 @@ class Journal(Closing):
         """
         if isinstance(record, VisitRecord):
             content: dict[str, Json] = {
-                "visit": {"name": record.name, **_encode_visit(record.visit)}
+                "visit": {"name": record.name, **encode_visit(record.visit)}
             }
         else:
             content = {"failure": {"name": record.name, "reason": record.reason}}
@@ -218,10 +218,6 @@ def _check_header(node: JsonNode, subject: dict[str, Json], name: str) -> None:
             f"the journal {name} is of another {', '.join(differing)}; its visits "
             "cannot be mixed with new ones. Name another journal, or delete it"
         )
-
-
-def _encode_visit(visit: Visit) -> dict[str, Json]:
-    return {**asdict(visit), "samples_ns": list(visit.samples_ns)}
 
 
 def _decode_record(node: JsonNode) -> VisitRecord | Failure:

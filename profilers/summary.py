@@ -77,6 +77,12 @@ def summarize(
             f"only {len(visits)} of {settings.visits} planned visits fitted into "
             f"{settings.max_seconds:g} s"
         )
+    fallbacks = [visit.fallback for visit in visits if visit.fallback is not None]
+    if fallbacks:
+        reasons.append(
+            f"{len(fallbacks)} of {len(visits)} visits ran in a slower way than the "
+            f"other models: {fallbacks[-1]}"
+        )
     samples_ns = [sample for visit in visits for sample in visit.samples_ns]
     return Measurement(
         name=name,

@@ -11,13 +11,18 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from profilers.backends import get_backend
-from profilers.codec import decode_settings, decode_visit, encode_flat
+from profilers.codec import (
+    decode_settings,
+    decode_visit,
+    encode_flat,
+    encode_visit,
+)
 from profilers.errors import DeployError
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measure import ModelUnderTest, visit_models
@@ -121,8 +126,7 @@ def encode_report(report: Report) -> str:
     if isinstance(report, Began):
         content = {"began": report.name}
     elif isinstance(report, Visited):
-        visit = {**asdict(report.visit), "samples_ns": list(report.visit.samples_ns)}
-        content = {"visited": report.name, "visit": visit}
+        content = {"visited": report.name, "visit": encode_visit(report.visit)}
     else:
         content = {
             "refused": report.name,
