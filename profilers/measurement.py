@@ -122,6 +122,8 @@ class Visit:
             raise ValueError(
                 f"samples_ns holds {min(self.samples_ns)}; a run takes at least 1 ns"
             )
+        if self.fallback == "":
+            raise ValueError("fallback is empty; say why, or give None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

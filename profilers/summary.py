@@ -80,8 +80,8 @@ def summarize(
     fallbacks = [visit.fallback for visit in visits if visit.fallback is not None]
     if fallbacks:
         reasons.append(
-            f"{len(fallbacks)} of {len(visits)} visits ran in a slower way than the "
-            f"other models: {fallbacks[-1]}"
+            f"{len(fallbacks)} of {len(visits)} visits ran in another way than the "
+            f"runtime's fastest: {fallbacks[-1]}"
         )
     samples_ns = [sample for visit in visits for sample in visit.samples_ns]
     return Measurement(

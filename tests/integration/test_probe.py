@@ -16,8 +16,9 @@ from ofa_deploy.probe import (
     probe_operators,
     sweep_widths,
 )
-from profilers.backends import backend_names, get_backend
+from profilers.backends import get_backend
 from profilers.measurement import MeasureSettings
+from tests.support.gpu import every_backend
 
 QUICK = MeasureSettings(
     visits=4,
@@ -30,7 +31,7 @@ QUICK = MeasureSettings(
 )
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", every_backend())
 def test_every_operator_of_the_spaces_runs_everywhere(name: str) -> None:
     facts = probe_operators(get_backend(name), threads=1, settings=QUICK)
     assert [fact.name for fact in facts] == [p.name for p in operator_probes()]
