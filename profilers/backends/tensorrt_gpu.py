@@ -370,7 +370,7 @@ def _upload(queue: WorkQueue, inputs: dict[str, Transfer], arrays: Arrays) -> No
     for name, transfer in inputs.items():
         np.copyto(transfer.array, arrays[name])
         queue.upload(transfer)
-    # The arrays may be written to again before the next run.
+    # Timing starts on an idle GPU: launches queued behind a copy would seem faster.
     queue.wait()
 
 
