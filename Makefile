@@ -60,7 +60,7 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 	$(require_python)
 	@echo "Installing the library, torch and the tools into $(DEV) (minutes the first time) ..."
 	@test -x $(DEV)/bin/python || $(PYTHON) -m venv $(DEV)
-	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[openvino,litert,train,dev]'
+	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[openvino,litert,plots,train,dev]'
 	@touch $@
 
 clean:

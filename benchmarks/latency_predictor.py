@@ -26,9 +26,10 @@ from ofa_deploy.profiling import (
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.execute import OrderResult, execute
+from profilers.execute import execute
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
+from profilers.order import WorkOrder
 from profilers.table import LatencyTable
 
 SEED = 5
@@ -161,14 +162,11 @@ def measure_held_out(
     subject = {"backend": backend_name, "networks": len(names), "run": number}
     with Journal(path, subject=subject) as journal, StageBar(console) as bar:
         bar.begin(f"held-out networks on {backend_name}, run {number}")
-        result: OrderResult = execute(
-            models.names,
-            models.write_model,
-            journal=journal,
-            backend_name=backend_name,
-            threads=1,
-            settings=SETTINGS,
-            progress=bar.advance,
+        order = WorkOrder(
+            names=models.names, backend=backend_name, threads=1, settings=SETTINGS
+        )
+        result = execute(
+            order, models.write_model, journal=journal, progress=bar.advance
         )
     # Another run, another quiet level of the anchor: bring both to the table's.
     shift = (table.anchor_reference_ns / result.anchor_reference_ns) ** result.beta

@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from ofa_deploy.errors import FormatError
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.verify import ParityReport
@@ -18,7 +17,7 @@ from profilers.codec import (
     decode_runtime,
 )
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
-from profilers.json_reader import JsonNode, parse_json
+from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -154,18 +153,7 @@ class Manifest:
         Raises:
             FormatError: Damaged or of another version; names the place.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(
-                f"{path.name} cannot be read ({error}); the bundle is damaged, make "
-                "it anew",
-                path="",
-            ) from error
-        try:
-            return _decode(parse_json(text))
-        except FormatError as error:
-            raise error.in_file(path.name) from error.__cause__
+        return read_json(path, _decode, otherwise="the bundle is damaged, make it anew")
 
 
 _FIELDS = tuple(Manifest.__dataclass_fields__)
@@ -253,9 +241,8 @@ def _decode_estimate(node: JsonNode) -> LatencyEstimate:
 
 def _decode_accuracy(node: JsonNode) -> AccuracyClaim:
     entries = node.fields("kind", "value", "low", "high", "image_count")
-    measured = entries["kind"].choice("measured", "predicted") == "measured"
     return AccuracyClaim(
-        kind="measured" if measured else "predicted",
+        kind=entries["kind"].choice(get_args(AccuracyKind)),
         value=entries["value"].number(minimum=0),
         low=entries["low"].number(),
         high=entries["high"].number(),

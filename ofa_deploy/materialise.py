@@ -44,26 +44,40 @@ def stored_shapes(largest: NetworkPlan) -> dict[str, tuple[int, ...]]:
     }
 
 
+def fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's tensors once its batch norm is folded, by name."""
+    shapes = _shared_shapes(layer)
+    if isinstance(layer, ConvLayer) and layer.batch_norm:
+        shapes["bias"] = (layer.out_channels,)
+    return shapes
+
+
 def _stored_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    shapes = _shared_shapes(layer)
+    if isinstance(layer, ConvLayer):
+        for smaller, larger in pairwise(layer.kernels):
+            shapes[f"transform_{larger}to{smaller}"] = (smaller**2, smaller**2)
+        if layer.batch_norm:
+            shapes |= {f"norm.{name}": (layer.out_channels,) for name in NORM_TENSORS}
+    return shapes
+
+
+def _shared_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that a layer has whether or not its batch norm is folded."""
     if isinstance(layer, PoolLayer):
         return {}
+    if isinstance(layer, ConvLayer):
+        return {"weight": layer.weight_shape}
     if isinstance(layer, LinearLayer):
         outputs = layer.out_channels
         return {"weight": (outputs, layer.in_channels), "bias": (outputs,)}
-    if isinstance(layer, SqueezeExciteLayer):
-        channels, middle = layer.channels, layer.middle_channels
-        return {
-            "reduce.weight": (middle, channels, 1, 1),
-            "reduce.bias": (middle,),
-            "expand.weight": (channels, middle, 1, 1),
-            "expand.bias": (channels,),
-        }
-    shapes: dict[str, tuple[int, ...]] = {"weight": layer.weight_shape}
-    for smaller, larger in pairwise(layer.kernels):
-        shapes[f"transform_{larger}to{smaller}"] = (smaller**2, smaller**2)
-    if layer.batch_norm:
-        shapes |= {f"norm.{name}": (layer.out_channels,) for name in NORM_TENSORS}
-    return shapes
+    channels, middle = layer.channels, layer.middle_channels
+    return {
+        "reduce.weight": (middle, channels, 1, 1),
+        "reduce.bias": (middle,),
+        "expand.weight": (channels, middle, 1, 1),
+        "expand.bias": (channels,),
+    }
 
 
 def materialise(stored: Weights, plan: NetworkPlan) -> dict[str, NDArray[np.float32]]:

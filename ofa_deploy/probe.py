@@ -7,7 +7,6 @@ the channels that the runtime's kernels work in.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ofa_deploy.export.runtime_format import model_suffix, timed_block
+from ofa_deploy.export.runtime_format import Precision, timed_block, write_timed
 from ofa_deploy.families.mbv3 import pointwise, squeeze_excite
 from ofa_deploy.layers import BlockPlan, ConvLayer, Layer
 from profilers.backends.base import Backend, LayerProfiler
 from profilers.execute import OrderResult, execute
 from profilers.journal import Journal
-from profilers.measurement import MeasureSettings
+from profilers.measurement import Measurement, MeasureSettings
+from profilers.order import WorkOrder
 
 CHANNELS = 64
 SIZE = 28
@@ -36,6 +36,33 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimedBlock:
+    """A block as a model of its own.
+
+    Args:
+        block: The block.
+        precision: Of its weights and activations.
+    """
+
+    block: BlockPlan
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """Tells it from others."""
+        return f"{self.block.key} {self.precision}"
+
+    def emit(self, backend_name: str) -> bytes:
+        """With random weights, in the format that a backend reads."""
+        return timed_block(
+            self.block,
+            backend_name=backend_name,
+            rng=np.random.default_rng(0),
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorProbe:
     """Two blocks that differ in one operator.
 
@@ -43,11 +70,21 @@ class OperatorProbe:
         name: Of the operator.
         block: With it.
         without: Without it.
+        precision: Of both.
     """
 
     name: str
     block: BlockPlan
     without: BlockPlan
+    precision: Precision = "float32"
+
+    @property
+    def models(self) -> tuple[TimedBlock, TimedBlock]:
+        """With and without the operator."""
+        return (
+            TimedBlock(block=self.block, precision=self.precision),
+            TimedBlock(block=self.without, precision=self.precision),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,50 +167,151 @@ def operator_probes() -> list[OperatorProbe]:
         )
         for kernel in (3, 5, 7)
     ]
-    return probes
+    quantised = [
+        replace(probe, name=f"{probe.name}, int8", precision="int8") for probe in probes
+    ]
+    return probes + quantised
 
 
-def probe_operators(
-    backend: Backend,
-    *,
-    threads: int,
-    settings: MeasureSettings,
-    probes: Sequence[OperatorProbe] | None = None,
-    progress: Progress | None = None,
-) -> list[OperatorFact]:
-    """Measure what each operator adds to a block.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prober:
+    """Probes one runtime on this machine.
 
     Args:
-        backend: Whose operators.
+        backend: The runtime.
         threads: Of one inference.
-        settings: How carefully.
-        probes: None takes `operator_probes()`.
-        progress: Called with visits made and visits known to be made.
+        settings: How carefully to measure.
     """
-    probes = operator_probes() if probes is None else probes
-    blocks = {b.key: b for probe in probes for b in (probe.block, probe.without)}
-    result = _measure(
-        blocks, backend, threads=threads, settings=settings, progress=progress
+
+    backend: Backend
+    threads: int
+    settings: MeasureSettings
+
+    def probe_operators(
+        self,
+        probes: Sequence[OperatorProbe] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[OperatorFact]:
+        """Measure what each operator adds to a block.
+
+        Args:
+            probes: None takes `operator_probes()`.
+            progress: Called with visits made and visits known to be made.
+        """
+        probes = operator_probes() if probes is None else probes
+        models = {model.name: model for probe in probes for model in probe.models}
+        result = self._measure(models, progress)
+        return [
+            _refused(probe, problem)
+            if (problem := _problem(probe, result))
+            else _judge(probe, result, fused=self._is_fused(probe))
+            for probe in probes
+        ]
+
+    def sweep_widths(
+        self,
+        widths: Sequence[int] = tuple(range(8, 137, 4)),
+        *,
+        size: int = 14,
+        progress: Progress | None = None,
+    ) -> list[WidthFact]:
+        """Measure a 1x1 convolution at many output widths.
+
+        Args:
+            widths: Output channels, ascending.
+            size: Height and width of the maps.
+            progress: Called with visits made and visits known to be made.
+
+        Raises:
+            MeasurementError: Not one width could be measured.
+        """
+        models = {
+            str(width): TimedBlock(
+                block=_block(_pointwise("in", width, size)), precision="float32"
+            )
+            for width in widths
+        }
+        result = self._measure(models, progress)
+        measured = {
+            width: result.measurements[str(width)]
+            for width in widths
+            if str(width) in result.measurements
+        }
+        return [
+            WidthFact(
+                channels=width,
+                quiet_ms=entry.quiet_ms,
+                error_ms=entry.quiet_ms * entry.standard_error_ratio,
+                dominated_by=_dominating(width, measured),
+            )
+            for width, entry in measured.items()
+        ]
+
+    def _measure(
+        self, models: Mapping[str, TimedBlock], progress: Progress | None
+    ) -> OrderResult:
+        """Measure in worker processes: a probe is what a runtime may crash on."""
+        backend_name = self.backend.name
+
+        def write_model(name: str, folder: Path) -> Path:
+            model = models[name].emit(backend_name)
+            return write_timed(folder, name, model, backend_name=backend_name)
+
+        order = WorkOrder(
+            names=tuple(models),
+            backend=backend_name,
+            threads=self.threads,
+            settings=self.settings,
+        )
+        with (
+            tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder,
+            Journal(Path(folder) / "journal", subject={}) as journal,
+        ):
+            return execute(order, write_model, journal=journal, progress=progress)
+
+    def _is_fused(self, probe: OperatorProbe) -> bool | None:
+        """Whether the runtime executes no more layers with the operator than without.
+
+        None if it does not tell.
+        """
+        if not isinstance(self.backend, LayerProfiler):
+            return None
+        counts = [
+            len(
+                self.backend.profile_layers(
+                    model.emit(self.backend.name),
+                    threads=self.threads,
+                    runs=PROFILE_RUNS,
+                )
+            )
+            for model in probe.models
+        ]
+        return counts[0] <= counts[1]
+
+
+def _problem(probe: OperatorProbe, result: OrderResult) -> str:
+    """Why the operator cannot be judged; empty if it can."""
+    reasons = (result.failures.get(model.name, "") for model in probe.models)
+    return next(filter(None, reasons), "")
+
+
+def _refused(probe: OperatorProbe, problem: str) -> OperatorFact:
+    return OperatorFact(
+        name=probe.name,
+        problem=problem,
+        extra_ms=None,
+        error_ms=None,
+        giga_macs_per_s=None,
+        fused=None,
+        slow=False,
     )
-    return [_judge(probe, result, backend, threads) for probe in probes]
 
 
 def _judge(
-    probe: OperatorProbe, result: OrderResult, backend: Backend, threads: int
+    probe: OperatorProbe, result: OrderResult, *, fused: bool | None
 ) -> OperatorFact:
-    problem = result.failures.get(probe.block.key, "")
-    if problem:
-        return OperatorFact(
-            name=probe.name,
-            problem=problem,
-            extra_ms=None,
-            error_ms=None,
-            giga_macs_per_s=None,
-            fused=None,
-            slow=False,
-        )
-    whole = result.measurements[probe.block.key]
-    base = result.measurements[probe.without.key]
+    whole, base = (result.measurements[model.name] for model in probe.models)
     extra_ms = whole.quiet_ms - base.quiet_ms
     error_ms = float(
         np.hypot(
@@ -190,125 +328,38 @@ def _judge(
         extra_ms=extra_ms,
         error_ms=error_ms,
         giga_macs_per_s=rate,
-        fused=_is_fused(probe, backend, threads),
+        fused=fused,
         slow=rate is not None and rate < SLOW_RATE_SHARE * base_rate,
     )
 
 
-def _is_fused(probe: OperatorProbe, backend: Backend, threads: int) -> bool | None:
-    """Whether the runtime executes no more layers with the operator than without."""
-    if not isinstance(backend, LayerProfiler):
-        return None
-    counts = [
-        len(
-            backend.profile_layers(
-                _model(block, backend.name), threads=threads, runs=PROFILE_RUNS
-            )
-        )
-        for block in (probe.block, probe.without)
-    ]
-    return counts[0] <= counts[1]
-
-
-def sweep_widths(
-    backend: Backend,
-    *,
-    threads: int,
-    settings: MeasureSettings,
-    widths: Sequence[int] = tuple(range(8, 137, 4)),
-    size: int = 14,
-    progress: Progress | None = None,
-) -> list[WidthFact]:
-    """Measure a 1x1 convolution at many output widths.
-
-    Args:
-        backend: Where.
-        threads: Of one inference.
-        settings: How carefully.
-        widths: Output channels, ascending.
-        size: Height and width of the maps.
-        progress: Called with visits made and visits known to be made.
-
-    Raises:
-        MeasurementError: Not one width could be measured.
-    """
-    blocks = {str(width): _block(_pointwise("in", width, size)) for width in widths}
-    result = _measure(
-        blocks, backend, threads=threads, settings=settings, progress=progress
+def _dominating(width: int, measured: Mapping[int, Measurement]) -> int | None:
+    """The widest that costs no more, if any is wider."""
+    most_ms = SAME_COST * measured[width].quiet_ms
+    return max(
+        (
+            wider
+            for wider, entry in measured.items()
+            if wider > width and entry.quiet_ms <= most_ms
+        ),
+        default=None,
     )
-    measured = {
-        width: result.measurements[str(width)]
-        for width in widths
-        if str(width) in result.measurements
-    }
-    return [
-        WidthFact(
-            channels=width,
-            quiet_ms=entry.quiet_ms,
-            error_ms=entry.quiet_ms * entry.standard_error_ratio,
-            dominated_by=max(
-                (
-                    wider
-                    for wider, other in measured.items()
-                    if wider > width and other.quiet_ms <= SAME_COST * entry.quiet_ms
-                ),
-                default=None,
-            ),
-        )
-        for width, entry in measured.items()
-    ]
 
 
-def channel_step(facts: Sequence[WidthFact]) -> int:
+def channel_step(facts: Sequence[WidthFact]) -> int | None:
     """The runtime's step: the commonest distance between widths worth having.
 
     Args:
         facts: Of a sweep, ascending.
 
-    Raises:
-        ValueError: Fewer than two widths are worth having.
+    Returns:
+        Channels; None if fewer than two widths are worth having.
     """
     kept = [fact.channels for fact in facts if fact.dominated_by is None]
     if len(kept) < 2:
-        raise ValueError(f"widths worth having are {kept}; sweep over more of them")
+        return None
     distances, counts = np.unique(np.diff(kept), return_counts=True)
     return int(distances[counts.argmax()])
-
-
-def _measure(
-    blocks: Mapping[str, BlockPlan],
-    backend: Backend,
-    *,
-    threads: int,
-    settings: MeasureSettings,
-    progress: Progress | None,
-) -> OrderResult:
-    """Measure blocks in worker processes: a probe is what a runtime may crash on."""
-
-    def write_model(name: str, folder: Path) -> Path:
-        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
-        path = folder / f"{stem}{model_suffix(backend.name)}"
-        path.write_bytes(_model(blocks[name], backend.name))
-        return path
-
-    with (
-        tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder,
-        Journal(Path(folder) / "journal", subject={}) as journal,
-    ):
-        return execute(
-            list(blocks),
-            write_model,
-            journal=journal,
-            backend_name=backend.name,
-            threads=threads,
-            settings=settings,
-            progress=progress,
-        )
-
-
-def _model(block: BlockPlan, backend_name: str) -> bytes:
-    rng = np.random.default_rng(0)
-    return timed_block(block, backend_name=backend_name, rng=rng)
 
 
 def _block(*layers: Layer) -> BlockPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from platformdirs import user_cache_path
 
 from ofa_deploy.errors import IncompatibleTables, MeasurementError
 from ofa_deploy.export.runtime_format import (
-    model_suffix,
     timed_block,
     timed_network,
+    write_timed,
 )
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
@@ -27,10 +26,11 @@ from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import DeviceSpec, RuntimeSpec, this_device
-from profilers.execute import OrderResult, WriteModel, execute
+from profilers.execute import OrderResult, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
+from profilers.order import WorkOrder
 from profilers.summary import fit_visits
 from profilers.table import LatencyTable, require_compatible
 
@@ -94,14 +94,14 @@ class TimedModels:
     networks: Mapping[str, NetworkPlan]
 
     @property
-    def block_names(self) -> list[str]:
+    def block_names(self) -> tuple[str, ...]:
         """As `write_model` takes them."""
-        return [f"{_BLOCK}{key}" for key in self.blocks]
+        return tuple(f"{_BLOCK}{key}" for key in self.blocks)
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> tuple[str, ...]:
         """Of all models, as `write_model` takes them."""
-        return self.block_names + [f"{_NETWORK}{key}" for key in self.networks]
+        return (*self.block_names, *(f"{_NETWORK}{key}" for key in self.networks))
 
     def write_model(self, name: str, folder: Path) -> Path:
         """Write one of the models into a folder."""
@@ -112,11 +112,7 @@ class TimedModels:
         else:
             network = self.networks[name.removeprefix(_NETWORK)]
             model = timed_network(network, backend_name=self.backend_name, rng=rng)
-        # A name can be longer than a file's may be.
-        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
-        path = folder / f"{stem}{model_suffix(self.backend_name)}"
-        path.write_bytes(model)
-        return path
+        return write_timed(folder, name, model, backend_name=self.backend_name)
 
 
 def profile_space(
@@ -159,20 +155,15 @@ def profile_space(
         blocks=dict(sorted(all_blocks(space).items())),
         networks={},
     )
+    order = WorkOrder(
+        names=models.block_names,
+        backend=backend.name,
+        threads=threads,
+        settings=settings,
+    )
     with Journal(journal_path, subject=subject) as journal:
-
-        def measure(names: list[str], write_model: WriteModel) -> OrderResult:
-            return execute(
-                names,
-                write_model,
-                journal=journal,
-                backend_name=backend.name,
-                threads=threads,
-                settings=settings,
-                progress=progress,
-            )
-
-        _require_blocks(measure(models.block_names, models.write_model), journal_path)
+        blocks = execute(order, models.write_model, journal=journal, progress=progress)
+        _require_blocks(blocks, journal_path)
         configs = calibration_networks(
             space,
             look_up_blocks(space, _planned_latencies(models, journal, settings)),
@@ -181,7 +172,8 @@ def profile_space(
         )
         networks = {config.id: lower(space, config) for config in configs}
         models = replace(models, networks=networks)
-        result = measure(models.names, models.write_model)
+        order = replace(order, names=models.names)
+        result = execute(order, models.write_model, journal=journal, progress=progress)
     return LatencyTable(
         origin="measured",
         space_name=space.name,

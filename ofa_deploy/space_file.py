@@ -66,7 +66,7 @@ def _decode_stem(node: JsonNode) -> StemSpace:
     return StemSpace(
         out_channels=entries["out_channels"].integer(minimum=1),
         stride=entries["stride"].integer(minimum=1),
-        activation=_activation(entries["activation"]),
+        activation=entries["activation"].choice(get_args(Activation)),
         block_channels=entries["block_channels"].optional(
             lambda value: value.integer(minimum=1)
         ),
@@ -81,9 +81,9 @@ def _decode_stage(node: JsonNode) -> StageSpace:
         kernels=_integers(entries["kernels"]),
         expands=_integers(entries["expands"]),
         depths=_integers(entries["depths"]),
-        activation=_activation(entries["activation"]),
+        activation=entries["activation"].choice(get_args(Activation)),
         squeeze_excite=entries["squeeze_excite"].boolean(),
-        block=_block_kind(entries["block"]),
+        block=entries["block"].choice(get_args(BlockKind)),
     )
 
 
@@ -94,28 +94,10 @@ def _decode_head(node: JsonNode) -> HeadSpace:
     return HeadSpace(
         expand_channels=entries["expand_channels"].integer(minimum=1),
         feature_channels=entries["feature_channels"].integer(minimum=1),
-        activation=_activation(entries["activation"]),
+        activation=entries["activation"].choice(get_args(Activation)),
         class_count=entries["class_count"].integer(minimum=2),
     )
 
 
 def _integers(node: JsonNode) -> tuple[int, ...]:
     return tuple(item.integer(minimum=1) for item in node.items())
-
-
-def _activation(node: JsonNode) -> Activation:
-    text = node.text()
-    for activation in get_args(Activation):
-        if text == activation:
-            found: Activation = activation
-            return found
-    node.refuse(f"{text!r} is not one of {get_args(Activation)}")
-
-
-def _block_kind(node: JsonNode) -> BlockKind:
-    text = node.text()
-    for kind in get_args(BlockKind):
-        if text == kind:
-            found: BlockKind = kind
-            return found
-    node.refuse(f"{text!r} is not one of {get_args(BlockKind)}")

@@ -28,7 +28,7 @@ from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space, encode_space
 from profilers.files import write_atomically
-from profilers.json_reader import parse_json
+from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "supernet.json"
@@ -109,23 +109,16 @@ def read_supernet(folder: Path) -> StoredSupernet:
         FormatError: Not such a folder, or damaged.
         DigestMismatch: A file is not the one that was written.
     """
-    path = folder / DESCRIPTION_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(
-            f"{folder} is not a supernet's folder ({error}); give one that "
-            "`ofa-deploy train` wrote, or the name of one in the zoo",
-            path="",
-        ) from error
-    try:
-        return _decode(folder, text)
-    except FormatError as error:
-        raise error.in_file(path.name) from error
+    return read_json(
+        folder / DESCRIPTION_FILE,
+        lambda node: _decode(folder, node),
+        otherwise=f"{folder} is not a supernet's folder; give one that `ofa-deploy "
+        "train` wrote, or the name of one in the zoo",
+    )
 
 
-def _decode(folder: Path, text: str) -> StoredSupernet:
-    entries = parse_json(text).fields(
+def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
+    entries = node.fields(
         "format_version", "space", "normalisation", "class_names", "files"
     )
     if entries["format_version"].integer(minimum=1) != FORMAT_VERSION:
@@ -156,7 +149,7 @@ def _decode(folder: Path, text: str) -> StoredSupernet:
             None if accuracy is None else AccuracyPredictor.from_arrays(space, accuracy)
         ),
         samples=None if samples is None else _samples(space, samples),
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        sha256=hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest(),
     )
 
 

@@ -27,7 +27,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
-from profilers.order import Job, WorkOrder
+from profilers.order import WorkOrder
 from profilers.table import LatencyTable, require_compatible
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "FreshMeasurement",
-    "Job",
     "LatencyTable",
     "MeasureSettings",
     "Measurement",

@@ -1,12 +1,13 @@
-"""Command line of the device's side: `python -m profilers {measure,work,doctor}`.
+"""Command line of the device's side: `python -m profilers {time,doctor,measure,work}`.
 
-`measure` is what `profilers.fresh` starts; it writes one line of JSON to stdout. `work`
-is what `profilers.execute` starts.
+`time` and `doctor` are for people. `measure` is what `profilers.fresh` starts; it
+writes one line of JSON to stdout. `work` is what `profilers.execute` starts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,19 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
-from profilers.backends import get_backend
+from profilers.backends import backend_names, get_backend
 from profilers.backends.base import random_inputs
-from profilers.codec import decode_settings
+from profilers.codec import decode_settings, encode_visit
+from profilers.device import read_conditions
 from profilers.doctor import examine
 from profilers.errors import DeployError
 from profilers.fresh import ProcessReport
-from profilers.json_reader import parse_json
+from profilers.json_reader import Json, parse_json
 from profilers.measure import ModelUnderTest, measure_models
+from profilers.timing import TIERS, Timing, time_models
 from profilers.worker import work
 
 __all__ = ["main"]
 
 EXIT_REFUSED = 1
+SHOWN_PERCENTILES = (50, 90, 99)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--backend", required=True)
     measure.add_argument("--threads", type=int, required=True)
     measure.add_argument("--settings", required=True, help="MeasureSettings as JSON")
+    timing = commands.add_parser("time", help="time model files, show a table")
+    timing.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    timing.add_argument("--backend", required=True, choices=backend_names())
+    timing.add_argument("--threads", type=int, default=1)
+    timing.add_argument("--tier", choices=list(TIERS), default="confirm")
+    timing.add_argument("--json", action="store_true", help="with the raw samples")
     commands.add_parser("work", help="do the assignment on stdin; for execute()")
     commands.add_parser("doctor", help="say what disturbs measuring on this device")
     parsed = parser.parse_args(arguments)
@@ -46,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "doctor":
             return _doctor()
+        if parsed.command == "time":
+            return _time(parsed)
         report = _measure(
             parsed.model,
             backend_name=parsed.backend,
@@ -86,6 +98,56 @@ def _measure(
         first_inference_ms=max(1, done_ns - first_ns) / 1e6,
         run=run,
     )
+
+
+def _time(parsed: argparse.Namespace) -> int:
+    timings = time_models(
+        parsed.models,
+        backend=parsed.backend,
+        threads=parsed.threads,
+        tier=parsed.tier,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    if parsed.json:
+        print(json.dumps([_as_json(timing) for timing in timings], indent=2))
+    else:
+        _show_timings(timings)
+    return EXIT_REFUSED if any(timing.problem for timing in timings) else 0
+
+
+def _as_json(timing: Timing) -> dict[str, Json]:
+    stability = timing.stability
+    return {
+        "model": str(timing.model),
+        "problem": timing.problem,
+        "quiet_ms": timing.quiet_ms,
+        "standard_error_ratio": timing.standard_error_ratio,
+        "reasons": None if stability is None else list(stability.reasons),
+        "visits": [encode_visit(visit) for visit in timing.visits],
+    }
+
+
+def _show_progress(done: int, planned: int) -> None:
+    print(f"\r{done}/{planned} visits", end="", file=sys.stderr, flush=True)
+
+
+def _show_timings(timings: Sequence[Timing]) -> None:
+    width = max(len(str(timing.model)) for timing in timings)
+    print(f"{'model':{width}}  quiet ms   error       p50       p90       p99  verdict")
+    for timing in timings:
+        name = f"{timing.model!s:{width}}"
+        if timing.problem or timing.quiet_ms is None or timing.stability is None:
+            print(f"{name}  not timed: {timing.problem}")
+            continue
+        percentiles = (timing.percentile_ms(p) for p in SHOWN_PERCENTILES)
+        shown = "  ".join("       -" if v is None else f"{v:8.4f}" for v in percentiles)
+        verdict = "; ".join((timing.stability.verdict, *timing.stability.reasons))
+        error = f"{timing.standard_error_ratio or 0:6.1%}"
+        print(f"{name}  {timing.quiet_ms:8.4f}  {error}  {shown}  {verdict}")
+    if read_conditions().shared_host:
+        print("shared host: the figures are indicative")
 
 
 def _doctor() -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import cast, get_args
 
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.json_reader import Json, JsonNode
@@ -15,6 +15,7 @@ from profilers.measurement import (
     MeasurementRun,
     MeasureSettings,
     Stability,
+    Verdict,
     Visit,
 )
 
@@ -164,11 +165,7 @@ def _decode_stability(node: JsonNode) -> Stability:
     fields = node.fields(*_names(Stability))
     return node.build(
         lambda: Stability(
-            verdict=(
-                "stable"
-                if fields["verdict"].choice("stable", "unstable") == "stable"
-                else "unstable"
-            ),
+            verdict=fields["verdict"].choice(get_args(Verdict)),
             reasons=tuple(reason.text() for reason in fields["reasons"].items()),
         )
     )

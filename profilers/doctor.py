@@ -14,6 +14,7 @@ from profilers.device import (
     this_device,
 )
 from profilers.errors import DeployError
+from profilers.steadiness import Steadiness, watch
 
 __all__ = ["BackendStatus", "Diagnosis", "Finding", "Severity", "examine"]
 
@@ -23,6 +24,10 @@ Severity = Literal["ok", "warning", "error"]
 BUSY_LOAD_PER_CORE = 0.5
 
 STEADY_GOVERNORS = ("performance",)
+
+# Between the 10th and the 90th percentile of one piece of work repeated: a quiet
+# machine stays within 2 or 3 %.
+STEADY_SPREAD_RATIO = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,7 @@ class Diagnosis:
     conditions: Conditions
     core_count: int
     backends: tuple[BackendStatus, ...]
+    steadiness: Steadiness
     findings: tuple[Finding, ...]
 
     @property
@@ -79,16 +85,20 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at this device. Imports every runtime that is installed."""
+    """Look at this device for two seconds. Imports every runtime that is installed."""
     conditions = read_conditions()
     cores = available_cores()
     backends = tuple(_backend_status(name) for name in backend_names())
+    steadiness = watch()
     return Diagnosis(
         device=this_device(),
         conditions=conditions,
         core_count=cores,
         backends=backends,
-        findings=diagnose(conditions, core_count=cores, backends=backends),
+        steadiness=steadiness,
+        findings=diagnose(
+            conditions, core_count=cores, backends=backends, steadiness=steadiness
+        ),
     )
 
 
@@ -97,6 +107,7 @@ def diagnose(
     *,
     core_count: int,
     backends: tuple[BackendStatus, ...],
+    steadiness: Steadiness,
 ) -> tuple[Finding, ...]:
     """Judge what was read.
 
@@ -104,53 +115,99 @@ def diagnose(
         conditions: Of the device.
         core_count: Cores that this process can use.
         backends: All of them.
+        steadiness: Of the device.
     """
-    findings = [_judge_backends(backends)]
+    findings = (
+        _judge_backends(backends),
+        _judge_load(conditions, core_count),
+        _judge_quota(conditions, core_count),
+        _judge_governor(conditions),
+        _judge_host(conditions),
+        _judge_speed(steadiness),
+        _judge_throttling(steadiness),
+    )
+    return tuple(finding for finding in findings if finding is not None)
+
+
+def _judge_load(conditions: Conditions, core_count: int) -> Finding | None:
     load = conditions.load_average
-    if load is not None:
-        busy = load > BUSY_LOAD_PER_CORE * core_count
-        findings.append(
-            Finding(
-                severity="warning" if busy else "ok",
-                text=f"load average {load:.2f} on {core_count} usable cores",
-                cure="stop other programs while measuring" if busy else "",
-            )
-        )
+    if load is None:
+        return None
+    busy = load > BUSY_LOAD_PER_CORE * core_count
+    return Finding(
+        severity="warning" if busy else "ok",
+        text=f"load average {load:.2f} on {core_count} usable cores",
+        cure="stop other programs while measuring" if busy else "",
+    )
+
+
+def _judge_quota(conditions: Conditions, core_count: int) -> Finding | None:
     quota = conditions.cgroup_quota_cores
-    if quota is not None and quota < (conditions.affinity_core_count or core_count):
-        findings.append(
-            Finding(
-                severity="warning",
-                text=f"a control group limits this process to {quota:g} cores",
-                cure="use no more threads than that, or raise the container's limit",
-            )
-        )
+    if quota is None or quota >= (conditions.affinity_core_count or core_count):
+        return None
+    return Finding(
+        severity="warning",
+        text=f"a control group limits this process to {quota:g} cores",
+        cure="use no more threads than that, or raise the container's limit",
+    )
+
+
+def _judge_governor(conditions: Conditions) -> Finding | None:
     governor = conditions.governor
-    if governor is not None:
-        steady = governor in STEADY_GOVERNORS
-        findings.append(
-            Finding(
-                severity="ok" if steady else "warning",
-                text=f"the frequency governor is {governor}",
-                cure=(
-                    ""
-                    if steady
-                    else "for steady clocks: sudo cpupower frequency-set -g performance"
-                ),
-            )
-        )
-    if conditions.shared_host:
-        findings.append(
-            Finding(
-                severity="warning",
-                text="this host is shared: its speed changes by others' work",
-                cure=(
-                    "figures are marked indicative; measure on a dedicated machine to "
-                    "certify them"
-                ),
-            )
-        )
-    return tuple(findings)
+    if governor is None:
+        return None
+    steady = governor in STEADY_GOVERNORS
+    cure = "for steady clocks: sudo cpupower frequency-set -g performance"
+    return Finding(
+        severity="ok" if steady else "warning",
+        text=f"the frequency governor is {governor}",
+        cure="" if steady else cure,
+    )
+
+
+def _judge_host(conditions: Conditions) -> Finding | None:
+    if not conditions.shared_host:
+        return None
+    return Finding(
+        severity="warning",
+        text="this host is shared: its speed changes by others' work",
+        cure=(
+            "figures are marked indicative; measure on a dedicated machine to certify "
+            "them"
+        ),
+    )
+
+
+def _judge_speed(steadiness: Steadiness) -> Finding:
+    varies = steadiness.spread_ratio > STEADY_SPREAD_RATIO
+    return Finding(
+        severity="warning" if varies else "ok",
+        text=f"the same work took times {steadiness.spread_ratio:.0%} apart",
+        cure=(
+            "stop other programs and look again; what remains is evened out by visits "
+            "far apart, which take their time"
+            if varies
+            else ""
+        ),
+    )
+
+
+def _judge_throttling(steadiness: Steadiness) -> Finding | None:
+    throttling = steadiness.throttling
+    cure = "cool the device, or let it rest between measurements"
+    if throttling.active:
+        return Finding(severity="warning", text="; ".join(throttling.active), cure=cure)
+    if throttling.event_count is None:
+        return None
+    now = steadiness.new_throttle_events
+    return Finding(
+        severity="warning" if now else "ok",
+        text=(
+            f"slowed down by heat {throttling.event_count} times since its start, "
+            f"{now} of them just now"
+        ),
+        cure=cure if now else "",
+    )
 
 
 def _judge_backends(backends: tuple[BackendStatus, ...]) -> Finding:

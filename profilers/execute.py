@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -25,14 +25,16 @@ import numpy as np
 from profilers.device import Conditions, read_conditions
 from profilers.errors import (
     DeviceUnfit,
+    MissingDependency,
     RunFailed,
     UnstableMeasurement,
 )
 from profilers.fresh import STDERR_TAIL_CHARACTERS, describe_exit, package_environment
 from profilers.journal import Failure, Journal, VisitRecord
-from profilers.measure import EXTRA_PASS_SHARE, MAX_VISITS_FACTOR
-from profilers.measurement import Measurement, MeasureSettings, Visit
-from profilers.summary import fit_visits, summarize
+from profilers.measure import EXTRA_PASS_SHARE
+from profilers.measurement import Measurement, Visit
+from profilers.order import WorkOrder
+from profilers.summary import fit_visits, need_visits, summarize
 from profilers.worker import Assignment, Began, Refused, Visited, decode_report
 
 __all__ = ["OrderResult", "execute"]
@@ -40,18 +42,8 @@ __all__ = ["OrderResult", "execute"]
 Progress = Callable[[int, int], None]
 WriteModel = Callable[[str, Path], Path]
 
-# Models open at a time. Hundreds would not fit into a board's memory; far fewer would
-# be seen again and again within one phase of the machine.
-GROUP_SIZE = 64
-
 # With several groups each is seen in so many rounds, in other company each time.
 ROUNDS = 2
-
-# A model that does nothing for so long is taken to hang: loading is the longest.
-DEFAULT_LIMIT_S = 120.0
-
-# Reasons that concern all models alike: going on without one of them helps nobody.
-_FATAL = {"DeviceUnfit": DeviceUnfit, "MissingDependency": RunFailed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,92 +68,67 @@ class OrderResult:
 
 
 def execute(
-    names: Sequence[str],
+    order: WorkOrder,
     write_model: WriteModel,
     *,
     journal: Journal,
-    backend_name: str,
-    threads: int,
-    settings: MeasureSettings,
     progress: Progress | None = None,
-    limit_s: float = DEFAULT_LIMIT_S,
-    group_size: int = GROUP_SIZE,
-    command: Sequence[str] | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "profilers", "work"),
 ) -> OrderResult:
-    """Measure models against each other.
+    """Carry out a work order.
 
     Args:
-        names: Of the models; all different.
+        order: What to measure.
         write_model: Called with a name and a folder when the model is about to be
             measured; returns its file. The folder is removed afterwards: hundreds of
             models need not be on the disk together.
         journal: Open; what it holds is not measured again.
-        backend_name: As `get_backend` takes it.
-        threads: Of one inference.
-        settings: How carefully; `max_seconds` bounds the visits of one call.
         progress: Called after each visit with visits made and visits known to be made.
-        limit_s: Time after which a silent worker is stopped, and its model failed.
-        group_size: Models open at a time.
-        command: Starts a worker; None takes this package's.
+        command: Starts a worker.
 
     Raises:
-        DeviceUnfit: `threads` is more than the cores that can be used.
+        DeviceUnfit: The order's threads are more than the cores that can be used.
         RunFailed: The backend cannot be used at all, or workers fail without a model.
         UnstableMeasurement: Not one model could be measured.
         MeasurementError: The journal cannot be written.
     """
     run = _Run(
-        names=tuple(sorted(names)),
+        # Sorted, so that nothing depends on the order in which they were named.
+        order=replace(order, names=tuple(sorted(order.names))),
         write_model=write_model,
         journal=journal,
-        backend_name=backend_name,
-        threads=threads,
-        settings=settings,
         progress=progress,
-        limit_s=limit_s,
-        command=tuple(command or (sys.executable, "-m", "profilers", "work")),
-        deadline_s=time.monotonic() + settings.max_seconds,
+        command=command,
+        deadline_s=time.monotonic() + order.settings.max_seconds,
     )
-    rounds = 1 if len(names) <= group_size else ROUNDS
-    rng = np.random.default_rng(settings.seed)
-    for number in range(1, rounds + 1):
-        target = math.ceil(settings.visits * number / rounds)
-        for group in _groups(sorted(names), group_size, rng):
-            run.bring_to(group, target)
-    while imprecise := run.imprecise(group_size):
-        run.visit(imprecise, passes=1)
+    run.visit_as_planned()
+    while needy := run.needy():
+        run.visit(needy, passes=1)
     return run.result()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """One call of `execute`."""
+    """One call of `execute`; all that changes is in the journal."""
 
-    def __init__(
-        self,
-        *,
-        names: tuple[str, ...],
-        write_model: WriteModel,
-        journal: Journal,
-        backend_name: str,
-        threads: int,
-        settings: MeasureSettings,
-        progress: Progress | None,
-        limit_s: float,
-        command: tuple[str, ...],
-        deadline_s: float,
-    ) -> None:
-        self._names = names
-        self._write_model = write_model
-        self._journal = journal
-        self._backend_name = backend_name
-        self._threads = threads
-        self._settings = settings
-        self._progress = progress
-        self._limit_s = limit_s
-        self._command = command
-        self._deadline_s = deadline_s
+    order: WorkOrder
+    write_model: WriteModel
+    journal: Journal
+    progress: Progress | None
+    command: Sequence[str]
+    deadline_s: float
 
-    def bring_to(self, group: Sequence[str], target: int) -> None:
+    def visit_as_planned(self) -> None:
+        """Give every model the planned visits."""
+        names, settings = self.order.names, self.order.settings
+        rounds = 1 if len(names) <= self.order.group_size else ROUNDS
+        rng = np.random.default_rng(settings.seed)
+        for number in range(1, rounds + 1):
+            target = math.ceil(settings.visits * number / rounds)
+            for group in _groups(names, self.order.group_size, rng):
+                self._bring_to(group, target)
+
+    def _bring_to(self, group: Sequence[str], target: int) -> None:
         """Visit the models of a group until each has `target` visits or has failed."""
         while waiting := self._waiting(group, target):
             # Those that were interrupted need fewer passes than the rest.
@@ -177,26 +144,26 @@ class _Run:
         """Start a worker on some models, and take down what it tells."""
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
             assignment = Assignment(
-                backend=self._backend_name,
-                threads=self._threads,
-                settings=self._settings,
+                backend=self.order.backend,
+                threads=self.order.threads,
+                settings=self.order.settings,
                 passes=passes,
                 # Another order of visits each time, and the same after a kill.
-                seed=self._settings.seed
-                + sum(len(self._visits(name)) for name in self._names),
-                models={name: self._write_model(name, Path(folder)) for name in names},
+                seed=self.order.settings.seed
+                + sum(len(self._visits(name)) for name in self.order.names),
+                models={name: self.write_model(name, Path(folder)) for name in names},
             )
             self._do(assignment)
 
     def _do(self, assignment: Assignment) -> None:
         current: str | None = None
-        with _worker(self._command, assignment) as worker:
-            while (line := worker.read_line(self._limit_s)) is not None:
+        with _worker(self.command, assignment) as worker:
+            while (line := worker.read_line(self.order.limit_s)) is not None:
                 report = decode_report(line)
                 if isinstance(report, Began):
                     current = report.name
                 elif isinstance(report, Visited):
-                    self._journal.add(VisitRecord(name=report.name, visit=report.visit))
+                    self.journal.add(VisitRecord(name=report.name, visit=report.visit))
                     self._tell()
                 else:
                     self._take_refusal(report)
@@ -206,63 +173,48 @@ class _Run:
             return
         if current is None:
             raise RunFailed(f"a worker {reason} before its first model")
-        self._journal.add(Failure(name=current, reason=f"the worker {reason}"))
+        self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
 
-    def imprecise(self, group_size: int) -> list[str]:
+    def needy(self) -> list[str]:
         """The models that most need another visit, while there is time for any."""
         measured = self._measured()
-        if not measured or time.monotonic() >= self._deadline_s:
+        if not measured or time.monotonic() >= self.deadline_s:
             return []
-        fit = fit_visits([self._visits(name) for name in measured])
-        most = self._settings.visits * MAX_VISITS_FACTOR
-        target_log = math.log1p(self._settings.target_relative_error)
-        order = np.argsort(-fit.standard_error_log, kind="stable")
-        chosen = [
-            measured[index]
-            for index in order
-            if fit.standard_error_log[index] > target_log
-            and len(self._visits(measured[index])) < most
-        ]
+        visits = [self._visits(name) for name in measured]
+        needy = need_visits(visits, fit_visits(visits), self.order.settings)
         share = math.ceil(len(measured) * EXTRA_PASS_SHARE)
-        return chosen[: min(share, group_size)]
+        return [measured[i] for i in needy[: min(share, self.order.group_size)]]
 
     def result(self) -> OrderResult:
         """Fit all visits together."""
         measured = self._measured()
         failures = {
             name: reason
-            for name, reason in self._journal.failures.items()
-            if name in self._names
+            for name, reason in self.journal.failures.items()
+            if name in self.order.names
         }
         if not measured:
             raise UnstableMeasurement(
-                f"none of {len(self._names)} models could be measured; the first: "
+                f"none of {len(self.order.names)} models could be measured; the first: "
                 f"{next(iter(failures.values()))}"
             )
-        fit = fit_visits([self._visits(name) for name in measured])
+        visits = [self._visits(name) for name in measured]
+        fit = fit_visits(visits)
+        measurements = summarize(measured, visits, fit, self.order.settings)
         return OrderResult(
-            measurements={
-                name: summarize(
-                    name,
-                    self._visits(name),
-                    effect_log=float(fit.effect_log[index]),
-                    standard_error_log=float(fit.standard_error_log[index]),
-                    settings=self._settings,
-                )
-                for index, name in enumerate(measured)
-            },
+            measurements={entry.name: entry for entry in measurements},
             failures=failures,
             beta=fit.beta,
             anchor_reference_ns=math.exp(fit.reference_log_anchor),
             conditions=read_conditions(),
-            damaged_count=self._journal.damaged_count,
+            damaged_count=self.journal.damaged_count,
         )
 
     def _visits(self, name: str) -> tuple[Visit, ...]:
-        return self._journal.visits_of(name)
+        return self.journal.visits_of(name)
 
     def _waiting(self, group: Sequence[str], target: int) -> list[str]:
-        failed = self._journal.failures
+        failed = self.journal.failures
         return [
             name
             for name in group
@@ -270,23 +222,28 @@ class _Run:
         ]
 
     def _measured(self) -> list[str]:
-        failed = self._journal.failures
+        failed = self.journal.failures
         return [
-            name for name in self._names if name not in failed and self._visits(name)
+            name
+            for name in self.order.names
+            if name not in failed and self._visits(name)
         ]
 
     def _take_refusal(self, report: Refused) -> None:
-        if report.kind in _FATAL or report.name is None:
-            raise _FATAL.get(report.kind, RunFailed)(report.message)
-        self._journal.add(Failure(name=report.name, reason=report.message))
+        # What concerns all models alike: going on without one of them helps nobody.
+        if report.kind == DeviceUnfit.__name__:
+            raise DeviceUnfit(report.message)
+        if report.kind == MissingDependency.__name__ or report.name is None:
+            raise RunFailed(report.message)
+        self.journal.add(Failure(name=report.name, reason=report.message))
 
     def _tell(self) -> None:
-        if self._progress is None:
+        if self.progress is None:
             return
-        failed = self._journal.failures
-        counts = [len(self._visits(n)) for n in self._names if n not in failed]
-        planned = sum(max(self._settings.visits, count) for count in counts)
-        self._progress(sum(counts), planned)
+        failed = self.journal.failures
+        counts = [len(self._visits(n)) for n in self.order.names if n not in failed]
+        planned = sum(max(self.order.settings.visits, count) for count in counts)
+        self.progress(sum(counts), planned)
 
 
 def _groups(

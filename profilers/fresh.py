@@ -25,7 +25,7 @@ from profilers.device import Conditions
 from profilers.errors import FormatError, RunFailed
 from profilers.json_reader import parse_json
 from profilers.measurement import MeasurementRun, MeasureSettings, Stability, Visit
-from profilers.summary import fit_visits, summarize
+from profilers.summary import fit_visits, summarize_model
 
 __all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
 
@@ -222,7 +222,7 @@ def pool_reports(
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
     ).effect_log
     spread = math.expm1(float(effects.max() - effects.min()))
-    summary = summarize(
+    summary = summarize_model(
         reports[0].run.measurements[0].name,
         visits,
         effect_log=float(pooled.effect_log[0]),

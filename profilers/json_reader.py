@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from profilers.errors import FormatError
 
-__all__ = ["Json", "JsonNode", "parse_json"]
+__all__ = ["Json", "JsonNode", "parse_json", "read_json"]
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
@@ -90,12 +91,13 @@ class JsonNode:
             self.refuse("the text is empty; give at least one character")
         return self.value
 
-    def choice(self, *allowed: str) -> str:
-        """Read one of the texts `allowed`."""
+    def choice(self, allowed: Sequence[T]) -> T:
+        """Read one of the texts `allowed`; `get_args` of a literal type gives them."""
         text = self.text()
-        if text not in allowed:
-            self.refuse(f"{text!r} is not allowed; give one of {list(allowed)}")
-        return text
+        for entry in allowed:
+            if entry == text:
+                return entry
+        self.refuse(f"{text!r} is not allowed; give one of {list(allowed)}")
 
     def boolean(self) -> bool:
         """Read true or false."""
@@ -174,6 +176,30 @@ def parse_json(text: str) -> JsonNode:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"this is not valid JSON ({error})", path="") from error
     return JsonNode(value)
+
+
+def read_json(path: Path, decode: Callable[[JsonNode], T], *, otherwise: str) -> T:
+    """Read and decode a file.
+
+    Args:
+        path: The file.
+        decode: Gets the whole document.
+        otherwise: What to do if there is no such file, or none that holds text.
+
+    Raises:
+        FormatError: The file cannot be read, or `decode` refuses it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path.name} cannot be read ({error}); {otherwise}", path=""
+        ) from error
+    try:
+        return decode(parse_json(text))
+    except FormatError as error:
+        # The decoder knows the place inside the file; people ask which file.
+        raise error.in_file(path.name) from error.__cause__
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -38,7 +38,7 @@ from profilers.measurement import (
     Visit,
 )
 from profilers.stats import QuietStateFit
-from profilers.summary import fit_visits, summarize
+from profilers.summary import fit_visits, need_visits, summarize
 
 __all__ = [
     "Anchor",
@@ -67,9 +67,6 @@ INPUT_COUNT = 8
 # A call and two clock readings take up to 1 µs, and a timer can tick in 0.1 µs.
 MIN_SAMPLE_NS = 50_000
 MAX_INNER_LOOPS = 1024
-
-# The planned passes and this many times more; beyond, more visits show no more.
-MAX_VISITS_FACTOR = 4
 
 # Share of the models that an extra pass visits: those with the largest errors. Small,
 # so that the errors are looked at often; not one by one, to keep visits apart in time.
@@ -238,16 +235,7 @@ def measure_models(
         fit = _visit_all(benches, settings, clock, anchor, progress, rng, known)
     conditions = read_conditions()
     return MeasurementRun(
-        measurements=tuple(
-            summarize(
-                bench.name,
-                bench.visits,
-                effect_log=float(fit.effect_log[index]),
-                standard_error_log=float(fit.standard_error_log[index]),
-                settings=settings,
-            )
-            for index, bench in enumerate(benches)
-        ),
+        measurements=summarize(names, [b.visits for b in benches], fit, settings),
         beta=fit.beta,
         anchor_reference_ns=math.exp(fit.reference_log_anchor),
         conditions=conditions,
@@ -351,26 +339,18 @@ def _visit_all(
         # Two visits each are needed for a standard error, however long they take.
         visit(benches, bounded=number >= 2)
 
-    max_visits = settings.visits * MAX_VISITS_FACTOR
     pass_size = math.ceil(len(benches) * EXTRA_PASS_SHARE)
     while True:  # each turn adds visits, and both their number and time are bounded
+        visits = [bench.visits for bench in benches]
         fit = fit_visits(
-            [bench.visits for bench in benches],
-            beta=known.beta,
-            anchor_reference_ns=known.anchor_reference_ns,
+            visits, beta=known.beta, anchor_reference_ns=known.anchor_reference_ns
         )
-        target_log = math.log1p(settings.target_relative_error)
-        imprecise = [
-            index
-            for index in np.argsort(-fit.standard_error_log, kind="stable")
-            if fit.standard_error_log[index] > target_log
-            and len(benches[index].visits) < max_visits
-        ][:pass_size]
-        if not imprecise or clock() >= deadline_ns:
+        needy = need_visits(visits, fit, settings)[:pass_size]
+        if not needy or clock() >= deadline_ns:
             return fit
-        _logger.debug("extra visits for %d models", len(imprecise))
-        planned = max(planned, done + len(imprecise))
-        visit([benches[index] for index in imprecise], bounded=True)
+        _logger.debug("extra visits for %d models", len(needy))
+        planned = max(planned, done + len(needy))
+        visit([benches[index] for index in needy], bounded=True)
 
 
 def _visit(

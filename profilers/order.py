@@ -1,128 +1,50 @@
-"""Work orders: what a device is asked to measure, as a JSON message.
-
-The models travel as files beside the order; a job names one by its key and tells it
-by its digest.
-"""
+"""Work orders: what a device is asked to measure, and how."""
 
 from __future__ import annotations
 
-import json
-import string
 from dataclasses import dataclass
-from typing import Literal
 
-from profilers.codec import decode_settings, encode_flat
-from profilers.json_reader import JsonNode, parse_json
 from profilers.measurement import MeasureSettings
 
-__all__ = ["Job", "WorkOrder", "check_sha256"]
+__all__ = ["WorkOrder"]
 
-FORMAT_VERSION = 1
+# Models open at a time. Hundreds would not fit into a board's memory; far fewer would
+# be seen again and again within one phase of the machine.
+GROUP_SIZE = 64
 
-JobKind = Literal["block", "network"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One model to measure.
-
-    Attributes:
-        key: Names the model in the order and in the table.
-        kind: Part of a network, or a whole one.
-        sha256: Digest of the model file.
-    """
-
-    key: str
-    kind: JobKind
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if not self.key:
-            raise ValueError("key is empty; name the model")
-        if self.kind not in ("block", "network"):
-            raise ValueError(f"kind={self.kind!r}; give 'block' or 'network'")
-        check_sha256(self.sha256)
+# A model that does nothing for so long is taken to hang: loading is the longest.
+DEFAULT_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkOrder:
-    """Models to measure together, and how.
+    """Models to measure against each other, and how.
 
     Attributes:
-        jobs: With different keys within a kind.
-        settings: How carefully.
-        backend: Name of the backend.
-        threads: Threads of one inference.
+        names: Of the models; all different.
+        backend: As `get_backend` takes it.
+        threads: Of one inference.
+        settings: How carefully; `max_seconds` bounds the visits of one execution.
+        limit_s: Time after which a silent worker is stopped, and its model failed.
+        group_size: Models open at a time.
     """
 
-    jobs: tuple[Job, ...]
-    settings: MeasureSettings
+    names: tuple[str, ...]
     backend: str
     threads: int
+    settings: MeasureSettings
+    limit_s: float = DEFAULT_LIMIT_S
+    group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
-        if not self.jobs:
-            raise ValueError("jobs is empty; give at least one model to measure")
-        if len({(job.kind, job.key) for job in self.jobs}) < len(self.jobs):
-            raise ValueError("two jobs of one kind share a key; give each its own")
-        if not self.backend:
-            raise ValueError("backend is empty; give a backend's name")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"{len(self.names)} models with {len(set(self.names))} different "
+                "names; give at least one model, and each its own name"
+            )
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}; give at least 1")
-
-    def to_json(self) -> str:
-        """Encode the order; equal orders give equal texts."""
-        return json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "backend": self.backend,
-                "jobs": [
-                    {"key": job.key, "kind": job.kind, "sha256": job.sha256}
-                    for job in self.jobs
-                ],
-                "settings": encode_flat(self.settings),
-                "threads": self.threads,
-            },
-            indent=2,
-            sort_keys=True,
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> WorkOrder:
-        """Decode an order.
-
-        Raises:
-            FormatError: The text is not an order of this version.
-        """
-        node = parse_json(text)
-        fields = node.fields("format_version", "backend", "jobs", "settings", "threads")
-        version = fields["format_version"]
-        if version.integer(minimum=1) != FORMAT_VERSION:
-            version.refuse(
-                f"{version.value} is not supported; this version reads "
-                f"{FORMAT_VERSION}; use equal versions on host and device"
-            )
-        return node.build(
-            lambda: cls(
-                jobs=tuple(map(_decode_job, fields["jobs"].items())),
-                settings=decode_settings(fields["settings"]),
-                backend=fields["backend"].text(),
-                threads=fields["threads"].integer(minimum=1),
-            )
-        )
-
-
-def check_sha256(digest: str) -> None:
-    """Raise `ValueError` unless `digest` is 64 lowercase hex digits."""
-    if len(digest) != 64 or set(digest) - set(string.digits + "abcdef"):
-        raise ValueError(f"sha256={digest!r}; give 64 lowercase hex digits")
-
-
-def _decode_job(node: JsonNode) -> Job:
-    fields = node.fields("key", "kind", "sha256")
-    kind: JobKind = (
-        "block" if fields["kind"].choice("block", "network") == "block" else "network"
-    )
-    return node.build(
-        lambda: Job(key=fields["key"].text(), kind=kind, sha256=fields["sha256"].text())
-    )
+        if not self.limit_s > 0:
+            raise ValueError(f"limit_s={self.limit_s}; give a time above 0")
+        if self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size}; give at least 1")

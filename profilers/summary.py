@@ -11,7 +11,10 @@ import numpy as np
 from profilers.measurement import Measurement, MeasureSettings, Stability, Visit
 from profilers.stats import QuietStateFit, quiet_state
 
-__all__ = ["fit_visits", "summarize"]
+__all__ = ["fit_visits", "need_visits", "summarize", "summarize_model"]
+
+# The planned visits and this many times more; beyond, more visits show no more.
+MAX_VISITS_FACTOR = 4
 
 
 def fit_visits(
@@ -48,7 +51,65 @@ def fit_visits(
     )
 
 
+def need_visits(
+    visits: Sequence[Sequence[Visit]],
+    fit: QuietStateFit,
+    settings: MeasureSettings,
+) -> list[int]:
+    """Which models most need another visit, those with the largest errors first.
+
+    They are not precise enough, or were disturbed so often that they lack planned
+    visits; and the most that a model can have are not made.
+
+    Args:
+        visits: `visits[m]` are those of model `m`.
+        fit: To these visits.
+        settings: What is to be reached.
+    """
+    target_log = math.log1p(settings.target_relative_error)
+    most = settings.visits * MAX_VISITS_FACTOR
+    return [
+        int(index)
+        for index in np.argsort(-fit.standard_error_log, kind="stable")
+        if len(visits[index]) < most
+        and (
+            fit.standard_error_log[index] > target_log
+            or _undisturbed_count(visits[index]) < settings.visits
+        )
+    ]
+
+
+def _undisturbed_count(visits: Sequence[Visit]) -> int:
+    return sum(not visit.disturbed for visit in visits)
+
+
 def summarize(
+    names: Sequence[str],
+    visits: Sequence[Sequence[Visit]],
+    fit: QuietStateFit,
+    settings: MeasureSettings,
+) -> tuple[Measurement, ...]:
+    """Make measurements from visits and the fit to them.
+
+    Args:
+        names: Of the models.
+        visits: `visits[m]` are those of model `m`.
+        fit: To these visits.
+        settings: What was to be reached.
+    """
+    return tuple(
+        summarize_model(
+            name,
+            visits[index],
+            effect_log=float(fit.effect_log[index]),
+            standard_error_log=float(fit.standard_error_log[index]),
+            settings=settings,
+        )
+        for index, name in enumerate(names)
+    )
+
+
+def summarize_model(
     name: str,
     visits: Sequence[Visit],
     *,
@@ -63,7 +124,7 @@ def summarize(
         visits: Its visits.
         effect_log: Natural logarithm of its quiet latency in ns.
         standard_error_log: Standard error of that.
-        settings: What it was to reach.
+        settings: What was to be reached.
     """
     error = math.expm1(standard_error_log)
     reasons = []
@@ -76,6 +137,11 @@ def summarize(
         reasons.append(
             f"only {len(visits)} of {settings.visits} planned visits fitted into "
             f"{settings.max_seconds:g} s"
+        )
+    elif (undisturbed := _undisturbed_count(visits)) < settings.visits:
+        reasons.append(
+            f"the machine changed its speed during {len(visits) - undisturbed} of "
+            f"{len(visits)} visits"
         )
     fallbacks = [visit.fallback for visit in visits if visit.fallback is not None]
     if fallbacks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -27,11 +28,10 @@ from profilers.codec import (
     encode_measurement,
 )
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
-from profilers.errors import FormatError, IncompatibleTables
+from profilers.errors import IncompatibleTables
 from profilers.files import write_atomically
-from profilers.json_reader import Json, JsonNode, parse_json
+from profilers.json_reader import Json, JsonNode, read_json
 from profilers.measurement import Measurement, MeasureSettings
-from profilers.order import check_sha256
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
@@ -92,7 +92,7 @@ class LatencyTable:
             raise ValueError(f"origin={self.origin!r}; give one of {get_args(Origin)}")
         if not self.space_name:
             raise ValueError("space_name is empty; name the search space")
-        check_sha256(self.space_sha256)
+        _check_sha256(self.space_sha256)
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta={self.beta}; give a finite number, at least 0")
         reference_ns = self.anchor_reference_ns
@@ -126,19 +126,11 @@ class LatencyTable:
         Raises:
             FormatError: The file cannot be read, is damaged, or of another version.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(
-                f"{path.name} cannot be read as a latency table ({error}); "
-                "check the path, or run `ofa-deploy profile` to make one",
-                path="",
-            ) from error
-        try:
-            return _decode(parse_json(text))
-        except FormatError as error:
-            # The decoder knows the place inside the file; people ask which file.
-            raise error.in_file(path.name) from error.__cause__
+        return read_json(
+            path,
+            _decode,
+            otherwise="check the path, or run `ofa-deploy profile` to make one",
+        )
 
 
 def require_compatible(
@@ -171,6 +163,11 @@ def require_compatible(
             + "; ".join(differences)
             + ". Run `ofa-deploy profile` on this device to measure a new one"
         )
+
+
+def _check_sha256(digest: str) -> None:
+    if len(digest) != 64 or set(digest) - set(string.digits + "abcdef"):
+        raise ValueError(f"space_sha256={digest!r}; give 64 lowercase hex digits")
 
 
 def _check_time(created_at: str) -> None:
@@ -221,7 +218,7 @@ def _decode(node: JsonNode) -> LatencyTable:
     entries = node.fields(*names, "sha256")
     table = node.build(
         lambda: LatencyTable(
-            origin=_decode_origin(entries["origin"]),
+            origin=entries["origin"].choice(get_args(Origin)),
             space_name=entries["space_name"].text(),
             space_sha256=entries["space_sha256"].text(),
             device=decode_device(entries["device"]),
@@ -245,15 +242,6 @@ def _decode(node: JsonNode) -> LatencyTable:
             f"after it was written; {_REMEASURE}"
         )
     return table
-
-
-def _decode_origin(node: JsonNode) -> Origin:
-    text = node.text()
-    for origin in get_args(Origin):
-        if text == origin:
-            found: Origin = origin
-            return found
-    node.refuse(f"{text!r} is not allowed; give one of {list(get_args(Origin))}")
 
 
 def _decode_measurements(node: JsonNode) -> dict[str, Measurement]:

@@ -63,32 +63,33 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def probe(device: Device = "openvino-cpu", as_json: AsJson = False) -> None:
+def probe(
+    device: Device = "openvino-cpu",
+    plot: Annotated[
+        Path | None, typer.Option(help="SVG file to draw the answers into.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a runtime makes of operators and widths on this machine."""
-    from ofa_deploy.probe import channel_step, probe_operators, sweep_widths
+    from ofa_deploy.cli.plots import draw_probe, require_plots
+    from ofa_deploy.probe import Prober, channel_step
     from ofa_deploy.target import parse_target
     from profilers.backends import get_backend
     from profilers.measurement import MeasureSettings
 
     target = parse_target(device)
     backend = get_backend(target.backend)
-    backend.runtime(threads=target.threads)
-    settings = MeasureSettings.screen()
+    runtime = backend.runtime(threads=target.threads)
+    if plot is not None:
+        require_plots()
+    prober = Prober(
+        backend=backend, threads=target.threads, settings=MeasureSettings.screen()
+    )
     with StageBar(Console(stderr=True, quiet=as_json)) as bar:
         bar.begin("probing operators")
-        operators = probe_operators(
-            backend,
-            threads=target.threads,
-            settings=settings,
-            progress=bar.advance,
-        )
+        operators = prober.probe_operators(progress=bar.advance)
         bar.begin("sweeping widths")
-        widths = sweep_widths(
-            backend,
-            threads=target.threads,
-            settings=settings,
-            progress=bar.advance,
-        )
+        widths = prober.sweep_widths(progress=bar.advance)
     step = channel_step(widths)
     if as_json:
         content = {
@@ -100,6 +101,9 @@ def probe(device: Device = "openvino-cpu", as_json: AsJson = False) -> None:
     else:
         show_operators(_console, operators)
         show_widths(_console, widths, step=step)
+    if plot is not None:
+        title = f"{runtime.backend} {runtime.version}, {runtime.threads} thread(s)"
+        draw_probe(operators, widths, step=step, title=title, out=plot)
 
 
 @app.command()

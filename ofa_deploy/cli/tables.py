@@ -135,9 +135,15 @@ def show_operators(console: Console, facts: Sequence[OperatorFact]) -> None:
     console.print(table)
 
 
-def show_widths(console: Console, facts: Sequence[WidthFact], *, step: int) -> None:
+def show_widths(
+    console: Console, facts: Sequence[WidthFact], *, step: int | None
+) -> None:
     """The staircase of widths, with a bar for each one's latency."""
-    console.print(f"channels come in steps of {step}; widths in between cost as much")
+    console.print(
+        "the sweep is too noisy for a staircase"
+        if step is None
+        else f"channels come in steps of {step}; widths in between cost as much"
+    )
     slowest_ms = max(fact.quiet_ms for fact in facts)
     table = Table("channels", "ms", "", "", box=None)
     for fact in facts:

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ofa_deploy.cli.progress import StageBar, load_with_progress
-from ofa_deploy.errors import DataError, FormatError, MissingDependency, SpaceError
+from ofa_deploy.errors import DataError, MissingDependency, SpaceError
 from ofa_deploy.families import mbv3
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
 from profilers.backends import get_backend
 from profilers.backends.base import Backend
-from profilers.json_reader import parse_json
+from profilers.json_reader import read_json
 
 if TYPE_CHECKING:
     from ofa_deploy.train.progressive import ProgressiveTraining
@@ -32,12 +32,7 @@ def named_space(name: str, *, class_count: int) -> SearchSpace:
         return mbv3.imagenet(width=width, class_count=class_count)
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
-        try:
-            return decode_space(parse_json(path.read_text(encoding="utf-8")))
-        except FormatError as error:
-            raise error.in_file(path.name) from error.__cause__
-        except UnicodeDecodeError as error:
-            raise SpaceError(f"{path.name} is not a text file: {error}") from error
+        return read_json(path, decode_space, otherwise="give a space's JSON file")
     raise SpaceError(
         f"{name!r} is neither a space ({', '.join(SPACE_NAMES)}) nor a .json file"
     )
@@ -63,6 +58,7 @@ def train(
         raise MissingDependency("PyTorch", extra="train") from error
     from dataclasses import replace
 
+    from ofa_deploy.train.allocator import keep_freed_memory
     from ofa_deploy.train.precision import prefers_bf16
     from ofa_deploy.train.progressive import (
         ProgressiveTraining,
@@ -72,6 +68,7 @@ def train(
     from ofa_deploy.train.recipe import default_recipe
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     data = load_with_progress(data_path, skip_bad=skip_bad, console=console)
     height, width = data.images.shape[1:3]
     if height != width:

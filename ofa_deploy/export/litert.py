@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.errors import MissingDependency
+from ofa_deploy.export.emitter import Emitter
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, random_weights
 from ofa_deploy.layers import (
     BlockPlan,
     ConvLayer,
-    Layer,
     LayerActivation,
     LinearLayer,
     PoolLayer,
@@ -34,7 +34,7 @@ BUFFER_ALIGNMENT = 16
 _NO_TENSOR = -1
 _HEIGHT_AND_WIDTH = np.array([1, 2], dtype=np.int32)
 
-Constant = NDArray[np.float32] | NDArray[np.int32]
+Constant = NDArray[np.float32] | NDArray[np.int32] | NDArray[np.int8]
 
 
 def emit_network(plan: NetworkPlan, weights: Weights) -> bytes:
@@ -51,7 +51,7 @@ def emit_network(plan: NetworkPlan, weights: Weights) -> bytes:
     Raises:
         MissingDependency: `ai-edge-litert` is not installed.
     """
-    graph = _Graph(weights)
+    graph = LiteRTGraph(weights)
     size = plan.resolution
     value = graph.add_tensor(INPUT_NAME, (1, size, size, IMAGE_CHANNELS))
     entered = value
@@ -67,22 +67,27 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
         block: The block; its layers fix all sizes.
         rng: Source of the weights.
     """
-    graph = _Graph(random_weights(block.layers, rng=rng))
+    graph = LiteRTGraph(random_weights(block.layers, rng=rng))
+    return serialise_block(graph, block)
+
+
+def serialise_block(graph: LiteRTGraph, block: BlockPlan) -> bytes:
+    """A graph with nothing but one block."""
     size = block.in_size
     entered = graph.add_tensor(INPUT_NAME, (1, size, size, block.in_channels))
     return graph.serialise(entered, graph.add_block(block, entered))
 
 
-class _Graph:
+class LiteRTGraph(Emitter[int]):
     """Tensors and operators of a model under construction."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._schema = _import_schema()
+        self.schema = _import_schema()
         self._tensors: list[Any] = []
         self._operators: list[Any] = []
         # Buffer 0 is the empty one that tensors without constant data share.
-        self._buffers: list[Any] = [self._schema.BufferT()]
+        self._buffers: list[Any] = [self.schema.BufferT()]
         self._codes: dict[int, int] = {}
         self._constants: dict[str, int] = {}
 
@@ -90,39 +95,40 @@ class _Graph:
         self, name: str, shape: tuple[int, ...], data: Constant | None = None
     ) -> int:
         """Add a tensor, constant if it has data, and return its index."""
-        integers = data is not None and data.dtype == np.int32
-        types = self._schema.TensorType
-        tensor = self._schema.TensorT()
+        tensor = self.schema.TensorT()
         tensor.name = name
         tensor.shape = list(shape)
-        tensor.type = types.INT32 if integers else types.FLOAT32
+        tensor.type, tensor.quantization, data = self.encode(name, data)
         tensor.buffer = 0
         if data is not None:
             tensor.buffer = len(self._buffers)
-            self._buffers.append(_aligned_buffer(self._schema, data))
+            self._buffers.append(_aligned_buffer(self.schema, data))
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
-    def add_block(self, block: BlockPlan, value: int) -> int:
-        """Add a block's layers, and its shortcut."""
-        entered = value
-        for layer in block.layers:
-            value = self._add_layer(layer, value)
-        if block.residual:
-            name = f"{block.name}.sum"
-            value = self._add("Add", [value, entered], name, self._shape(value))
-        return value
+    def encode(
+        self, name: str, data: Constant | None
+    ) -> tuple[int, Any, Constant | None]:
+        """Element type, quantisation parameters, and data as they are stored."""
+        types = self.schema.TensorType
+        integers = data is not None and data.dtype == np.int32
+        return types.INT32 if integers else types.FLOAT32, None, data
 
-    def _add_layer(self, layer: Layer, value: int) -> int:
-        if isinstance(layer, ConvLayer):
-            return self._add_conv(layer, value)
-        if isinstance(layer, SqueezeExciteLayer):
-            return self._add_gate(layer, value)
-        if isinstance(layer, PoolLayer):
-            return self._add_mean(f"{layer.name}.out", value, keep_dims=False)
+    def add_sum(self, block: BlockPlan, value: int, entered: int) -> int:
+        """See `Emitter`."""
+        name = f"{block.name}.sum"
+        return self._add("Add", [value, entered], name, self._shape(value))
+
+    def add_pool(self, layer: PoolLayer, value: int) -> int:
+        """See `Emitter`."""
+        return self._add_mean(f"{layer.name}.out", value, keep_dims=False)
+
+    def add_linear(self, layer: LinearLayer, value: int) -> int:
+        """See `Emitter`."""
         return self._add_dense(layer, value, activation="none")
 
-    def _add_conv(self, layer: ConvLayer, value: int) -> int:
+    def add_conv(self, layer: ConvLayer, value: int) -> int:
+        """See `Emitter`."""
         if len(self._shape(value)) == 2:  # after the pool
             return self._add_dense(layer, value, activation=layer.activation)
         value, padding = self._pad(layer, value)
@@ -158,7 +164,7 @@ class _Graph:
         sides alike, which then takes an operator of its own.
         """
         if layer.kernel == 1 or layer.stride == 1 or layer.in_size % 2 == 1:
-            return value, self._schema.Padding.SAME
+            return value, self.schema.Padding.SAME
         border = layer.kernel // 2
         amounts = np.zeros((4, 2), dtype=np.int32)
         amounts[1:3] = border
@@ -169,7 +175,7 @@ class _Graph:
             f"{layer.name}.padded",
             (batch, height + 2 * border, width + 2 * border, channels),
         )
-        return padded, self._schema.Padding.VALID
+        return padded, self.schema.Padding.VALID
 
     def _add_dense(
         self,
@@ -193,9 +199,10 @@ class _Graph:
         )
         return self._add_activation(name, activation, value)
 
-    def _add_gate(self, layer: SqueezeExciteLayer, value: int) -> int:
+    def add_gate(self, layer: SqueezeExciteLayer, value: int) -> int:
+        """See `Emitter`."""
         name = layer.name
-        kinds = self._schema.ActivationFunctionType
+        kinds = self.schema.ActivationFunctionType
         gate = self._add_mean(f"{name}.mean", value, keep_dims=True)
         gate = self._add_gate_conv(
             f"{name}.reduce",
@@ -227,7 +234,7 @@ class _Graph:
             [value, *constants],
             name,
             (1, 1, 1, len(weight)),
-            padding=self._schema.Padding.SAME,
+            padding=self.schema.Padding.SAME,
             strideH=1,
             strideW=1,
             dilationHFactor=1,
@@ -249,7 +256,7 @@ class _Graph:
         return self._add("HardSwish", [value], f"{name}.act", self._shape(value))
 
     def _fused(self, activation: LayerActivation) -> int:
-        kinds = self._schema.ActivationFunctionType
+        kinds = self.schema.ActivationFunctionType
         kind: int = kinds.RELU if activation == "relu" else kinds.NONE
         return kind
 
@@ -274,12 +281,12 @@ class _Graph:
     ) -> int:
         """Add an operator with one output, and return the output's index."""
         builtin, table = _OPERATORS[kind]
-        code = getattr(self._schema.BuiltinOperator, builtin)
-        operator = self._schema.OperatorT()
+        code = getattr(self.schema.BuiltinOperator, builtin)
+        operator = self.schema.OperatorT()
         operator.opcodeIndex = self._codes.setdefault(code, len(self._codes))
         operator.inputs = inputs
-        operator.builtinOptionsType = getattr(self._schema.BuiltinOptions, table)
-        operator.builtinOptions = getattr(self._schema, f"{table}T")()
+        operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
+        operator.builtinOptions = getattr(self.schema, f"{table}T")()
         for name, value in options.items():
             setattr(operator.builtinOptions, name, value)
         index = self.add_tensor(output, shape)
@@ -291,7 +298,7 @@ class _Graph:
         """The finished model, from one tensor to another."""
         import flatbuffers
 
-        schema = self._schema
+        schema = self.schema
         self._tensors[value].name = OUTPUT_NAME
         graph = schema.SubGraphT()
         graph.name = "main"

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from ofa_deploy.export.emitter import Emitter
 from ofa_deploy.fuse import BATCH_NORM_EPS
 from ofa_deploy.layers import (
     BlockPlan,
@@ -25,7 +26,7 @@ from ofa_deploy.layers import (
     PoolLayer,
     SqueezeExciteLayer,
 )
-from ofa_deploy.materialise import Weights
+from ofa_deploy.materialise import Weights, fused_shapes
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
 
 # 17 is read by every runtime in use; later opsets add nothing that a plan needs.
@@ -35,6 +36,7 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
 Form = Literal["fused", "unfused", "statistics"]
+Constant: TypeAlias = NDArray[np.float32 | np.int64 | np.int32 | np.int8]
 Buffer: TypeAlias = bytes | memoryview
 Message: TypeAlias = onnx.ModelProto | onnx.GraphProto | onnx.TensorProto
 
@@ -55,7 +57,7 @@ def emit_network(
         `(batch, class_count)`; in the statistics form also `{layer}.mean` and
         `{layer}.variance`, `(channels,)`, for every batch norm.
     """
-    graph = _Graph(weights, form)
+    graph = OnnxGraph(weights, form)
     value = INPUT_NAME
     for block in plan.blocks:
         value = graph.add_block(block, value)
@@ -76,9 +78,13 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
         rng: Source of the weights. Their values do not matter, but must not be zero
             or denormal, which run at other speeds.
     """
-    weights = random_weights(block.layers, rng=rng)
-    graph = _Graph(weights, "fused")
-    graph.add("Identity", [graph.add_block(block, INPUT_NAME)], OUTPUT_NAME)
+    graph = OnnxGraph(random_weights(block.layers, rng=rng), "fused")
+    return serialise_block(graph, block, INPUT_NAME)
+
+
+def serialise_block(graph: OnnxGraph, block: BlockPlan, value: str) -> bytes:
+    """A graph with nothing but one block, which begins at `value`."""
+    graph.add("Identity", [graph.add_block(block, value)], OUTPUT_NAME)
     flat = isinstance(block.layers[-1], LinearLayer)
     spatial = [] if flat else [block.out_size, block.out_size]
     return graph.serialise(
@@ -94,43 +100,21 @@ def random_weights(
     """Fused weights of unit gain, for timing a network that is not trained."""
     weights: dict[str, NDArray[np.float32]] = {}
     for layer in layers:
-        for name, shape in _fused_shapes(layer).items():
+        for name, shape in fused_shapes(layer).items():
             values = rng.standard_normal(shape, dtype=np.float32)
             fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
             weights[f"{layer.name}.{name}"] = values / np.float32(fan_in**0.5)
     return weights
 
 
-def _fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
-    if isinstance(layer, PoolLayer):
-        return {}
-    if isinstance(layer, LinearLayer):
-        return {
-            "weight": (layer.out_channels, layer.in_channels),
-            "bias": (layer.out_channels,),
-        }
-    if isinstance(layer, SqueezeExciteLayer):
-        channels, middle = layer.channels, layer.middle_channels
-        return {
-            "reduce.weight": (middle, channels, 1, 1),
-            "reduce.bias": (middle,),
-            "expand.weight": (channels, middle, 1, 1),
-            "expand.bias": (channels,),
-        }
-    shapes: dict[str, tuple[int, ...]] = {"weight": layer.weight_shape}
-    if layer.batch_norm:
-        shapes["bias"] = (layer.out_channels,)
-    return shapes
-
-
-class _Graph:
+class OnnxGraph(Emitter[str]):
     """Nodes and initialisers of a model under construction."""
 
     def __init__(self, weights: Weights, form: Form) -> None:
         self._weights = weights
         self._form = form
         self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, NDArray[np.float32 | np.int64]] = {}
+        self._constants: dict[str, Constant] = {}
         self._statistics: list[tuple[str, int]] = []
 
     def add(
@@ -148,27 +132,22 @@ class _Graph:
         self._nodes.append(node)
         return output
 
-    def add_block(self, block: BlockPlan, value: str) -> str:
-        """Add a block's layers, and its shortcut."""
-        entered = value
-        for layer in block.layers:
-            value = self._add_layer(layer, value)
-        if block.residual:
-            value = self.add("Add", [value, entered], f"{block.name}.sum")
-        return value
+    def add_sum(self, block: BlockPlan, value: str, entered: str) -> str:
+        """See `Emitter`."""
+        return self.add("Add", [value, entered], f"{block.name}.sum")
 
-    def _add_layer(self, layer: Layer, value: str) -> str:
-        if isinstance(layer, ConvLayer):
-            return self._add_conv(layer, value)
-        if isinstance(layer, SqueezeExciteLayer):
-            return self._add_gate(layer, value)
-        if isinstance(layer, PoolLayer):
-            return self.add("GlobalAveragePool", [value], f"{layer.name}.out")
+    def add_pool(self, layer: PoolLayer, value: str) -> str:
+        """See `Emitter`."""
+        return self.add("GlobalAveragePool", [value], f"{layer.name}.out")
+
+    def add_linear(self, layer: LinearLayer, value: str) -> str:
+        """See `Emitter`."""
         flat = self.add("Flatten", [value], f"{layer.name}.flat", axis=1)
         names = [self._constant(f"{layer.name}.{n}") for n in ("weight", "bias")]
         return self.add("Gemm", [flat, *names], f"{layer.name}.out", transB=1)
 
-    def _add_conv(self, layer: ConvLayer, value: str) -> str:
+    def add_conv(self, layer: ConvLayer, value: str) -> str:
+        """See `Emitter`."""
         name = layer.name
         inputs = [value, self._constant(f"{name}.weight")]
         if layer.batch_norm and self._form == "fused":
@@ -216,26 +195,27 @@ class _Graph:
         variance = self.add(
             "ReduceMean", [squared], f"{name}.variance4", axes=axes, keepdims=1
         )
-        eps = self._add_array("eps", np.array(BATCH_NORM_EPS, dtype=np.float32))
+        eps = self.add_array("eps", np.array(BATCH_NORM_EPS, dtype=np.float32))
         shifted = self.add("Add", [variance, eps], f"{name}.shifted")
         spread = self.add("Sqrt", [shifted], f"{name}.spread")
         normal = self.add("Div", [centred, spread], f"{name}.normal")
         shape = (1, channels, 1, 1)
         gamma, beta = (
-            self._add_array(
+            self.add_array(
                 f"{name}.norm.{tensor}",
                 self._weights[f"{name}.norm.{tensor}"].reshape(shape),
             )
             for tensor in ("gamma", "beta")
         )
         scaled = self.add("Mul", [normal, gamma], f"{name}.scaled")
-        flat = self._add_array("flat", np.array([-1], dtype=np.int64))
+        flat = self.add_array("flat", np.array([-1], dtype=np.int64))
         self.add("Reshape", [mean, flat], f"{name}.mean")
         self.add("Reshape", [variance, flat], f"{name}.variance")
         self._statistics.append((name, channels))
         return self.add("Add", [scaled, beta], f"{name}.norm")
 
-    def _add_gate(self, layer: SqueezeExciteLayer, value: str) -> str:
+    def add_gate(self, layer: SqueezeExciteLayer, value: str) -> str:
+        """See `Emitter`."""
         name = layer.name
         gate = self.add("GlobalAveragePool", [value], f"{name}.mean")
         for part in ("reduce", "expand"):
@@ -250,9 +230,10 @@ class _Graph:
         return self.add("Mul", [value, gate], f"{name}.scaled")
 
     def _constant(self, name: str) -> str:
-        return self._add_array(name, self._weights[name])
+        return self.add_array(name, self._weights[name])
 
-    def _add_array(self, name: str, array: NDArray[np.float32 | np.int64]) -> str:
+    def add_array(self, name: str, array: Constant) -> str:
+        """Add a constant, once, and return its name."""
         self._constants.setdefault(name, array)
         return name
 
@@ -286,14 +267,10 @@ class _Graph:
         return b"".join([model.SerializeToString(), *_field(model, "graph", parts)])
 
 
-def _tensor(label: str, array: NDArray[np.float32 | np.int64]) -> list[Buffer]:
+def _tensor(label: str, array: Constant) -> list[Buffer]:
     """A `TensorProto` in the wire format, its values without a copy."""
-    integers = array.dtype == np.int64
-    header = onnx.TensorProto(
-        name=label,
-        data_type=TensorProto.INT64 if integers else TensorProto.FLOAT,
-        dims=array.shape,
-    )
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    header = onnx.TensorProto(name=label, data_type=kind, dims=array.shape)
     values = array.reshape(-1).view(np.uint8).data
     return [header.SerializeToString(), *_field(header, "raw_data", [values])]
 

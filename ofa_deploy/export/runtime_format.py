@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 
-from ofa_deploy.export import litert, onnx
+from ofa_deploy.export import litert, onnx, timed_int8
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan
+
+Precision = Literal["float32", "int8"]
 
 _SUFFIXES = {"litert-cpu": ".tflite"}
 
@@ -17,11 +23,19 @@ def model_suffix(backend_name: str) -> str:
 
 
 def timed_block(
-    block: BlockPlan, *, backend_name: str, rng: np.random.Generator
+    block: BlockPlan,
+    *,
+    backend_name: str,
+    rng: np.random.Generator,
+    precision: Precision = "float32",
 ) -> bytes:
     """A block with random weights, in the backend's format."""
     if model_suffix(backend_name) == ".tflite":
+        if precision == "int8":
+            return timed_int8.emit_litert_block(block, rng=rng)
         return litert.emit_block(block, rng=rng)
+    if precision == "int8":
+        return timed_int8.emit_onnx_block(block, rng=rng)
     return onnx.emit_block(block, rng=rng)
 
 
@@ -33,3 +47,12 @@ def timed_network(
     if model_suffix(backend_name) == ".tflite":
         return litert.emit_network(plan, weights)
     return onnx.emit_network(plan, weights, form="fused")
+
+
+def write_timed(folder: Path, name: str, model: bytes, *, backend_name: str) -> Path:
+    """Write a model into a folder, and return its file."""
+    # A name can be longer than a file's may be.
+    stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = folder / f"{stem}{model_suffix(backend_name)}"
+    path.write_bytes(model)
+    return path

@@ -20,11 +20,17 @@ from profilers.backends.base import (
 )
 from profilers.closing import Closing
 from profilers.device import RuntimeSpec
-from profilers.errors import MissingDependency, ModelRejected, RunFailed
+from profilers.errors import (
+    BackendError,
+    MissingDependency,
+    ModelRejected,
+    RunFailed,
+)
 
 __all__ = ["LiteRtCpu", "LiteRtSession"]
 
 _PROVIDER = "XNNPACK"
+_FALLBACK = "tflite-runtime"
 
 
 class LiteRtCpu:
@@ -68,10 +74,12 @@ class LiteRtCpu:
     def runtime(self, *, threads: int) -> RuntimeSpec:
         """See `Backend.runtime`."""
         _, distribution = _import_litert()
+        # The versions of the two distributions are not comparable.
+        fallback = distribution == _FALLBACK
         return RuntimeSpec(
             backend=self.name,
             version=importlib.metadata.version(distribution),
-            provider=_PROVIDER,
+            provider=f"{_PROVIDER} in {_FALLBACK}" if fallback else _PROVIDER,
             threads=threads,
             precision="f32",
         )
@@ -175,4 +183,10 @@ def _import_litert() -> tuple[Any, str]:
         from tflite_runtime.interpreter import Interpreter
     except ImportError as error:
         raise MissingDependency("LiteRT", extra="litert") from error
-    return Interpreter, "tflite-runtime"
+    if int(np.__version__.partition(".")[0]) > 1:
+        # It installs beside any numpy, and dies in its first call beside this one.
+        raise BackendError(
+            f"tflite-runtime works with numpy 1, and numpy {np.__version__} is "
+            "installed. Run: pip install 'numpy<2', or better 'ofa-deploy[litert]'"
+        )
+    return Interpreter, _FALLBACK

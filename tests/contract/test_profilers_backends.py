@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
 from profilers.backends.tensorrt_gpu import TensorRtGpu, TensorRtRtxGpu
-from profilers.errors import ModelRejected, RunFailed
+from profilers.errors import BackendError, ModelRejected, RunFailed
 from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
 from tests.support.gpu import gpu_marks, needs_rtx
 from tests.support.pretend_cuda import PretendGpu
@@ -416,6 +418,48 @@ def test_litert_warns_of_a_model_that_runs_in_pieces(
         LiteRtCpu().load(conv_tflite(interrupted=True), threads=1) as session,
     ):
         assert session.partition_count == 2
+
+
+@pytest.fixture
+def only_tflite_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only `tflite-runtime` is installed, whose interpreter is older."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    stand_in = ModuleType("tflite_runtime.interpreter")
+    monkeypatch.setattr(stand_in, "Interpreter", Interpreter, raising=False)
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
+    monkeypatch.setitem(sys.modules, "tflite_runtime", ModuleType("tflite_runtime"))
+    monkeypatch.setitem(sys.modules, "tflite_runtime.interpreter", stand_in)
+    monkeypatch.setattr(
+        importlib.metadata, "version", {"tflite-runtime": "2.14.0"}.__getitem__
+    )
+
+
+@needs_litert
+@pytest.mark.usefixtures("only_tflite_runtime")
+def test_tflite_runtime_serves_where_only_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.support.litert_models import conv_tflite
+
+    monkeypatch.setattr(np, "__version__", "1.26.4")
+    runtime = LiteRtCpu().runtime(threads=1)
+    assert (runtime.version, runtime.provider) == (
+        "2.14.0",
+        "XNNPACK in tflite-runtime",
+    )
+    with LiteRtCpu().load(conv_tflite(), threads=1) as session:
+        assert session.run({"x": image()})["y"].size > 0
+
+
+@needs_litert
+@pytest.mark.usefixtures("only_tflite_runtime")
+def test_tflite_runtime_beside_a_numpy_that_it_dies_of_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(np, "__version__", "2.4.6")
+    with pytest.raises(BackendError, match=r"pip install 'numpy<2'"):
+        LiteRtCpu().load(b"", threads=1)
 
 
 # -- layers ----------------------------------------------------------------------------

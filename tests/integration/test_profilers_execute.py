@@ -16,6 +16,7 @@ from profilers.execute import OrderResult, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
+from profilers.order import WorkOrder
 from tests.support.faulty_worker import COMMAND, NAME, write_model
 
 SUBJECT: dict[str, Json] = {"order": "test"}
@@ -43,16 +44,16 @@ def run(
     backend: str = NAME,
 ) -> OrderResult:
     with Journal(folder / "journal", subject=SUBJECT) as journal:
-        return execute(
-            list(models),
-            lambda name, folder: models[name],
-            journal=journal,
-            backend_name=backend,
+        order = WorkOrder(
+            names=tuple(models),
+            backend=backend,
             threads=threads,
             settings=settings,
             limit_s=limit_s,
             group_size=group_size,
-            command=COMMAND,
+        )
+        return execute(
+            order, lambda name, folder: models[name], journal=journal, command=COMMAND
         )
 
 

@@ -457,7 +457,7 @@ def test_an_unknown_supernet_is_refused() -> None:
 
 
 def test_a_folder_without_a_supernet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=f"^{tmp_path} is not a supernet's folder "):
+    with pytest.raises(FormatError, match=f"; {tmp_path} is not a supernet's folder; "):
         Specializer("onnxruntime-cpu", supernet=tmp_path)
 
 
@@ -476,9 +476,7 @@ def test_a_missing_table_is_refused(supernet: Path, tmp_path: Path) -> None:
         Specializer(
             "onnxruntime-cpu", supernet=supernet, table=tmp_path / "missing.json"
         )
-    assert str(caught.value).startswith(
-        "missing.json cannot be read as a latency table ("
-    )
+    assert str(caught.value).startswith("missing.json cannot be read (")
 
 
 def test_a_table_of_another_device_is_refused(supernet: Path, tmp_path: Path) -> None:

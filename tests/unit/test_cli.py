@@ -246,8 +246,8 @@ def test_a_bundle_in_json_is_its_manifest_and_its_path(
 # -- probe -----------------------------------------------------------------------------
 
 
-def test_a_probe_tells_operators_widths_and_the_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_probe_tells_and_draws_operators_widths_and_the_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     quick = MeasureSettings(
         visits=2,
@@ -265,7 +265,10 @@ def test_a_probe_tells_operators_widths_and_the_step(
     assert {"ReLU", "squeeze-and-excite"} <= {f["name"] for f in found["operators"]}
     assert len(found["widths"]) > 20
     assert found["channel_step"] >= 4
-    told = run("probe", "--device", "onnxruntime-cpu").told
+    plot = tmp_path / "probe.svg"
+    told = run("probe", "--device", "onnxruntime-cpu", "--plot", plot).told
+    drawn = plot.read_text()
+    assert all(name in drawn for name in ("squeeze-and-excite", "output channels"))
     assert "channels come in steps of" in told
     assert "squeeze-and-excite" in told
 

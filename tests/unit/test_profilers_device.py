@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from profilers import (
 from profilers.device import cgroup_quota_cores
 from profilers.doctor import BackendStatus, diagnose
 from profilers.errors import DeviceError, FormatError, MissingDependency
+from profilers.steadiness import Steadiness, Throttling, read_throttling, watch
 from tests.support import profilers_values as values
 
 QUIET = Conditions(
@@ -142,8 +144,15 @@ def test_a_format_error_names_the_place_and_then_the_file() -> None:
     assert error.in_file("a.json").path == error.path
 
 
+STEADY = Steadiness(
+    spread_ratio=0.02,
+    throttling=Throttling(event_count=3, active=()),
+    new_throttle_events=0,
+)
+
+
 def test_a_quiet_dedicated_device_has_only_good_findings() -> None:
-    findings = diagnose(QUIET, core_count=8, backends=USABLE)
+    findings = diagnose(QUIET, core_count=8, backends=USABLE, steadiness=STEADY)
     assert {finding.severity for finding in findings} == {"ok"}
 
 
@@ -161,7 +170,9 @@ def test_each_disturbance_is_one_warning_with_a_cure(
 ) -> None:
     (warning,) = [
         finding
-        for finding in diagnose(conditions, core_count=8, backends=USABLE)
+        for finding in diagnose(
+            conditions, core_count=8, backends=USABLE, steadiness=STEADY
+        )
         if finding.severity != "ok"
     ]
     assert warning.severity == "warning"
@@ -169,10 +180,73 @@ def test_each_disturbance_is_one_warning_with_a_cure(
     assert warning.cure
 
 
+@pytest.mark.parametrize(
+    ("steadiness", "text"),
+    [
+        (replace(STEADY, spread_ratio=0.31), "31% apart"),
+        (replace(STEADY, new_throttle_events=2), "2 of them just now"),
+        (
+            replace(
+                STEADY, throttling=Throttling(event_count=None, active=("too hot",))
+            ),
+            "too hot",
+        ),
+    ],
+)
+def test_a_device_that_does_not_hold_its_speed_is_warned_of(
+    steadiness: Steadiness, text: str
+) -> None:
+    findings = diagnose(QUIET, core_count=8, backends=USABLE, steadiness=steadiness)
+    (warning,) = [finding for finding in findings if finding.severity != "ok"]
+    assert text in warning.text
+    assert warning.cure
+
+
+def test_throttling_is_read_from_kernel_and_firmware(tmp_path: Path) -> None:
+    assert read_throttling(tmp_path) == Throttling(event_count=None, active=())
+    for core, count in (("cpu0", "4"), ("cpu1", "1"), ("cpu2", "damaged")):
+        folder = tmp_path / "devices/system/cpu" / core / "thermal_throttle"
+        folder.mkdir(parents=True)
+        (folder / "core_throttle_count").write_text(f"{count}\n")
+    firmware = tmp_path / "devices/platform/soc/soc:firmware"
+    firmware.mkdir(parents=True)
+    (firmware / "get_throttled").write_text("50005\n")  # now, and in the past
+    found = read_throttling(tmp_path)
+    assert found.event_count == 5
+    assert found.active == (
+        "the supply voltage is too low",
+        "the processor is slowed down",
+    )
+
+
+class AlternatingAnchor:
+    """Takes 100 and 150 ns in turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def measure_ns(self) -> int:
+        self.count += 1
+        return 100 + 50 * (self.count % 2)
+
+
+def test_watching_tells_the_spread_and_what_was_throttled_meanwhile() -> None:
+    ticks = itertools.count(step=1_000)
+    counts = iter((7, 9))
+    found = watch(
+        duration_s=1e-3,
+        anchor=AlternatingAnchor(),
+        clock=lambda: next(ticks),
+        throttling=lambda: Throttling(event_count=next(counts), active=()),
+    )
+    assert found.spread_ratio == pytest.approx(0.4, abs=0.11)
+    assert found.new_throttle_events == 2
+
+
 def test_no_usable_backend_is_an_error_with_the_line_to_run() -> None:
     missing = MissingDependency("OpenVINO", extra="openvino")
     status = BackendStatus(name="openvino-cpu", version=None, problem=str(missing))
-    finding = diagnose(QUIET, core_count=8, backends=(status,))[0]
+    finding = diagnose(QUIET, core_count=8, backends=(status,), steadiness=STEADY)[0]
     assert finding.severity == "error"
     assert "pip install" in finding.cure
 

@@ -188,6 +188,37 @@ def test_measuring_ends_on_time_with_two_visits_of_each_model() -> None:
         assert "only 2 of 18 planned visits" in measurement.stability.reasons[-1]
 
 
+class JumpingAnchor:
+    """Every other reading is a half longer: no visit is without a change."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def measure_ns(self) -> int:
+        self.count += 1
+        return 1_000 + 500 * (self.count % 2)
+
+
+def test_visits_that_a_change_of_speed_disturbed_are_made_again_and_told_of() -> None:
+    clock = FakeClock()
+    settings = replace(SETTINGS, visits=3, target_relative_error=10.0)
+    run = measure_models(
+        models(2),
+        backend=FakeBackend(clock, latency_ns=latency_ns),
+        threads=1,
+        settings=settings,
+        clock=clock,
+        anchor=JumpingAnchor(),
+        rng=np.random.default_rng(0),
+    )
+    for measurement in run.measurements:
+        assert all(visit.disturbed for visit in measurement.visits)
+        assert len(measurement.visits) == 4 * settings.visits
+        assert measurement.stability.reasons == (
+            "the machine changed its speed during 12 of 12 visits",
+        )
+
+
 def test_a_known_anchor_level_corrects_a_run_that_was_slow_all_along() -> None:
     clock = FakeClock()
 

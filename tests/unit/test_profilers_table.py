@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from profilers import (
     Conditions,
     DeviceSpec,
-    Job,
     LatencyTable,
     Measurement,
     MeasureSettings,
@@ -279,10 +278,10 @@ def test_what_is_no_table_is_refused(text: str) -> None:
 
 def test_bytes_that_are_no_text_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    with pytest.raises(FormatError, match="cannot be read as a latency table"):
+    with pytest.raises(FormatError, match=r"cannot be read \("):
         LatencyTable.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FormatError, match="cannot be read as a latency table"):
+    with pytest.raises(FormatError, match=r"cannot be read \("):
         LatencyTable.load(path)
 
 
@@ -313,40 +312,23 @@ def test_every_difference_is_named_with_both_values() -> None:
     assert "ofa-deploy profile" in message
 
 
-@given(
-    jobs=st.lists(
-        st.builds(
-            Job,
-            key=values.words,
-            kind=st.sampled_from(["block", "network"]),
-            sha256=values.digests,
-        ),
-        min_size=1,
-        max_size=4,
-        unique_by=lambda job: (job.kind, job.key),
-    ),
-    measure_settings=values.settings,
-    backend=values.words,
-    threads=st.integers(1, 64),
+ORDER = WorkOrder(
+    names=("a", "b"), backend="fake", threads=1, settings=MeasureSettings.screen()
 )
-@settings(max_examples=30, deadline=None)
-def test_a_work_order_survives_its_message(
-    jobs: list[Job], measure_settings: MeasureSettings, backend: str, threads: int
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ()}, "0 models with 0 different names"),
+        ({"names": ("a", "a")}, "2 models with 1 different names"),
+        ({"threads": 0}, "threads=0"),
+        ({"limit_s": float("nan")}, "limit_s=nan"),
+        ({"group_size": 0}, "group_size=0"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused(
+    change: dict[str, Any], message: str
 ) -> None:
-    order = WorkOrder(
-        jobs=tuple(jobs), settings=measure_settings, backend=backend, threads=threads
-    )
-    assert WorkOrder.from_json(order.to_json()) == order
-
-
-def test_a_work_order_of_another_version_is_refused() -> None:
-    order = WorkOrder(
-        jobs=(Job(key="a", kind="block", sha256="0" * 64),),
-        settings=MeasureSettings.screen(),
-        backend="fake",
-        threads=1,
-    )
-    text = order.to_json().replace('"format_version": 1', '"format_version": 9')
-    with pytest.raises(FormatError, match="9 is not supported") as refused:
-        WorkOrder.from_json(text)
-    assert refused.value.path == "format_version"
+    with pytest.raises(ValueError, match=message):
+        replace(ORDER, **change)
