@@ -119,8 +119,9 @@ def table_of(
     backend = get_backend(backend_name)
     runtime = backend.runtime(threads=1)
     rows = Rows(args.work / "latency_predictor.jsonl")
-    found = find_table(space, this_device(), runtime, folders=(args.work,))
-    name = table_name(space, this_device(), runtime)
+    device = this_device(accelerator=backend.accelerator())
+    found = find_table(space, device, runtime, folders=(args.work,))
+    name = table_name(space, device, runtime)
     if found is None:
         args.work.mkdir(parents=True, exist_ok=True)
         start_s = time.monotonic()

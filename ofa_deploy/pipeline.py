@@ -110,7 +110,7 @@ class Specializer:
         self.reporter: Reporter = reporter or Silent()
         # Fails early, and with the cure, where the runtime is missing.
         self.runtime = self.backend.runtime(threads=self.target.threads)
-        self.device = this_device()
+        self.device = this_device(accelerator=self.backend.accelerator())
         self.supernet: StoredSupernet = open_supernet(supernet)
         self.table: LatencyTable = self._find_table(
             table, reprofile=reprofile, cache=cache or cache_folder()

@@ -140,7 +140,8 @@ def profile_space(
     Raises:
         MeasurementError: A block could not be measured, or the journal is in use.
     """
-    device, runtime = this_device(), backend.runtime(threads=threads)
+    device = this_device(accelerator=backend.accelerator())
+    runtime = backend.runtime(threads=threads)
     subject: dict[str, Json] = {
         "device": device.fingerprint,
         "runtime": encode_flat(runtime),

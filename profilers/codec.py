@@ -98,7 +98,8 @@ def decode_settings(node: JsonNode) -> MeasureSettings:
 
 def encode_measurement(measurement: Measurement) -> dict[str, Json]:
     """Encode a `Measurement`; its name is a field like the others."""
-    return cast("dict[str, Json]", _with_lists(dataclasses.asdict(measurement)))
+    fields = cast("dict[str, Json]", _with_lists(dataclasses.asdict(measurement)))
+    return {**fields, "visits": [encode_visit(visit) for visit in measurement.visits]}
 
 
 def decode_measurement(node: JsonNode) -> Measurement:
@@ -117,13 +118,14 @@ def decode_measurement(node: JsonNode) -> Measurement:
 
 
 def encode_visit(visit: Visit) -> dict[str, Json]:
-    """Encode a `Visit`."""
-    return {**dataclasses.asdict(visit), "samples_ns": list(visit.samples_ns)}
+    """Encode a `Visit`; there are hundreds, so what is None is left out."""
+    fields = cast("dict[str, Json]", _with_lists(dataclasses.asdict(visit)))
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def decode_visit(node: JsonNode) -> Visit:
     """Decode a `Visit`."""
-    fields = node.fields(*_names(Visit))
+    fields = node.fields(*_names(Visit), may_lack="fallback")
     return node.build(
         lambda: Visit(
             time_ns=fields["time_ns"].integer(minimum=0),
@@ -133,13 +135,15 @@ def decode_visit(node: JsonNode) -> Visit:
             samples_ns=tuple(
                 sample.integer(minimum=1) for sample in fields["samples_ns"].items()
             ),
+            fallback=fields["fallback"].optional(JsonNode.text),
         )
     )
 
 
 def encode_run(run: MeasurementRun) -> dict[str, Json]:
     """Encode a `MeasurementRun`."""
-    return cast("dict[str, Json]", _with_lists(dataclasses.asdict(run)))
+    fields = cast("dict[str, Json]", _with_lists(dataclasses.asdict(run)))
+    return {**fields, "measurements": [*map(encode_measurement, run.measurements)]}
 
 
 def decode_run(node: JsonNode) -> MeasurementRun:

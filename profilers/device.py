@@ -38,7 +38,8 @@ class DeviceSpec:
         arch: As `platform.machine()` gives it, for instance `x86_64` or `aarch64`.
         cpu_model: The processor's own name.
         core_count: Logical cores of the machine, whatever a process may use of them.
-        accelerator: Name of the GPU or NPU that is measured; None for the CPU.
+        accelerator: The GPU or NPU that is measured, and what else of it makes times
+            incomparable, such as its driver; None for the CPU.
         memory_mb: Installed memory as the system reports it.
     """
 
@@ -124,14 +125,19 @@ class Conditions:
     shared_host: bool
 
 
-def this_device(name: str = "local") -> DeviceSpec:
-    """Describe the machine that this process runs on."""
+def this_device(name: str = "local", *, accelerator: str | None = None) -> DeviceSpec:
+    """Describe the machine that this process runs on.
+
+    Args:
+        name: What people call it.
+        accelerator: As the backend tells it that is measured with.
+    """
     return DeviceSpec(
         name=name,
         arch=platform.machine() or "unknown",
         cpu_model=_cpu_model(),
         core_count=os.cpu_count() or 1,
-        accelerator=None,
+        accelerator=accelerator,
         memory_mb=_memory_mb(),
     )
 

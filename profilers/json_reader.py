@@ -51,16 +51,21 @@ class JsonNode:
         """Raise `FormatError` at this place."""
         raise FormatError(message, path=self.path)
 
-    def fields(self, *names: str) -> dict[str, JsonNode]:
-        """Read an object of exactly these keys."""
+    def fields(self, *names: str, may_lack: str = "") -> dict[str, JsonNode]:
+        """Read an object of exactly these keys.
+
+        Args:
+            names: All keys.
+            may_lack: The one of them that may be missing, and then reads as null.
+        """
         entries = self._object()
         for name in names:
-            if name not in entries:
+            if name not in entries and name != may_lack:
                 self.refuse(f"key {name!r} is missing; allowed are {sorted(names)}")
         for name in sorted(entries.keys() - set(names)):
             self.refuse(f"key {name!r} is unknown; allowed are {sorted(names)}")
         prefix = f"{self.path}." if self.path else ""
-        return {name: JsonNode(entries[name], prefix + name) for name in names}
+        return {name: JsonNode(entries.get(name), prefix + name) for name in names}
 
     def entries(self) -> dict[str, JsonNode]:
         """Read an object of any keys, sorted by them."""

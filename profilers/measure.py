@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profilers.anchor import Anchor, Clock, MatrixAnchor
-from profilers.backends.base import Backend, Session, random_inputs
+from profilers.backends.base import (
+    Arrays,
+    Backend,
+    DeviceTimed,
+    Session,
+    random_inputs,
+)
 from profilers.device import available_cores, read_conditions
 from profilers.errors import DeviceUnfit, MeasurementError, RunFailed
 from profilers.measurement import (
@@ -80,17 +86,38 @@ class _Bench:
 
     def sample_ns(self, clock: Clock) -> int:
         """Time one run, on the next input; the mean of `inner_loops` runs."""
-        # Binding the input is not part of the inference, so it is not timed.
-        step = self.session.prepare(self.inputs[self.run_count % len(self.inputs)])
+        inputs = self.inputs[self.run_count % len(self.inputs)]
         self.run_count += 1
-        loops = range(self.inner_loops)
-        start_ns = clock()
+        # Binding the input is not part of the inference, so it is not timed.
+        timed = _prepare_timed(self.session, inputs, clock)
         try:
-            for _ in loops:
-                step()
+            duration_ns = timed(self.inner_loops)
         except Exception as error:  # whatever the runtime raises; steps do not map
             raise RunFailed(f"{self.name!r} failed while timed: {error}") from error
-        return round((clock() - start_ns) / self.inner_loops)
+        return round(duration_ns / self.inner_loops)
+
+    @property
+    def fallback(self) -> str | None:
+        """Of the last sample, as the session tells it."""
+        return self.session.fallback if isinstance(self.session, DeviceTimed) else None
+
+
+def _prepare_timed(
+    session: Session, inputs: Arrays, clock: Clock
+) -> Callable[[int], int]:
+    """Bind inputs; times runs by the session's own clock, or else by `clock`."""
+    if isinstance(session, DeviceTimed):
+        return session.prepare_timed(inputs)
+    step = session.prepare(inputs)
+
+    def timed(runs: int) -> int:
+        loops = range(runs)
+        start_ns = clock()
+        for _ in loops:
+            step()
+        return clock() - start_ns
+
+    return timed
 
 
 class Observer(Protocol):
@@ -126,7 +153,7 @@ def visit_models(
         threads: Threads of one inference.
         settings: Of a visit; its number of visits and its bounds do not matter here.
         passes: Visits of each model, at least 1.
-        clock: Time in ns.
+        clock: Time in ns; runs are timed by it unless the session has its own.
         anchor: None takes a `MatrixAnchor` on `clock`.
         observer: Gets the visits; their times count from the first pass on.
         rng: Gives the inputs and the order.
@@ -175,7 +202,7 @@ def measure_models(
         backend: Where they run.
         threads: Threads of one inference.
         settings: How carefully.
-        clock: Time in ns.
+        clock: Time in ns; runs are timed by it unless the session has its own.
         anchor: None takes a `MatrixAnchor` on `clock`.
         progress: Called after each visit with visits made and visits known to be
             made; the latter grows if some models need extra ones.
@@ -351,6 +378,7 @@ def _visit(
             anchor_after_ns=anchor_after_ns,
             inner_loops=bench.inner_loops,
             samples_ns=samples_ns,
+            fallback=bench.fallback,
         )
     )
     return anchor_after_ns

@@ -118,6 +118,8 @@ class Visit:
         inner_loops: Runs that one sample is the mean of; more than one where a
             single run is too short for the timer.
         samples_ns: Time of one run, per sample.
+        fallback: Why the model ran in another way than the runtime's fastest; None
+            if it did not.
     """
 
     time_ns: int
@@ -125,6 +127,7 @@ class Visit:
     anchor_after_ns: int
     inner_loops: int
     samples_ns: tuple[int, ...]
+    fallback: str | None = None
 
     def __post_init__(self) -> None:
         if self.time_ns < 0:
@@ -138,6 +141,8 @@ class Visit:
             raise ValueError(
                 f"samples_ns holds {min(self.samples_ns)}; a run takes at least 1 ns"
             )
+        if self.fallback == "":
+            raise ValueError("fallback is empty; say why, or give None")
 
     @property
     def disturbed(self) -> bool:
@@ -152,7 +157,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stability:
-    """Whether a measurement reached the precision asked for.
+    """Whether a measurement can be trusted, and compared with others.
 
     Attributes:
         verdict: `unstable` exactly if there are reasons.
@@ -182,7 +187,8 @@ class Measurement:
         quiet_ms: Latency in the machine's quiet state; what budgets speak of.
         standard_error_ratio: Standard error of `quiet_ms`, as a share of it.
         median_ms: Plain median of all samples, in whatever state the machine was.
-        stability: Whether the precision asked for was reached.
+        stability: Whether the precision asked for was reached, in the runtime's
+            fastest way of running.
     """
 
     name: str

@@ -143,6 +143,12 @@ def summarize_model(
             f"the machine changed its speed during {len(visits) - undisturbed} of "
             f"{len(visits)} visits"
         )
+    fallbacks = [visit.fallback for visit in visits if visit.fallback is not None]
+    if fallbacks:
+        reasons.append(
+            f"{len(fallbacks)} of {len(visits)} visits ran in another way than the "
+            f"runtime's fastest: {fallbacks[-1]}"
+        )
     samples_ns = [sample for visit in visits for sample in visit.samples_ns]
     return Measurement(
         name=name,

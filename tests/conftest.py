@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.support.gpu import why_no_gpu
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CIFAR10_VARIABLE = "OFA_DEPLOY_CIFAR10"
 
@@ -16,6 +18,11 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("laws")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()):
+        pytest.skip(f"needs a GPU: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from profilers.backends.base import Backend, Session
 from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
+from profilers.backends.tensorrt_gpu import TensorRtGpu, TensorRtRtxGpu
 from profilers.errors import DeviceError
 
 __all__ = ["Backend", "Session", "backend_names", "get_backend"]
@@ -16,6 +17,8 @@ _FACTORIES: dict[str, Callable[[], Backend]] = {
     LiteRtCpu.name: LiteRtCpu,
     OnnxRuntimeCpu.name: OnnxRuntimeCpu,
     OpenVinoCpu.name: OpenVinoCpu,
+    TensorRtGpu.name: TensorRtGpu,
+    TensorRtRtxGpu.name: TensorRtRtxGpu,
 }
 
 

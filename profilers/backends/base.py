@@ -23,6 +23,7 @@ __all__ = [
     "DYNAMIC",
     "Arrays",
     "Backend",
+    "DeviceTimed",
     "LayerLatency",
     "LayerProfiler",
     "Session",
@@ -90,6 +91,32 @@ class Session(Protocol):
         """Close the session."""
 
 
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """A session that times its runs by the clock of the processor it runs on.
+
+    A GPU goes on while the host only waits; the host's clock would add the waiting.
+    """
+
+    @property
+    def fallback(self) -> str | None:
+        """Why the model runs in another way than the fastest; None if it does not.
+
+        Of the last `prepare_timed`. Times of the two ways do not compare.
+        """
+
+    def prepare_timed(self, inputs: Arrays) -> Callable[[int], int]:
+        """Bind inputs, and return a function that times runs of the model on them.
+
+        The function takes the number of runs, at least 1, makes them one right after
+        the other, and returns the time in ns that they took together; moving inputs
+        and outputs is not part of it. It is valid as long as a step of `prepare`.
+
+        Raises:
+            RunFailed: The inputs do not fit, or the session is closed.
+        """
+
+
 class Backend(Protocol):
     """A runtime on one kind of processor."""
 
@@ -107,6 +134,7 @@ class Backend(Protocol):
         Raises:
             MissingDependency: The runtime is not installed.
             ModelRejected: The runtime cannot read or compile the model.
+            DeviceUnfit: This machine lacks the processor that it runs on.
         """
 
     def runtime(self, *, threads: int) -> RuntimeSpec:
@@ -114,6 +142,15 @@ class Backend(Protocol):
 
         Raises:
             MissingDependency: The runtime is not installed.
+            DeviceUnfit: This machine lacks the processor that it runs on.
+        """
+
+    def accelerator(self) -> str | None:
+        """Name what models run on, as in `DeviceSpec`; None for the CPU.
+
+        Raises:
+            MissingDependency: The runtime is not installed.
+            DeviceUnfit: This machine lacks the processor that it runs on.
         """
 
 

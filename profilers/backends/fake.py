@@ -7,18 +7,26 @@ nanosecond, and nothing waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from profilers.backends.base import Arrays, check_inputs, check_threads
+from profilers.backends.base import Arrays, check_inputs, check_runs, check_threads
 from profilers.closing import Closing
 from profilers.device import RuntimeSpec
 from profilers.errors import ModelRejected, RunFailed
 
-__all__ = ["FakeAnchor", "FakeBackend", "FakeClock", "FakeSession"]
+__all__ = [
+    "FakeAnchor",
+    "FakeBackend",
+    "FakeClock",
+    "FakeDevice",
+    "FakeDeviceSession",
+    "FakeSession",
+]
 
 FAKE_INPUT_SHAPE = (1, 3, 8, 8)
 
@@ -70,6 +78,21 @@ class FakeAnchor:
         return duration_ns
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeDevice:
+    """A processor with a clock of its own, as a GPU is.
+
+    Attributes:
+        name: As `Backend.accelerator` gives it.
+        waiting_ns: What each run takes on the host's clock and not on its own.
+        fallback: As `DeviceTimed.fallback` gives it.
+    """
+
+    name: str = "fake accelerator"
+    waiting_ns: int = 0
+    fallback: str | None = None
+
+
 class FakeBackend:
     """Loads anything that it knows a latency for.
 
@@ -79,29 +102,42 @@ class FakeBackend:
             mapping from a model's bytes or its file's name.
         phases: Factor on every latency as a function of the time in ns: how slow
             the machine is then.
+        device: None makes sessions that the host times.
     """
 
     name = "fake"
 
     def __init__(
-        self, clock: FakeClock, *, latency_ns: LatencyOf, phases: Phases = _steady
+        self,
+        clock: FakeClock,
+        *,
+        latency_ns: LatencyOf,
+        phases: Phases = _steady,
+        device: FakeDevice | None = None,
     ) -> None:
         self.clock = clock
+        self._device = device
         self._latency_ns = latency_ns
         self._phases = phases
 
     def load(self, model: Path | bytes, *, threads: int) -> FakeSession:
         """See `Backend.load`."""
         check_threads(threads)
+        latency_ns = self._latency_of(model)
+        if self._device is None:
+            return FakeSession(self.clock, latency_ns, self._phases)
+        return FakeDeviceSession(self.clock, latency_ns, self._phases, self._device)
+
+    def _latency_of(self, model: Path | bytes) -> int:
         if not isinstance(self._latency_ns, Mapping):
-            return FakeSession(self.clock, self._latency_ns(model), self._phases)
+            return self._latency_ns(model)
         key = model if isinstance(model, bytes) else model.name
         if key not in self._latency_ns:
             raise ModelRejected(
                 f"the fake backend has no latency for {key!r}; "
                 f"it has {sorted(map(repr, self._latency_ns))}"
             )
-        return FakeSession(self.clock, self._latency_ns[key], self._phases)
+        return self._latency_ns[key]
 
     def runtime(self, *, threads: int) -> RuntimeSpec:
         """See `Backend.runtime`."""
@@ -112,6 +148,10 @@ class FakeBackend:
             threads=threads,
             precision="f32",
         )
+
+    def accelerator(self) -> str | None:
+        """See `Backend.accelerator`."""
+        return None if self._device is None else self._device.name
 
 
 class FakeSession(Closing):
@@ -142,5 +182,40 @@ class FakeSession(Closing):
         self._open = False
 
     def _step(self) -> None:
-        factor = self._phases(self._clock.now_ns)
-        self._clock.advance(round(self._latency_ns * factor))
+        self._clock.advance(self._run_ns())
+
+    def _run_ns(self) -> int:
+        return round(self._latency_ns * self._phases(self._clock.now_ns))
+
+
+class FakeDeviceSession(FakeSession):
+    """A session that the host's clock would time too long."""
+
+    def __init__(
+        self, clock: FakeClock, latency_ns: int, phases: Phases, device: FakeDevice
+    ) -> None:
+        super().__init__(clock, latency_ns, phases)
+        self._device = device
+
+    @property
+    def fallback(self) -> str | None:
+        """See `DeviceTimed.fallback`."""
+        return self._device.fallback
+
+    def prepare_timed(self, inputs: Arrays) -> Callable[[int], int]:
+        """See `DeviceTimed.prepare_timed`."""
+        self.prepare(inputs)
+
+        def timed(runs: int) -> int:
+            check_runs(runs)
+            return sum(self._timed_step() for _ in range(runs))
+
+        return timed
+
+    def _step(self) -> None:
+        self._timed_step()
+
+    def _timed_step(self) -> int:
+        run_ns = self._run_ns()
+        self._clock.advance(run_ns + self._device.waiting_ns)
+        return run_ns

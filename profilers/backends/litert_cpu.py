@@ -84,6 +84,9 @@ class LiteRtCpu:
             precision="f32",
         )
 
+    def accelerator(self) -> None:
+        """See `Backend.accelerator`; it is the CPU."""
+
 
 class LiteRtSession(Closing):
     """An interpreter with its tensors allocated."""

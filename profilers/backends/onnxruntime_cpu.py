@@ -115,6 +115,9 @@ class OnnxRuntimeCpu:
             precision="f32",
         )
 
+    def accelerator(self) -> None:
+        """See `Backend.accelerator`; it is the CPU."""
+
 
 class OnnxRuntimeSession(Closing):
     """An inference session with its bound inputs."""

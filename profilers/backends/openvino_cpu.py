@@ -92,6 +92,9 @@ class OpenVinoCpu:
             precision="f32",
         )
 
+    def accelerator(self) -> None:
+        """See `Backend.accelerator`; it is the CPU."""
+
 
 class OpenVinoSession(Closing):
     """A compiled model with one synchronous request."""

@@ -5,25 +5,39 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from profilers.backends.base import DYNAMIC, Backend, LayerProfiler
-from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock
+from profilers.backends.base import DYNAMIC, Backend, DeviceTimed, LayerProfiler
+from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevice
 from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
+from profilers.backends.tensorrt_gpu import TensorRtGpu, TensorRtRtxGpu
 from profilers.errors import BackendError, ModelRejected, RunFailed
 from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
+from tests.support.gpu import gpu_marks, needs_rtx
+from tests.support.pretend_cuda import PretendGpu
+from tests.support.pretend_tensorrt import (
+    RECORDED_VERSIONS,
+    PretendRtxRuntime,
+    PretendTensorRt,
+)
 from tests.support.profilers_models import INPUT_SHAPE, conv_model
 
 MODEL = conv_model()
+
+# How runtimes call one. TensorRT 10's listing of layers is not read.
+CONVOLUTIONS = ("Conv", "correlation", "unlisted")
 
 needs_openvino = pytest.mark.skipif(
     find_spec("openvino") is None, reason="OpenVINO is not installed"
@@ -59,9 +73,14 @@ def onnx_case(backend: Backend) -> Case:
     )
 
 
-def fake() -> Case:
+def fake(device: FakeDevice | None = None) -> Case:
     latency_ns: dict[str | bytes, int] = {MODEL: 1000, "model.onnx": 1000}
-    return onnx_case(FakeBackend(FakeClock(), latency_ns=latency_ns))
+    backend = FakeBackend(FakeClock(), latency_ns=latency_ns, device=device)
+    return onnx_case(backend)
+
+
+def fake_device() -> Case:
+    return fake(FakeDevice(waiting_ns=500))
 
 
 def onnxruntime() -> Case:
@@ -87,24 +106,68 @@ def litert() -> Case:
     )
 
 
+def on_standins(
+    backend: TensorRtGpu, make: Callable[[PretendGpu], Any]
+) -> Callable[[pytest.MonkeyPatch], Case]:
+    """A backend whose modules are stand-ins for as long as a test runs."""
+
+    def made(monkeypatch: pytest.MonkeyPatch) -> Case:
+        gpu = PretendGpu()
+        monkeypatch.setitem(sys.modules, "cuda.core", gpu.core())
+        monkeypatch.setitem(sys.modules, backend.module, make(gpu))
+        return onnx_case(backend)
+
+    return made
+
+
 REAL = [
     pytest.param(onnxruntime, id="onnxruntime"),
     pytest.param(unoptimized, id="onnxruntime-unoptimized"),
     pytest.param(openvino, id="openvino", marks=needs_openvino),
     pytest.param(litert, id="litert", marks=needs_litert),
+    *(
+        pytest.param(partial(onnx_case, b()), id=b.name, marks=gpu_marks(b))
+        for b in (TensorRtGpu, TensorRtRtxGpu)
+    ),
+]
+
+FAKES = [
+    pytest.param(fake, id="fake"),
+    pytest.param(fake_device, id="fake-device"),
+]
+
+# The backend's code is real; what it calls is not, but for building with RTX.
+ON_STANDINS = [
+    *(
+        pytest.param(
+            on_standins(TensorRtGpu(), partial(PretendTensorRt, version=v)),
+            id=f"tensorrt-{v}-standin",
+            marks=needs_rtx,  # cuda-core comes with it
+        )
+        for v in RECORDED_VERSIONS
+    ),
+    pytest.param(
+        on_standins(TensorRtRtxGpu(), PretendRtxRuntime),
+        id="tensorrt-rtx-standin",
+        marks=needs_rtx,
+    ),
 ]
 
 
-@pytest.fixture(params=[pytest.param(fake, id="fake"), *REAL])
-def case(request: pytest.FixtureRequest) -> Case:
-    made: Case = request.param()
+def make_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    on_standin = any(request.param in parameter.values for parameter in ON_STANDINS)
+    made: Case = request.param(monkeypatch) if on_standin else request.param()
     return made
 
 
-@pytest.fixture(params=REAL)
-def real_case(request: pytest.FixtureRequest) -> Case:
-    made: Case = request.param()
-    return made
+@pytest.fixture(params=[*FAKES, *REAL, *ON_STANDINS])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return make_case(request, monkeypatch)
+
+
+@pytest.fixture(params=[*REAL, *ON_STANDINS])
+def real_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return make_case(request, monkeypatch)
 
 
 def image(seed: int = 0, batch: int = 1) -> NDArray[np.float32]:
@@ -238,6 +301,34 @@ def test_the_runtime_is_described(case: Case) -> None:
     runtime = case.backend.runtime(threads=2)
     assert (runtime.backend, runtime.threads) == (case.backend.name, 2)
     assert runtime.precision == "f32"
+
+
+def test_a_session_of_an_accelerator_times_itself_and_others_do_not(
+    case: Case,
+) -> None:
+    accelerated = case.backend.accelerator() is not None
+    with case.backend.load(case.model, threads=1) as session:
+        assert isinstance(session, DeviceTimed) == accelerated
+
+
+def test_a_session_that_times_itself_counts_the_runs_it_is_asked_for(
+    case: Case,
+) -> None:
+    with case.backend.load(case.model, threads=1) as session:
+        if not isinstance(session, DeviceTimed):
+            return
+        expected = session.run({"x": image(0)})["y"]
+        timed = session.prepare_timed({"x": image(1)})
+        assert session.fallback is None
+        timed(1)
+        assert 1 < timed(64) / timed(8) < 64
+        with pytest.raises(ValueError, match="runs=0"):
+            timed(0)
+        with pytest.raises(RunFailed, match="'x'"):
+            session.prepare_timed({"z": image(0)})
+        np.testing.assert_array_equal(session.run({"x": image(0)})["y"], expected)
+    with pytest.raises(RunFailed, match="closed"):
+        session.prepare_timed({"x": image(0)})
 
 
 def test_models_are_measured_alike_everywhere(case: Case) -> None:
@@ -380,7 +471,7 @@ def test_layers_are_told_where_the_runtime_can(real_case: Case) -> None:
         assert isinstance(backend, LiteRtCpu)  # has no way to read them from Python
         return
     layers = backend.profile_layers(real_case.model, threads=1, runs=5)
-    assert any(layer.kind.startswith("Conv") for layer in layers)
+    assert any(layer.kind.startswith(CONVOLUTIONS) for layer in layers)
     assert sum(layer.median_ms for layer in layers) > 0
     assert len({layer.name for layer in layers}) == len(layers)
     with pytest.raises(ValueError, match="runs=0"):

@@ -15,8 +15,9 @@ from ofa_deploy.probe import (
     channel_step,
     operator_probes,
 )
-from profilers.backends import backend_names, get_backend
+from profilers.backends import get_backend
 from profilers.measurement import MeasureSettings
+from tests.support.gpu import every_backend
 
 QUICK = MeasureSettings(
     visits=4,
@@ -33,7 +34,7 @@ def prober(name: str) -> Prober:
     return Prober(backend=get_backend(name), threads=1, settings=QUICK)
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", every_backend())
 def test_every_operator_of_the_spaces_runs_everywhere(name: str) -> None:
     facts = prober(name).probe_operators()
     assert [fact.name for fact in facts] == [p.name for p in operator_probes()]

@@ -33,10 +33,11 @@ from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.zoo import zoo_names
 from profilers import LatencyTable, MeasureSettings
-from profilers.backends import backend_names, get_backend
+from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.device import available_cores, this_device
 from tests.support import tiny
+from tests.support.gpu import every_backend, usable_backends
 
 GENEROUS_MS = 10_000.0
 QUICK = MeasureSettings(
@@ -75,13 +76,14 @@ def made_up_table(backend: str, *, scale: float = 1.0, **changes: Any) -> Latenc
         blocks = lower(tiny.SPACE, config).blocks
         return scale * sum(tiny.work_ms(block) for block in blocks)
 
+    runner = get_backend(backend)
     table = tiny.latency_table(
         tiny.SPACE,
         networks=tiny.random_configs(tiny.SPACE, 20),
         network_ms=network_ms,
         block_ms=lambda block: scale * tiny.work_ms(block),
-        device=this_device(),
-        runtime=get_backend(backend).runtime(threads=1),
+        device=this_device(accelerator=runner.accelerator()),
+        runtime=runner.runtime(threads=1),
         origin="measured",
     )
     return replace(table, **changes)
@@ -91,7 +93,7 @@ def made_up_table(backend: str, *, scale: float = 1.0, **changes: Any) -> Latenc
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A table file per backend."""
     folder = tmp_path_factory.mktemp("tables")
-    paths = {name: folder / f"{name}.json" for name in backend_names()}
+    paths = {name: folder / f"{name}.json" for name in usable_backends()}
     for name, path in paths.items():
         made_up_table(name).save(path)
     return paths
@@ -110,7 +112,7 @@ def eval_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=backend_names())
+@pytest.fixture(scope="module", params=every_backend())
 def bundle(
     request: pytest.FixtureRequest,
     supernet: Path,

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from ofa_deploy.export.runtime_format import Precision
 from ofa_deploy.probe import OperatorProbe, TimedBlock, operator_probes
-from profilers.backends import backend_names, get_backend
+from profilers.backends import get_backend
 from profilers.backends.base import random_inputs
+from tests.support.gpu import every_backend
 
 PROBES = {p.name: p for p in operator_probes() if p.precision == "float32"}
 ACTIVATION_SCALE = 1 / 16
@@ -33,7 +34,7 @@ def output(
 
 
 @pytest.mark.parametrize("name", sorted(PROBES))
-@pytest.mark.parametrize("backend_name", backend_names())
+@pytest.mark.parametrize("backend_name", every_backend())
 def test_int8_blocks_are_the_float_blocks_with_rounding(
     backend_name: str, name: str
 ) -> None:

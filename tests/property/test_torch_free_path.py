@@ -37,9 +37,10 @@ from ofa_deploy.verify import (
     require_parity,
     run_one_by_one,
 )
-from profilers.backends import backend_names, get_backend
+from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from tests.support import tiny, tiny_torch
+from tests.support.gpu import every_backend
 
 Floats = NDArray[np.float32]
 CONFIGS = [
@@ -267,7 +268,7 @@ def test_an_exported_file_computes_what_the_supernet_computes(
     assert report.top1_agreement == 1.0
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("backend", every_backend())
 def test_an_exported_network_is_checked_on_256_images(
     backend: str, tmp_path: Path
 ) -> None:

@@ -61,6 +61,9 @@ class FaultyBackend:
             backend=NAME, version="1", provider="test", threads=threads, precision="f32"
         )
 
+    def accelerator(self) -> None:
+        """See `Backend.accelerator`."""
+
 
 class FaultySession(Closing):
     """Waits, until its fault."""

@@ -65,6 +65,7 @@ visits = st.builds(
     anchor_after_ns=nanoseconds,
     inner_loops=st.integers(1, 1024),
     samples_ns=st.lists(nanoseconds, min_size=1, max_size=4).map(tuple),
+    fallback=st.none() | words,
 )
 stabilities = st.lists(words, max_size=2).map(
     lambda reasons: Stability(

@@ -198,7 +198,7 @@ def test_an_unknown_device_is_refused(tmp_path: Path, run: Run) -> None:
     assert_refused(
         run("specialize", "--latency-ms", "1", "--out", out, "--device", "tpu"),
         "device 'tpu' is unknown; there are litert-cpu, onnxruntime-cpu, "
-        "openvino-cpu, optionally with ?threads=N",
+        "openvino-cpu, tensorrt-gpu, tensorrt-rtx-gpu, optionally with ?threads=N",
     )
 
 

@@ -122,7 +122,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
         get_backend("toaster")
     assert str(refused.value) == (
         "there is no backend 'toaster'; choose one of: litert-cpu, "
-        "onnxruntime-cpu, openvino-cpu"
+        "onnxruntime-cpu, openvino-cpu, tensorrt-gpu, tensorrt-rtx-gpu"
     )
 
 

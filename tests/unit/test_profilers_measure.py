@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from profilers.anchor import PRODUCTS_PER_READING, MatrixAnchor
-from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock
+from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevice
 from profilers.errors import DeviceUnfit, MeasurementError
 from profilers.measure import measure_models
 from profilers.measurement import (
@@ -112,6 +112,40 @@ def test_a_sample_of_a_short_model_is_a_mean_long_enough_for_the_timer() -> None
         100_000,
         140_000,
     }
+
+
+def measure_on_device(device: FakeDevice) -> MeasurementRun:
+    clock = FakeClock()
+    return measure_models(
+        models(2),
+        backend=FakeBackend(clock, latency_ns=latency_ns, device=device),
+        threads=1,
+        settings=SETTINGS,
+        clock=clock,
+        anchor=FakeAnchor(clock),
+        rng=np.random.default_rng(0),
+    )
+
+
+def test_a_device_that_times_itself_is_believed_over_the_hosts_clock() -> None:
+    run = measure_on_device(FakeDevice(waiting_ns=30_000))
+    # 20 and 60 µs, and 30 µs more by the host; the least sample is 50 µs.
+    assert [m.median_ms for m in run.measurements] == [0.02, 0.06]
+    assert [m.visits[0].inner_loops for m in run.measurements] == [3, 1]
+    assert all(m.stability.verdict == "stable" for m in run.measurements)
+
+
+def test_another_way_of_running_is_kept_and_makes_the_figure_unstable() -> None:
+    run = measure_on_device(FakeDevice(fallback="no graph"))
+    for measurement in run.measurements:
+        assert {visit.fallback for visit in measurement.visits} == {"no graph"}
+        assert measurement.stability == Stability(
+            verdict="unstable",
+            reasons=(
+                f"{SETTINGS.visits} of {SETTINGS.visits} visits ran in another way "
+                "than the runtime's fastest: no graph",
+            ),
+        )
 
 
 def test_every_model_gets_its_planned_visits_far_apart() -> None:
