@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 
 from profilers.measurement import Measurement, MeasureSettings, Stability, Visit
-from profilers.stats import QuietStateFit, quiet_state
+from profilers.stats import TRIMMED_SHARE, QuietStateFit, quiet_state
 
 __all__ = ["fit_visits", "need_visits", "summarize", "summarize_model"]
 
@@ -58,8 +58,8 @@ def need_visits(
 ) -> list[int]:
     """Which models most need another visit, those with the largest errors first.
 
-    They are not precise enough, or were disturbed so often that they lack planned
-    visits; and the most that a model can have are not made.
+    They are not precise enough, or too many of their visits were disturbed; and the
+    most that a model can have are not made.
 
     Args:
         visits: `visits[m]` are those of model `m`.
@@ -73,14 +73,18 @@ def need_visits(
         for index in np.argsort(-fit.standard_error_log, kind="stable")
         if len(visits[index]) < most
         and (
-            fit.standard_error_log[index] > target_log
-            or _undisturbed_count(visits[index]) < settings.visits
+            fit.standard_error_log[index] > target_log or _too_disturbed(visits[index])
         )
     ]
 
 
-def _undisturbed_count(visits: Sequence[Visit]) -> int:
-    return sum(not visit.disturbed for visit in visits)
+def _too_disturbed(visits: Sequence[Visit]) -> bool:
+    # The estimator trims this share; measured tables did not gain by less than that.
+    return _disturbed_count(visits) > TRIMMED_SHARE * len(visits)
+
+
+def _disturbed_count(visits: Sequence[Visit]) -> int:
+    return sum(visit.disturbed for visit in visits)
 
 
 def summarize(
@@ -138,9 +142,9 @@ def summarize_model(
             f"only {len(visits)} of {settings.visits} planned visits fitted into "
             f"{settings.max_seconds:g} s"
         )
-    elif (undisturbed := _undisturbed_count(visits)) < settings.visits:
+    if _too_disturbed(visits):
         reasons.append(
-            f"the machine changed its speed during {len(visits) - undisturbed} of "
+            f"the machine changed its speed during {_disturbed_count(visits)} of "
             f"{len(visits)} visits"
         )
     fallbacks = [visit.fallback for visit in visits if visit.fallback is not None]

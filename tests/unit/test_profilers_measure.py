@@ -199,7 +199,7 @@ class JumpingAnchor:
         return 1_000 + 500 * (self.count % 2)
 
 
-def test_visits_that_a_change_of_speed_disturbed_are_made_again_and_told_of() -> None:
+def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
     clock = FakeClock()
     settings = replace(SETTINGS, visits=3, target_relative_error=10.0)
     run = measure_models(
