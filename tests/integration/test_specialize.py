@@ -33,7 +33,7 @@ from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.zoo import zoo_names
 from profilers import LatencyTable, MeasureSettings
-from profilers.backends import get_backend
+from profilers.backends import backend_names, get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.device import available_cores, this_device
 from tests.support import tiny
@@ -425,8 +425,8 @@ COUNT = f"must be a whole number from 1 to {CORES}, the cores that this process 
     [
         (
             "tpu",
-            "device 'tpu' is unknown; there are litert-cpu, onnxruntime-cpu, "
-            "openvino-cpu, optionally with ?threads=N",
+            f"device 'tpu' is unknown; there are {', '.join(backend_names())}, "
+            "optionally with ?threads=N",
         ),
         (
             "openvino-cpu?thread=2",
