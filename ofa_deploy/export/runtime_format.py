@@ -35,7 +35,10 @@ def timed_block(
             return timed_int8.emit_litert_block(block, rng=rng)
         return litert.emit_block(block, rng=rng)
     if precision == "int8":
-        return timed_int8.emit_onnx_block(block, rng=rng)
+        on_tensorrt = backend_name.startswith("tensorrt")
+        return timed_int8.emit_onnx_block(
+            block, rng=rng, integer_biases=not on_tensorrt
+        )
     return onnx.emit_block(block, rng=rng)
 
 

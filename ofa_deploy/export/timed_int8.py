@@ -18,6 +18,7 @@ from ofa_deploy.export.litert import serialise_block as serialise_litert
 from ofa_deploy.export.onnx import INPUT_NAME, OnnxGraph, random_weights
 from ofa_deploy.export.onnx import serialise_block as serialise_onnx
 from ofa_deploy.layers import BlockPlan, LayerActivation
+from ofa_deploy.materialise import Weights
 
 # Powers of two, so that rescaling is exact; activations reach ±8, weights ±2.
 _ACTIVATION_SCALE = 1 / 16
@@ -25,9 +26,19 @@ _WEIGHT_SCALE = 1 / 64
 _INT8 = np.iinfo(np.int8)
 
 
-def emit_onnx_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
-    """One block as ONNX with pairs of QuantizeLinear and DequantizeLinear."""
-    graph = _QdqGraph(random_weights(block.layers, rng=rng), "fused")
+def emit_onnx_block(
+    block: BlockPlan, *, rng: np.random.Generator, integer_biases: bool
+) -> bytes:
+    """One block as ONNX with pairs of QuantizeLinear and DequantizeLinear.
+
+    Args:
+        block: The block.
+        rng: Source of the weights.
+        integer_biases: ONNX Runtime fuses only where biases are int32 too; TensorRT
+            refuses them.
+    """
+    weights = random_weights(block.layers, rng=rng)
+    graph = _QdqGraph(weights, integer_biases=integer_biases)
     return serialise_onnx(graph, block, graph.quantise(INPUT_NAME, "entered"))
 
 
@@ -38,6 +49,10 @@ def emit_litert_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
 
 class _QdqGraph(OnnxGraph):
     """Every value is quantised where a quantiser would."""
+
+    def __init__(self, weights: Weights, *, integer_biases: bool) -> None:
+        super().__init__(weights, "fused")
+        self._integer_biases = integer_biases
 
     def quantise(self, value: str, output: str) -> str:
         """Add a pair of QuantizeLinear and DequantizeLinear."""
@@ -67,6 +82,8 @@ class _QdqGraph(OnnxGraph):
 
     def _constant(self, name: str) -> str:
         values = self._weights[name]
+        if name.endswith("bias") and not self._integer_biases:
+            return super()._constant(name)
         if name.endswith("bias"):
             scale, label = _ACTIVATION_SCALE * _WEIGHT_SCALE, "bias.scale"
             stored: NDArray[Any] = np.rint(values / scale).astype(np.int32)

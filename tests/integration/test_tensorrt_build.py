@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ofa_deploy.probe import operator_probes
 from profilers.backends.tensorrt_build import Engine, build_engine, process_log
 from profilers.backends.tensorrt_listing import EngineLayer, is_weight_only
 from profilers.errors import ModelRejected
@@ -74,6 +75,14 @@ def test_quantized_weights_alone_are_not_taken_for_int8_arithmetic(
     assert layer_of(engine, "correlation").input_types == (datatype, datatype)
     assert not any(layer.multiplies_int8 for layer in engine.layers)
     assert is_weight_only(engine.layers)
+
+
+def test_the_int8_operators_of_a_probe_can_be_built(trt: Any) -> None:
+    probes = [p for p in operator_probes() if p.precision == "int8"]
+    assert probes
+    for probe in probes:
+        model, _ = probe.models
+        assert build(trt, model.emit("tensorrt-rtx-gpu")).layers
 
 
 def test_a_free_batch_gets_a_range(trt: Any) -> None:
