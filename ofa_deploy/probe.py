@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ofa_deploy.export.runtime_format import Precision, timed_block, write_timed
 from ofa_deploy.families.mbv3 import pointwise, squeeze_excite
@@ -31,8 +32,13 @@ PROFILE_RUNS = 20
 SLOW_RATE_SHARE = 0.1
 # A wider layer that costs at most this much more dominates the narrower one.
 SAME_COST = 1.01
+# A staircase of n channels saves nothing at steps of n, at least half of what even
+# growth does at 2n, and all of it at n / 2.
+STEP_SAVES_BELOW = 1 / 3
 
 Progress = Callable[[int, int], None]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,19 +353,45 @@ def _dominating(width: int, measured: Mapping[int, Measurement]) -> int | None:
 
 
 def channel_step(facts: Sequence[WidthFact]) -> int | None:
-    """The runtime's step: the commonest distance between widths worth having.
+    """The runtime's step: the largest whose widths in between save nothing.
+
+    Where latency grows evenly, a width below a multiple of the step saves what its
+    missing channels cost on average; on a staircase it saves nothing. Summed over all
+    widths, which is what the noise of single ones averages out in.
 
     Args:
-        facts: Of a sweep, ascending.
+        facts: Of a sweep, ascending, not empty.
 
     Returns:
-        Channels; None if fewer than two widths are worth having.
+        Channels, a power of two; None if no step can be told.
     """
-    kept = [fact.channels for fact in facts if fact.dominated_by is None]
-    if len(kept) < 2:
+    channels = np.array([fact.channels for fact in facts])
+    quiet_ms = np.array([fact.quiet_ms for fact in facts])
+    if len(channels) < 3:
         return None
-    distances, counts = np.unique(np.diff(kept), return_counts=True)
-    return int(distances[counts.argmax()])
+    ms_per_channel = np.polyfit(channels, quiet_ms, 1)[0]
+    steps = [
+        step
+        for step in (2**power for power in range(1, int(np.log2(channels[-1]))))
+        if _share_saved(channels, quiet_ms, step, ms_per_channel) < STEP_SAVES_BELOW
+    ]
+    return max(steps, default=None)
+
+
+def _share_saved(
+    channels: IntArray, quiet_ms: FloatArray, step: int, ms_per_channel: float
+) -> float:
+    """What widths save against the next multiple, as a share of even growth's.
+
+    1 if no width lies between multiples, or wider layers cost no more.
+    """
+    edges = -(-channels // step) * step
+    below = (edges != channels) & np.isin(edges, channels)
+    expected_ms = ms_per_channel * (edges - channels)[below].sum()
+    if expected_ms <= 0:
+        return 1.0
+    edge_ms = quiet_ms[np.searchsorted(channels, edges[below])]
+    return float((edge_ms - quiet_ms[below]).sum() / expected_ms)
 
 
 def _block(*layers: Layer) -> BlockPlan:

@@ -65,6 +65,12 @@ def _draw_operators(axes: Any, facts: Sequence[OperatorFact]) -> None:
     )
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
+    # A dense convolution costs a hundred times as much as an activation.
+    axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+    dearest_ms = max((fact.extra_ms or 0.0 for fact in facts), default=0.0)
+    decades_ms = [10.0**power for power in range(-2, 4)]
+    axes.set_xticks([0.0, *(ms for ms in decades_ms if ms <= dearest_ms)])
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("milliseconds added to a block; orange: slow for its work")
     _tidy(axes)
 

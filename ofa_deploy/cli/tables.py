@@ -140,7 +140,7 @@ def show_widths(
 ) -> None:
     """The staircase of widths, with a bar for each one's latency."""
     console.print(
-        "the sweep is too noisy for a staircase"
+        "no steps: every channel less saves time"
         if step is None
         else f"channels come in steps of {step}; widths in between cost as much"
     )

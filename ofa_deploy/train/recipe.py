@@ -132,7 +132,7 @@ def default_recipe() -> Recipe:
             Phase(
                 name="full",
                 epochs=42,
-                warmup_epochs=3,
+                warmup_epochs=3.0,
                 peak_learning_rate=0.1,
                 distill=False,
                 cutmix_share=0.5,

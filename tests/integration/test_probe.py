@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ofa_deploy.families.mbv3 import squeeze_excite
 from ofa_deploy.layers import BlockPlan
@@ -66,18 +69,36 @@ def test_what_a_runtime_does_not_run_is_told_with_the_reason() -> None:
     assert facts[1].extra_ms is None
 
 
-def test_the_staircase_is_read_off_the_widths_worth_having() -> None:
-    def fact(channels: int) -> WidthFact:
-        edge = -(-channels // 16) * 16
-        return WidthFact(
-            channels=channels,
-            quiet_ms=edge / 100,
-            error_ms=0.001,
-            dominated_by=None if edge == channels else edge,
-        )
+SWEEP = range(8, 137, 4)
 
-    assert channel_step([fact(width) for width in range(8, 137, 4)]) == 16
-    assert channel_step([fact(16)]) is None
+
+def sweep(step: int, noise: float, seed: int) -> list[WidthFact]:
+    """Latency that grows by whole steps of channels."""
+    errors = np.random.default_rng(seed).normal(0, noise, len(SWEEP))
+    return [
+        WidthFact(
+            channels=channels,
+            quiet_ms=(50 + -(-channels // step) * step) / 100 * (1 + error),
+            error_ms=0.001,
+            dominated_by=None,
+        )
+        for channels, error in zip(SWEEP, errors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("step", [8, 16, 32])
+@given(seed=st.integers(0, 1000))
+def test_a_staircase_is_told_through_the_noise(step: int, seed: int) -> None:
+    assert channel_step(sweep(step, noise=0.01, seed=seed)) == step
+
+
+@given(seed=st.integers(0, 1000))
+def test_where_every_channel_costs_there_is_no_staircase(seed: int) -> None:
+    assert channel_step(sweep(1, noise=0.01, seed=seed)) is None
+
+
+def test_two_widths_tell_no_staircase() -> None:
+    assert channel_step(sweep(16, noise=0.0, seed=0)[:2]) is None
 
 
 def test_a_sweep_measures_every_width_and_finds_wider_ones_slower() -> None:

@@ -58,6 +58,15 @@ def assert_same_weights(found: Path, expected: Path) -> None:
     assert different == []
 
 
+# -- recipes ---------------------------------------------------------------------------
+
+
+def test_the_default_recipe_at_its_own_length_is_the_same_recipe() -> None:
+    recipe, same = default_recipe(), default_recipe().scaled(1.0)
+    for index in range(len(recipe.phases)):
+        assert recipe.sha256(index) == same.sha256(index)
+
+
 # -- interruptions ---------------------------------------------------------------------
 
 

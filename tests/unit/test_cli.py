@@ -264,12 +264,12 @@ def test_a_probe_tells_and_draws_operators_widths_and_the_step(
     found = json.loads(outcome.output)
     assert {"ReLU", "squeeze-and-excite"} <= {f["name"] for f in found["operators"]}
     assert len(found["widths"]) > 20
-    assert found["channel_step"] >= 4
+    assert "channel_step" in found
     plot = tmp_path / "probe.svg"
     told = run("probe", "--device", "onnxruntime-cpu", "--plot", plot).told
     drawn = plot.read_text()
     assert all(name in drawn for name in ("squeeze-and-excite", "output channels"))
-    assert "channels come in steps of" in told
+    assert "channels come in steps of" in told or "no steps" in told
     assert "squeeze-and-excite" in told
 
 
