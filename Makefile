@@ -1,5 +1,6 @@
 # make demo   specialise the zoo supernet for this CPU, in an environment without torch
 # make test   lint, types and all tests, in a development environment
+# make oracle our .tflite files against litert-torch, in an environment of its own (1.2 GB)
 # make check  lint and types only
 # make clean  remove what was built; `make distclean` removes .venv as well
 
@@ -7,13 +8,15 @@ PYTHON ?= python3
 
 DEMO := .venv-demo
 DEV := .venv
+ORACLE := .venv-oracle
 # Inside the environment, so that removing it removes the stamp.
 DEMO_STAMP := $(DEMO)/ofa-deploy.stamp
 DEV_STAMP := $(DEV)/ofa-deploy.stamp
+ORACLE_STAMP := $(ORACLE)/ofa-deploy.stamp
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint types pytest clean distclean
+.PHONY: demo test oracle check lint types pytest clean distclean
 .DEFAULT_GOAL := demo
 
 define require_python
@@ -63,8 +66,18 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[openvino,litert,plots,train,dev]'
 	@touch $@
 
+oracle: $(ORACLE_STAMP)
+	$(ORACLE)/bin/python -m pytest tests/oracle
+
+$(ORACLE_STAMP): pyproject.toml constraints.txt
+	$(require_python)
+	@echo "Installing the library and litert-torch into $(ORACLE) (minutes) ..."
+	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
+	@$(ORACLE)/bin/python $(PIP_INSTALL) -e '.[litert-convert,dev]'
+	@touch $@
+
 clean:
 	rm -rf build dist $(DEMO) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 distclean: clean
-	rm -rf $(DEV)
+	rm -rf $(DEV) $(ORACLE)

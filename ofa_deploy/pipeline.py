@@ -59,6 +59,7 @@ VERIFY_SETTINGS = MeasureSettings(
     visits=20,
     runs_per_visit=12,
     warmup_runs=20,
+    warmup_windows=20,
     anchor_repeats=6,
     seed=0,
     target_relative_error=0.01,

@@ -88,6 +88,7 @@ def decode_settings(node: JsonNode) -> MeasureSettings:
             visits=fields["visits"].integer(minimum=2),
             runs_per_visit=fields["runs_per_visit"].integer(minimum=1),
             warmup_runs=fields["warmup_runs"].integer(minimum=1),
+            warmup_windows=fields["warmup_windows"].integer(minimum=1),
             anchor_repeats=fields["anchor_repeats"].integer(minimum=1),
             seed=fields["seed"].integer(minimum=0),
             target_relative_error=fields["target_relative_error"].positive(),

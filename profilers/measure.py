@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -67,6 +68,10 @@ INPUT_COUNT = 8
 # A call and two clock readings take up to 1 µs, and a timer can tick in 0.1 µs.
 MIN_SAMPLE_NS = 50_000
 MAX_INNER_LOOPS = 1024
+
+# The warm-up's last windows, and how far apart their medians may be.
+STEADY_WINDOWS = 3
+STEADY_RATIO = 0.02
 
 # Share of the models that an extra pass visits: those with the largest errors. Small,
 # so that the errors are looked at often; not one by one, to keep visits apart in time.
@@ -297,15 +302,25 @@ def _inputs_for(
 
 
 def _warm_up(bench: _Bench, settings: MeasureSettings, clock: Clock) -> None:
-    durations_ns = [bench.sample_ns(clock) for _ in range(settings.warmup_runs)]
-    # The least of them: the first runs still allocate.
-    duration_ns = min(durations_ns)
+    """Run until it is steady, or long enough; then decide what one sample is."""
+    windows: list[list[int]] = []
+    while len(windows) < settings.warmup_windows and not _steady(windows):
+        windows.append([bench.sample_ns(clock) for _ in range(settings.warmup_runs)])
+    # The least of all: the first runs still allocate.
+    duration_ns = min(map(min, windows))
     if duration_ns < 1:
         raise MeasurementError(
             f"{bench.name!r} takes {duration_ns} ns by this clock; a run must take at "
             "least 1 ns; check that the clock counts in ns and the model does something"
         )
     bench.inner_loops = min(math.ceil(MIN_SAMPLE_NS / duration_ns), MAX_INNER_LOOPS)
+
+
+def _steady(windows: Sequence[Sequence[int]]) -> bool:
+    medians = [statistics.median(window) for window in windows[-STEADY_WINDOWS:]]
+    return len(medians) == STEADY_WINDOWS and max(medians) <= min(medians) * (
+        1 + STEADY_RATIO
+    )
 
 
 def _visit_all(

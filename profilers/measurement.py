@@ -33,7 +33,9 @@ class MeasureSettings:
     Attributes:
         visits: Planned visits of each model, at least 2; they are far apart in time.
         runs_per_visit: Timed runs of one visit.
-        warmup_runs: Untimed runs of each model before the first visit.
+        warmup_runs: Runs of one window of the warm-up, before the first visit.
+        warmup_windows: Windows at most; the warm-up ends when the medians of the last
+            three agree. 1 to wait for nothing.
         anchor_repeats: Repeats of the anchor's kernel for one reading.
         seed: Seed of inputs and order, where the caller makes the generator from it.
         target_relative_error: Standard error at which a latency is precise enough,
@@ -45,6 +47,7 @@ class MeasureSettings:
     visits: int
     runs_per_visit: int
     warmup_runs: int
+    warmup_windows: int
     anchor_repeats: int
     seed: int
     target_relative_error: float
@@ -55,6 +58,7 @@ class MeasureSettings:
             "visits": 2,
             "runs_per_visit": 1,
             "warmup_runs": 1,
+            "warmup_windows": 1,
             "anchor_repeats": 1,
             "seed": 0,
         }
@@ -74,6 +78,7 @@ class MeasureSettings:
             visits=18,
             runs_per_visit=9,
             warmup_runs=5,
+            warmup_windows=1,
             anchor_repeats=6,
             seed=seed,
             target_relative_error=0.015,
@@ -87,6 +92,7 @@ class MeasureSettings:
             visits=22,
             runs_per_visit=12,
             warmup_runs=10,
+            warmup_windows=10,
             anchor_repeats=6,
             seed=seed,
             target_relative_error=0.0075,
@@ -100,6 +106,7 @@ class MeasureSettings:
             visits=28,
             runs_per_visit=25,
             warmup_runs=20,
+            warmup_windows=20,
             anchor_repeats=6,
             seed=seed,
             target_relative_error=0.01,

@@ -336,6 +336,7 @@ def test_models_are_measured_alike_everywhere(case: Case) -> None:
         visits=2,
         runs_per_visit=2,
         warmup_runs=2,
+        warmup_windows=1,
         anchor_repeats=1,
         seed=0,
         target_relative_error=10.0,

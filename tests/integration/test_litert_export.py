@@ -20,6 +20,7 @@ from ofa_deploy.space import SearchSpace
 from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from tests.support import tiny
+from tests.support.litert_models import operators
 
 NETWORKS_PER_SPACE = 10
 SPACES = (mbv3.small(), mbv3.imagenet(), mbv3.imagenet(width=1.2))
@@ -28,18 +29,6 @@ SPACES = (mbv3.small(), mbv3.imagenet(), mbv3.imagenet(width=1.2))
 def plans(space: SearchSpace) -> Iterator[NetworkPlan]:
     for genome in space.sample(NETWORKS_PER_SPACE, np.random.default_rng(0)):
         yield lower(space, space.decode(genome))
-
-
-def operators(model: bytes) -> list[str]:
-    """Names of a model's operators, in order."""
-    names = {
-        code: name
-        for name, code in vars(schema.BuiltinOperator).items()
-        if isinstance(code, int)
-    }
-    content = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(model, 0))
-    codes = [names[code.builtinCode] for code in content.operatorCodes]
-    return [codes[op.opcodeIndex] for op in content.subgraphs[0].operators]
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)

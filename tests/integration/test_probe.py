@@ -26,6 +26,7 @@ QUICK = MeasureSettings(
     visits=4,
     runs_per_visit=5,
     warmup_runs=2,
+    warmup_windows=1,
     anchor_repeats=2,
     seed=0,
     target_relative_error=10.0,

@@ -25,6 +25,7 @@ SETTINGS = MeasureSettings(
     visits=4,
     runs_per_visit=2,
     warmup_runs=1,
+    warmup_windows=1,
     anchor_repeats=1,
     seed=0,
     target_relative_error=10.0,  # no extra visits

@@ -34,6 +34,7 @@ SETTINGS = MeasureSettings(
     visits=3,
     runs_per_visit=3,
     warmup_runs=2,
+    warmup_windows=1,
     anchor_repeats=1,
     seed=0,
     target_relative_error=1.0,

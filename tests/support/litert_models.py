@@ -11,6 +11,18 @@ from ai_edge_litert import schema_py_generated as schema
 from tests.support.profilers_models import INPUT_SHAPE
 
 
+def operators(model: bytes) -> list[str]:
+    """Names of a model's operators, in order."""
+    names = {
+        code: name
+        for name, code in vars(schema.BuiltinOperator).items()
+        if isinstance(code, int)
+    }
+    content = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(model, 0))
+    codes = [names[code.builtinCode] for code in content.operatorCodes]
+    return [codes[op.opcodeIndex] for op in content.subgraphs[0].operators]
+
+
 def conv_tflite(*, free_batch: bool = False, interrupted: bool = False) -> bytes:
     """One 1x1 convolution over the last axis, from `x` to `y` of the same shape.
 

@@ -53,6 +53,7 @@ settings = st.builds(
     visits=st.integers(2, 100),
     runs_per_visit=st.integers(1, 100),
     warmup_runs=st.integers(1, 100),
+    warmup_windows=st.integers(1, 100),
     anchor_repeats=st.integers(1, 100),
     seed=st.integers(0, 2**32),
     target_relative_error=positive,

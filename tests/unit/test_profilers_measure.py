@@ -92,6 +92,36 @@ def test_the_same_seed_gives_the_same_samples() -> None:
     assert measure(seed=5).measurements != measure(seed=6).measurements
 
 
+def first_sample_ratio(settings: MeasureSettings) -> float:
+    """Of a model that takes four times as long at first: first sample over quiet."""
+    clock = FakeClock()
+
+    def warming(now_ns: int) -> float:
+        return 1.0 + 3.0 * float(np.exp(-now_ns / 10_000_000))
+
+    run = measure_models(
+        models(2)[1:],
+        backend=FakeBackend(clock, latency_ns=latency_ns, phases=warming),
+        threads=1,
+        settings=settings,
+        clock=clock,
+        anchor=FakeAnchor(clock),
+        rng=np.random.default_rng(0),
+    )
+    (measurement,) = run.measurements
+    return measurement.samples_ns[0] / latency_ns(b"1")
+
+
+def test_the_warm_up_lasts_until_the_model_is_steady() -> None:
+    patient = MeasureSettings.certify()
+    assert first_sample_ratio(patient) < 1.1
+    assert first_sample_ratio(replace(patient, warmup_windows=1)) > 1.5
+
+
+def test_the_warm_up_of_a_model_that_never_settles_ends() -> None:
+    assert measure(2, settings=MeasureSettings.certify(), noise=0.5).measurements
+
+
 def test_a_sample_of_a_short_model_is_a_mean_long_enough_for_the_timer() -> None:
     clock = FakeClock()
     run = measure_models(
@@ -310,6 +340,7 @@ def test_the_anchor_reads_the_median_of_its_bursts() -> None:
         ("visits", 1),
         ("runs_per_visit", 0),
         ("warmup_runs", 0),
+        ("warmup_windows", 0),
         ("anchor_repeats", 0),
         ("seed", -1),
         ("target_relative_error", 0.0),
