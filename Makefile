@@ -69,11 +69,12 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 oracle: $(ORACLE_STAMP)
 	$(ORACLE)/bin/python -m pytest tests/oracle
 
-$(ORACLE_STAMP): pyproject.toml constraints.txt
+$(ORACLE_STAMP): pyproject.toml constraints-oracle.txt
 	$(require_python)
 	@echo "Installing the library and litert-torch into $(ORACLE) (minutes) ..."
 	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
-	@$(ORACLE)/bin/python $(PIP_INSTALL) -e '.[litert-convert,dev]'
+	@$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-oracle.txt -e '.[litert-convert,dev]'
 	@touch $@
 
 clean:

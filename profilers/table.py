@@ -35,7 +35,7 @@ from profilers.measurement import Measurement, MeasureSettings
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
