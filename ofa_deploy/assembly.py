@@ -17,7 +17,7 @@ from ofa_deploy.bundle import (
     record_files,
     write_manifest,
 )
-from ofa_deploy.dataset import ImageSet
+from ofa_deploy.dataset import ImageSet, Progress
 from ofa_deploy.errors import DataError, DeployError
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.exporting import ExportedNetwork
@@ -35,7 +35,7 @@ from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
 
 SAMPLES_FILE = "latency_samples.json"
-VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime")
+VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime", "pillow")
 NO_PREDICTOR = (
     "the supernet has no accuracy predictor; finish its training with "
     "`ofa-deploy train --resume`"
@@ -69,6 +69,7 @@ def assemble_bundle(
     *,
     supernet: StoredSupernet,
     evaluation: ImageSet | None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Write the bundle, whole or not at all, and open it.
 
@@ -77,6 +78,7 @@ def assemble_bundle(
         network: What goes in.
         supernet: Where the network comes from.
         evaluation: Images to measure the accuracy on; None to predict it.
+        progress: Called with images done and all of them, where accuracy is measured.
 
     Raises:
         BundleError: `out` is not free.
@@ -86,7 +88,9 @@ def assemble_bundle(
     accuracy = (
         predicted_accuracy(supernet, exported)
         if evaluation is None
-        else measured_accuracy(supernet, exported, evaluation, network.runtime)
+        else measured_accuracy(
+            supernet, exported, evaluation, network.runtime, progress=progress
+        )
     )
     plan = exported.plan
     with new_bundle_folder(out) as folder:
@@ -164,6 +168,8 @@ def measured_accuracy(
     exported: ExportedNetwork,
     evaluation: ImageSet,
     runtime: RuntimeSpec,
+    *,
+    progress: Progress | None = None,
 ) -> AccuracyClaim:
     """Top-1 accuracy of the exported file on labelled images.
 
@@ -178,7 +184,9 @@ def measured_accuracy(
     )
     path = exported.folder / exported.model_file
     with get_backend(runtime.backend).load(path, threads=runtime.threads) as session:
-        value = top1_accuracy(session, inputs, evaluation.labels, batch_size=1)
+        value = top1_accuracy(
+            session, inputs, evaluation.labels, batch_size=1, progress=progress
+        )
     margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / len(inputs)))
     return AccuracyClaim(
         kind="measured",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.dataset import ImageSet
+from ofa_deploy.dataset import ImageSet, Progress
 from ofa_deploy.export.onnx import emit_network
 from ofa_deploy.fuse import fuse
 from ofa_deploy.inference import infer
@@ -85,6 +85,7 @@ def top1_accuracy(
     labels: NDArray[np.int64],
     *,
     batch_size: int = EVALUATION_BATCH,
+    progress: Progress | None = None,
 ) -> float:
     """Share of right top-1 predictions, 0..1.
 
@@ -93,10 +94,13 @@ def top1_accuracy(
         inputs: Network inputs `(n, 3, resolution, resolution)`.
         labels: `(n,)`.
         batch_size: Images per run; 1 for a model of static batch 1.
+        progress: Called with images done and all of them.
     """
     correct = 0
     for start in range(0, len(inputs), batch_size):
         batch = inputs[start : start + batch_size]
         logits = infer(session, batch)
         correct += int((logits.argmax(1) == labels[start : start + batch_size]).sum())
+        if progress is not None:
+            progress(start + len(batch), len(inputs))
     return correct / len(inputs)

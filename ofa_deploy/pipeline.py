@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,16 @@ from ofa_deploy.assembly import (
     require_classes,
 )
 from ofa_deploy.bundle import Bundle, require_free
-from ofa_deploy.dataset import load_images
-from ofa_deploy.errors import DataError, DeployError, InfeasibleBudget
-from ofa_deploy.exporting import ExportedNetwork, export_network
+from ofa_deploy.calibration import load_calibration
+from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.errors import (
+    BundleError,
+    DataError,
+    DeployError,
+    InfeasibleBudget,
+    MeasurementError,
+)
+from ofa_deploy.exporting import export_network
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
@@ -41,11 +50,11 @@ from ofa_deploy.search.evolution import (
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target, parse_target
-from ofa_deploy.verify import judge_latency
+from ofa_deploy.verify import LatencyVerdict, judge_latency
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.fresh import measure_in_fresh_process
 from profilers.measure import MeasureSettings
 from profilers.table import LatencyTable
 
@@ -89,18 +98,21 @@ class Specializer:
 
     Args:
         device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
-        supernet: Name in the zoo, or folder of one that was trained.
+        supernet: Name in the zoo, folder of one that was trained, or one that is open.
         table: A latency table's file to use instead of looking for one.
         reprofile: Measure anew even where there is a table.
         cache: Folder of the tables measured on this machine; None for the user's.
         reporter: Told of progress.
+
+    Raises:
+        DeployError: The device, supernet or table cannot be used.
     """
 
     def __init__(
         self,
         device: str,
         *,
-        supernet: str | Path = DEFAULT_SUPERNET,
+        supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
         table: Path | None = None,
         reprofile: bool = False,
         cache: Path | None = None,
@@ -112,7 +124,9 @@ class Specializer:
         # Fails early, and with the cure, where the runtime is missing.
         self.runtime = self.backend.runtime(threads=self.target.threads)
         self.device = this_device(accelerator=self.backend.accelerator())
-        self.supernet: StoredSupernet = open_supernet(supernet)
+        self.supernet: StoredSupernet = _opened(supernet)
+        if self.supernet.accuracy is None:  # before the profiling, not after it
+            raise DeployError(NO_PREDICTOR)
         self.table: LatencyTable = self._find_table(
             table, reprofile=reprofile, cache=cache or cache_folder()
         )
@@ -144,7 +158,14 @@ class Specializer:
             journal_path=journal_path,
             progress=self.reporter.advance,
         )
-        table.save(path)
+        try:
+            table.save(path)
+        except OSError as error:
+            raise MeasurementError(
+                f"the latency table cannot be written to {path}: {error}. What was "
+                f"measured is kept in {journal_path.name} beside it; free space and "
+                "run this again"
+            ) from error
         journal_path.unlink()
         return table
 
@@ -190,7 +211,7 @@ class Specializer:
         *,
         out: str | Path,
         calibration: str | Path | NDArray[np.uint8] | None = None,
-        eval_data: str | Path | None = None,
+        eval_data: str | Path | ImageSet | None = None,
         seed: int = 0,
     ) -> Bundle:
         """Search, export, verify and time; return what was shown to meet the budget.
@@ -199,7 +220,7 @@ class Specializer:
             latency_ms: Budget for the quiet-state latency of one image.
             out: Folder of the bundle; must not exist, or be empty.
             calibration: Images for the batch-norm statistics instead of the supernet's
-                own: a data set's path, or `(n, H, W, 3)` uint8.
+                own: a folder, .zip or .npz, or `(n, H, W, 3)` uint8.
             eval_data: Labelled images to measure the accuracy on; None to predict it.
             seed: Of the search.
 
@@ -207,59 +228,58 @@ class Specializer:
             SpaceError: The budget is not a positive number.
             InfeasibleBudget: No network meets it, by prediction or by measurement.
             ParityError: An exported file computes something else.
-            BundleError: The output folder is not free.
+            BundleError: The output folder is not free, or cannot be written.
         """
         require_budget(latency_ms)
         out = Path(out)
         require_free(out)
-        images = self._calibration_images(calibration)
-        evaluation = None if eval_data is None else load_images(Path(eval_data))[0]
-        if evaluation is not None:  # before the work, not after it
-            require_classes(evaluation, self.supernet)
+        images, evaluation = read_inputs(
+            self.supernet,
+            calibration=calibration,
+            eval_data=eval_data,
+            reporter=self.reporter,
+        )
         limit_ms = latency_ms / self.predictor.upper_ratio
-        fastest_ms = float("inf")
-        for _ in range(MAX_CANDIDATES):
+        fastest = self._fastest_config(seed=seed)
+        for number in range(MAX_CANDIDATES):
             self.reporter.begin("searching")
             config = self._next_config(latency_ms, limit_ms=limit_ms, seed=seed)
-            plan = lower(self.supernet.space, config)
-            with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
-                self.reporter.begin("exporting and checking")
-                exported = export_network(
-                    self.supernet,
-                    plan,
-                    calibration=images,
-                    target=self.target,
-                    folder=Path(folder),
-                )
-                self.reporter.begin("timing the exported file")
-                measurement = self._time(exported)
-                verdict = judge_latency(measurement, budget_ms=latency_ms)
+            if number == MAX_CANDIDATES - 1:
+                config = fastest
+            with _writing(out), self._timed(config, images, latency_ms) as network:
+                verdict = judge_latency(network.measurement, budget_ms=latency_ms)
                 if verdict.meets_budget:
                     self.reporter.begin("writing the bundle")
-                    network = VerifiedNetwork(
-                        exported=exported,
-                        measurement=measurement,
-                        predicted=self.predictor.estimate(config),
-                        budget_ms=latency_ms,
-                        device=self.device,
-                        runtime=self.runtime,
-                    )
                     return assemble_bundle(
-                        out, network, supernet=self.supernet, evaluation=evaluation
+                        out,
+                        network,
+                        supernet=self.supernet,
+                        evaluation=evaluation,
+                        progress=self.reporter.advance,
                     )
-            fastest_ms = min(fastest_ms, verdict.upper_ms)
+            if config == fastest:
+                raise self._refusal(verdict)
+            if number == 0:
+                # Whether any network can meet the budget is told before more are tried.
+                with _writing(out), self._timed(fastest, images, latency_ms) as network:
+                    least = judge_latency(network.measurement, budget_ms=latency_ms)
+                if not least.meets_budget:
+                    raise self._refusal(least)
             # Aim lower by as much as this one came out too slow, and a little more; a
             # single bad timing must not throw the search far down.
             excess = min(verdict.upper_ms / latency_ms, MAX_EXCESS)
             limit_ms = self.predictor.estimate(config).ms / excess * BUDGET_STEP
-        raise InfeasibleBudget(
-            f"{MAX_CANDIDATES} exported networks were timed and none met "
-            f"{latency_ms:g} ms; the fastest took up to {fastest_ms:.4g} ms, its "
-            "uncertainty included. The machine may "
-            "be busy (see `ofa-deploy doctor`), or the latency table out of date "
-            "(`ofa-deploy profile`)",
-            budget_ms=latency_ms,
-            fastest_ms=fastest_ms,
+        raise AssertionError("the last candidate is the fastest network")
+
+    def _refusal(self, fastest: LatencyVerdict) -> InfeasibleBudget:
+        return InfeasibleBudget(
+            f"no network of {self.supernet.space.name} meets {fastest.budget_ms:g} ms "
+            f"on {self.target.backend} here: the fastest, exported and timed, took up "
+            f"to {fastest.upper_ms:.4g} ms, its uncertainty included. Ask for more; or "
+            "the machine may be busy (see `ofa-deploy doctor`), or the latency table "
+            "out of date (`ofa-deploy profile`)",
+            budget_ms=fastest.budget_ms,
+            fastest_ms=fastest.upper_ms,
         )
 
     def _next_config(
@@ -282,33 +302,100 @@ class Specializer:
                     budget_ms=budget_ms,
                     fastest_ms=error.fastest_ms,
                 ) from error
-            result = self.search(error.fastest_ms * (1 + 1e-9), seed=seed)
+            return self._fastest_config(seed=seed)
         return self.supernet.space.decode(result.genomes[0])
 
-    def _calibration_images(
-        self, given: str | Path | NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
-        if isinstance(given, np.ndarray):
-            return given
-        if given is not None:
-            return load_images(Path(given))[0].images
-        if self.supernet.calibration is None:
+    def _fastest_config(self, *, seed: int) -> SubnetConfig:
+        genome, _, _ = descend_to_fastest(
+            self._problem(budget_ms=1.0), np.random.default_rng(seed)
+        )
+        return self.supernet.space.decode(genome)
+
+    @contextmanager
+    def _timed(
+        self, config: SubnetConfig, images: NDArray[np.uint8], budget_ms: float
+    ) -> Iterator[VerifiedNetwork]:
+        """Export a network and time the file; its folder vanishes afterwards."""
+        plan = lower(self.supernet.space, config)
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+            self.reporter.begin("exporting and checking")
+            exported = export_network(
+                self.supernet,
+                plan,
+                calibration=images,
+                target=self.target,
+                folder=Path(folder),
+            )
+            self.reporter.begin("timing the exported file")
+            measurement = measure_in_fresh_process(
+                exported.folder / exported.model_file,
+                backend_name=self.target.backend,
+                threads=self.target.threads,
+                settings=VERIFY_SETTINGS,
+                processes=VERIFY_PROCESSES,
+                beta=self.table.beta,
+                anchor_reference_ns=self.table.anchor_reference_ns,
+                progress=self.reporter.advance,
+            )
+            yield VerifiedNetwork(
+                exported=exported,
+                measurement=measurement,
+                predicted=self.predictor.estimate(config),
+                budget_ms=budget_ms,
+                device=self.device,
+                runtime=self.runtime,
+            )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say where a disk was full, or closed, and that nothing is left."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"the bundle cannot be written to {out}: {error}. Nothing was left there; "
+            "free space, or name another folder, and run this again"
+        ) from error
+
+
+def read_inputs(
+    supernet: StoredSupernet,
+    *,
+    calibration: str | Path | NDArray[np.uint8] | None,
+    eval_data: str | Path | ImageSet | None,
+    reporter: Reporter,
+) -> tuple[NDArray[np.uint8], ImageSet | None]:
+    """The images to calibrate with, and those to measure the accuracy on.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    images, evaluation = calibration, eval_data
+    if images is None:
+        if supernet.calibration is None:
             raise DataError(
                 "the supernet has no calibration images of its own; give some with "
                 "`calibration=` (`--calibration`): a few hundred of what it will see"
             )
-        return self.supernet.calibration
-
-    def _time(self, exported: ExportedNetwork) -> FreshMeasurement:
-        return measure_in_fresh_process(
-            exported.folder / exported.model_file,
-            backend_name=self.target.backend,
-            threads=self.target.threads,
-            settings=VERIFY_SETTINGS,
-            processes=VERIFY_PROCESSES,
-            beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
+        images = supernet.calibration
+    if not isinstance(images, np.ndarray):
+        reporter.begin("reading calibration images")
+        images = load_calibration(
+            Path(images),
+            size=max(supernet.space.resolutions),
+            progress=reporter.advance,
         )
+    if isinstance(evaluation, str | Path):
+        reporter.begin("reading evaluation images")
+        evaluation, _ = load_images(Path(evaluation), progress=reporter.advance)
+    if evaluation is not None:
+        require_classes(evaluation, supernet)
+    return images, evaluation
+
+
+def _opened(supernet: str | Path | StoredSupernet) -> StoredSupernet:
+    return supernet if isinstance(supernet, StoredSupernet) else open_supernet(supernet)
 
 
 def specialize(
@@ -316,9 +403,9 @@ def specialize(
     *,
     latency_ms: float,
     out: str | Path,
-    supernet: str | Path = DEFAULT_SUPERNET,
+    supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
     calibration: str | Path | NDArray[np.uint8] | None = None,
-    eval_data: str | Path | None = None,
+    eval_data: str | Path | ImageSet | None = None,
     table: Path | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
@@ -331,9 +418,9 @@ def specialize(
         device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
         latency_ms: Budget for the quiet-state latency of one image.
         out: Folder of the bundle; must not exist, or be empty.
-        supernet: Name in the zoo, or folder of one that was trained.
+        supernet: Name in the zoo, folder of one that was trained, or one that is open.
         calibration: Images for the batch-norm statistics instead of the supernet's
-            own: a data set's path, or `(n, H, W, 3)` uint8.
+            own: a folder, .zip or .npz, or `(n, H, W, 3)` uint8.
         eval_data: Labelled images to measure the accuracy on; None to predict it.
         table: A latency table's file to use instead of looking for one.
         seed: Of the search.
@@ -345,7 +432,14 @@ def specialize(
     """
     require_budget(latency_ms)
     require_free(Path(out))
-    session = Specializer(device, supernet=supernet, table=table, reporter=reporter)
+    parse_target(device)
+    reporter = reporter or Silent()
+    opened = _opened(supernet)
+    # What is wrong with them is told before the profiling, not after it.
+    images, evaluation = read_inputs(
+        opened, calibration=calibration, eval_data=eval_data, reporter=reporter
+    )
+    session = Specializer(device, supernet=opened, table=table, reporter=reporter)
     return session.specialize(
-        latency_ms, out=out, calibration=calibration, eval_data=eval_data, seed=seed
+        latency_ms, out=out, calibration=images, eval_data=evaluation, seed=seed
     )

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -148,6 +148,7 @@ def measure_in_fresh_process(
     anchor_reference_ns: float | None = None,
     timeout_s: float | None = None,
     interpreter: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> FreshMeasurement:
     """Time a model file in fresh interpreter processes, one after the other.
 
@@ -162,6 +163,7 @@ def measure_in_fresh_process(
             along makes the model look slow.
         timeout_s: For one process; None allows for `settings` and the start.
         interpreter: Python to run; None takes this one.
+        progress: Called with processes done and all of them.
 
     Raises:
         RunFailed: A process failed, crashed, or took too long.
@@ -170,25 +172,15 @@ def measure_in_fresh_process(
         raise ValueError(f"processes={processes}; give at least 1")
     if timeout_s is None:
         timeout_s = settings.max_seconds + STARTUP_ALLOWANCE_S
-    reports = [
-        _run_process(
-            [
-                interpreter or sys.executable,
-                "-m",
-                "profilers",
-                "measure",
-                str(model_path),
-                "--backend",
-                backend_name,
-                "--threads",
-                str(threads),
-                "--settings",
-                json.dumps({**encode_flat(settings), "seed": settings.seed + number}),
-            ],
-            timeout_s=timeout_s,
-        )
-        for number in range(processes)
-    ]
+    reports = []
+    for number in range(processes):
+        seeded = {**encode_flat(settings), "seed": settings.seed + number}
+        command = [interpreter or sys.executable, "-m", "profilers", "measure"]
+        command += [str(model_path), "--backend", backend_name]
+        command += ["--threads", str(threads), "--settings", json.dumps(seeded)]
+        reports.append(_run_process(command, timeout_s=timeout_s))
+        if progress is not None:
+            progress(number + 1, processes)
     return pool_reports(
         reports,
         settings=settings,

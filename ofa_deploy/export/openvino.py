@@ -16,15 +16,19 @@ def write_ir(model: bytes, xml_path: Path) -> None:
     Raises:
         MissingDependency: OpenVINO is not installed.
         ModelRejected: OpenVINO does not read the model.
+        OSError: The files cannot be written.
     """
     openvino = import_openvino()
     try:
         converted = openvino.Core().read_model(model=model, weights=b"")
         _name_by_place(converted)
-        # The default halves the weights' precision, and parity with it.
-        openvino.save_model(converted, str(xml_path), compress_to_fp16=False)
     except Exception as error:  # the runtime's classes differ by version
         raise ModelRejected(f"OpenVINO cannot convert the model: {error}") from error
+    try:
+        # The default halves the weights' precision, and parity with it.
+        openvino.save_model(converted, str(xml_path), compress_to_fp16=False)
+    except Exception as error:
+        raise OSError(f"OpenVINO cannot write {xml_path}: {error}") from error
 
 
 def _name_by_place(model: Any) -> None:

@@ -126,7 +126,7 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 66 epochs, 42 of them on the full network alone."""
+    """Progressive shrinking in 64 epochs, 42 of them on the full network alone."""
     return Recipe(
         phases=(
             Phase(
@@ -178,7 +178,7 @@ def default_recipe() -> Recipe:
             ),
             Phase(
                 name="width2",
-                epochs=12,
+                epochs=10,
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=4,

@@ -1,0 +1,120 @@
+"""A user's own images for batch-norm statistics: no labels, any sizes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress
+from ofa_deploy.errors import DataError
+from ofa_deploy.preprocess import resize
+
+# Statistics of more images are no better, and take longer.
+MOST_IMAGES = 2_000
+_SHOWN = 5
+
+Read = Callable[[], bytes]
+
+
+def load_calibration(
+    path: Path, *, size: int, progress: Progress | None = None
+) -> NDArray[np.uint8]:
+    """Read images to calibrate with.
+
+    Args:
+        path: A folder or .zip with images anywhere below, or an .npz with `images`
+            `(count, height, width, 3)` uint8.
+        size: Height and width to resize to, as `Bundle.predict` does.
+        progress: Called with (done, total).
+
+    Returns:
+        `(n, size, size, 3)` uint8; at most `MOST_IMAGES`, evenly over the names.
+
+    Raises:
+        DataError: Nothing there, or an image that cannot be read.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a folder, .zip or .npz of images")
+    if path.suffix == ".npz":
+        return resize(_thinned(_npz_images(path)), size)
+    if path.is_dir():
+        found = {
+            file.relative_to(path).as_posix(): file.read_bytes
+            for file in path.rglob("*")
+            if file.is_file()
+        }
+        return _decode(path, found, size, progress)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = {name: partial(archive.read, name) for name in archive.namelist()}
+            return _decode(path, members, size, progress)
+    raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+
+
+def _decode(
+    path: Path, files: Mapping[str, Read], size: int, progress: Progress | None
+) -> NDArray[np.uint8]:
+    names = sorted(name for name in files if _is_image(name))
+    if not names:
+        raise DataError(
+            f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}); give a few hundred "
+            "of what the network will see"
+        )
+    chosen = [names[index] for index in _spread(len(names))]
+    images, bad = [], []
+    for done, name in enumerate(chosen, start=1):
+        try:
+            with Image.open(io.BytesIO(files[name]())) as image:
+                images.append(resize(np.asarray(image.convert("RGB"))[None], size)[0])
+        except Exception:  # Pillow raises many classes for a damaged file
+            bad.append(name)
+        if progress is not None:
+            progress(done, len(chosen))
+    if bad:
+        shown = ", ".join(bad[:_SHOWN]) + (", …" if len(bad) > _SHOWN else "")
+        raise DataError(
+            f"{path}: {len(bad)} of {len(chosen)} images cannot be read ({shown}); "
+            "repair or remove them"
+        )
+    return np.stack(images)
+
+
+def _is_image(name: str) -> bool:
+    """Whether it is one by its name, and not hidden, as a Mac's copies are."""
+    parts = Path(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    return np.unique(
+        np.linspace(0, count - 1, min(count, MOST_IMAGES)).astype(np.int64)
+    )
+
+
+def _thinned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return images[_spread(len(images))]
+
+
+def _npz_images(path: Path) -> NDArray[np.uint8]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["images"]
+    except Exception as error:  # numpy and zipfile raise many classes here
+        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(
+            f"{path}: images must be uint8 of shape (count, height, width, 3); got "
+            f"{images.dtype} of shape {images.shape}"
+        )
+    if not len(images):
+        raise DataError(f"{path} holds no images")
+    found: NDArray[np.uint8] = images
+    return found
