@@ -6,6 +6,7 @@ goes on after a kill.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,14 +21,21 @@ from ofa_deploy.evaluation import Evaluator
 from ofa_deploy.nn.supernet import Supernet, new_supernet
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.accuracy import AccuracySample, fit_accuracy_predictor
-from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
+from ofa_deploy.stored import (
+    CALIBRATION_FILE,
+    WEIGHTS_FILE,
+    StoredSupernet,
+    read_supernet,
+    write_supernet,
+)
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.calibration_set import synthesise_images
 from ofa_deploy.train.evaluate import collect_statistics, recalibrate_supernet
 from profilers.backends.base import Backend
 
 CALIBRATION_COUNT = 500
-SAMPLE_COUNT = 400
+# Of these, a fifth is held out to judge the predictor by.
+SAMPLE_COUNT = 500
 SAMPLES_JOURNAL = "accuracy-samples.jsonl"
 _STATISTICS_IMAGES = 2_000
 _BATCH = 200
@@ -68,10 +76,13 @@ def finish_supernet(
         )
         supernet = replace(supernet, calibration=images)
         write_supernet(target, supernet)
+    if supernet.accuracy is not None:
+        return supernet
     sample = _sample_accuracies(
         supernet,
         validation,
         journal=folder / SAMPLES_JOURNAL,
+        subject=_digest(target),
         count=sample_count,
         backend=backend,
         threads=threads,
@@ -142,13 +153,17 @@ def _sample_accuracies(
     validation: ImageSet,
     *,
     journal: Path,
+    subject: str,
     count: int,
     backend: Backend,
     threads: int,
     seed: int,
     progress: Progress | None,
 ) -> AccuracySample:
-    """Measure random networks, one line of a journal each."""
+    """Measure random networks, one line of a journal each.
+
+    `subject` is what the accuracies are of; lines of another subject do not count.
+    """
     space = stored.space
     rng = np.random.default_rng(seed)
     # The extremes too: a predictor is asked about them, and they are rare draws.
@@ -156,7 +171,7 @@ def _sample_accuracies(
     drawn = np.concatenate([np.stack(extremes), space.sample(2 * count, rng)])
     _, first = np.unique(drawn, axis=0, return_index=True)
     genomes = drawn[np.sort(first)[:count]]
-    done = _read_journal(journal)
+    done = _read_journal(journal, subject)
     evaluator = Evaluator(
         stored,
         data=validation,
@@ -172,7 +187,11 @@ def _sample_accuracies(
             config = space.decode(genome)
             if config.id not in done:
                 done[config.id] = evaluator.accuracy(lower(space, config))
-                line = {"id": config.id, "accuracy": done[config.id]}
+                line = {
+                    "id": config.id,
+                    "accuracy": done[config.id],
+                    "subject": subject,
+                }
                 file.write(json.dumps(line) + "\n")
                 file.flush()
             accuracies.append(done[config.id])
@@ -183,14 +202,21 @@ def _sample_accuracies(
     )
 
 
-def _read_journal(path: Path) -> dict[str, float]:
+def _digest(folder: Path) -> str:
+    """Of all that a network's accuracy depends on: weights and calibration images."""
+    files = (folder / WEIGHTS_FILE, folder / CALIBRATION_FILE)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _read_journal(path: Path, subject: str) -> dict[str, float]:
     if not path.exists():
         return {}
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            found[str(entry["id"])] = float(entry["accuracy"])
+            if entry["subject"] == subject:
+                found[str(entry["id"])] = float(entry["accuracy"])
         except (ValueError, KeyError, TypeError):
             continue  # the line that a kill cut off: its network is measured again
     return found

@@ -12,20 +12,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import TrainingError
+from ofa_deploy.errors import DeployError, TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
-from ofa_deploy.stored import StoredSupernet, write_supernet
+from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -246,22 +247,28 @@ class ProgressiveTraining:
             self._run_phase(phase, progress)
             self._write_phase_result(phase)
             self._enter_phase(self._phase_index + 1)
-            if phase.name == self.settings.stop_after:
+            if phase.name == self.settings.stop_after and not self.is_complete:
                 return
         self._export()
 
     def _export(self) -> None:
-        """Write the finished supernet as specialising reads it."""
+        """Write the finished supernet as specialising reads it.
+
+        One with the same weights is left as it is: more may have been added to it.
+        """
+        folder = self.settings.folder / SUPERNET_FOLDER
         tensors = self.supernet.state_dict()
-        write_supernet(
-            self.settings.folder / SUPERNET_FOLDER,
-            StoredSupernet(
-                space=self.space,
-                weights={k: v.detach().float().numpy() for k, v in tensors.items()},
-                normalisation=self.images.normalisation,
-                class_names=self.images.training.class_names,
-            ),
-        )
+        weights = {k: v.detach().float().numpy() for k, v in tensors.items()}
+        if not _holds(folder, weights):
+            write_supernet(
+                folder,
+                StoredSupernet(
+                    space=self.space,
+                    weights=weights,
+                    normalisation=self.images.normalisation,
+                    class_names=self.images.training.class_names,
+                ),
+            )
 
     def _enter_phase(self, index: int) -> None:
         """Do what happens once before a phase's first step, and save."""
@@ -417,6 +424,17 @@ class ProgressiveTraining:
         }
         with (self.settings.folder / LOG_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _holds(folder: Path, weights: Mapping[str, NDArray[np.float32]]) -> bool:
+    """Whether a supernet with these weights is in a folder, undamaged."""
+    try:
+        stored = read_supernet(folder).weights
+    except DeployError:
+        return False
+    return stored.keys() == weights.keys() and all(
+        np.array_equal(stored[name], array) for name, array in weights.items()
+    )
 
 
 def _sample(

@@ -19,7 +19,7 @@ from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SubnetConfig
-from ofa_deploy.stored import StoredSupernet, read_supernet
+from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
 from ofa_deploy.train import finish, progressive
 from ofa_deploy.train.checkpoint import Checkpoint, read_checkpoint
 from ofa_deploy.train.finish import finish_supernet
@@ -466,12 +466,21 @@ def test_measured_accuracies_are_of_different_networks_and_the_extremes(
     assert samples.image_count == 9
 
 
-def test_finishing_goes_on_after_its_journal_was_cut_off(copied: Path) -> None:
-    whole = finished(copied)
-    journal = copied / finish.SAMPLES_JOURNAL
+def cut_off(folder: Path) -> None:
+    """Leave a finished folder as if it had been killed in its eighth accuracy."""
+    supernet = read_supernet(folder / SUPERNET_FOLDER)
+    write_supernet(
+        folder / SUPERNET_FOLDER, replace(supernet, accuracy=None, samples=None)
+    )
+    journal = folder / finish.SAMPLES_JOURNAL
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 12
     journal.write_text("".join(lines[:7]) + lines[7][:15])
+
+
+def test_finishing_goes_on_after_its_journal_was_cut_off(copied: Path) -> None:
+    whole = finished(copied)
+    cut_off(copied)
     again = finished(copied)
     assert whole.samples is not None
     assert again.samples is not None
@@ -481,17 +490,28 @@ def test_finishing_goes_on_after_its_journal_was_cut_off(copied: Path) -> None:
 
 def test_a_cut_off_journal_is_whole_after_going_on(copied: Path) -> None:
     finished(copied)
-    journal = copied / finish.SAMPLES_JOURNAL
-    lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:7]) + lines[7][:15])
+    cut_off(copied)
     finished(copied)
     names = set()
-    for line in journal.read_text().splitlines():
+    for line in (copied / finish.SAMPLES_JOURNAL).read_text().splitlines():
         try:
             names.add(json.loads(line)["id"])
         except ValueError:
             continue
     assert len(names) == 12
+
+
+def test_accuracies_of_other_weights_do_not_count(copied: Path) -> None:
+    whole = finished(copied)
+    cut_off(copied)
+    journal = copied / finish.SAMPLES_JOURNAL
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[:7]]
+    others = [{**line, "accuracy": 2.0, "subject": "another"} for line in lines]
+    journal.write_text("".join(f"{json.dumps(line)}\n" for line in others))
+    again = finished(copied)
+    assert whole.samples is not None
+    assert again.samples is not None
+    assert np.array_equal(whole.samples.accuracy, again.samples.accuracy)
 
 
 def test_finishing_again_measures_nothing_again(copied: Path) -> None:
@@ -500,6 +520,19 @@ def test_finishing_again_measures_nothing_again(copied: Path) -> None:
     before = journal.read_text()
     finished(copied)
     assert journal.read_text() == before
+
+
+def test_resuming_a_finished_run_leaves_its_supernet_as_it_is(copied: Path) -> None:
+    sha256 = finished(copied).sha256
+    training(copied, resume=True).run()
+    assert read_supernet(copied / SUPERNET_FOLDER).sha256 == sha256
+
+
+def test_stopping_after_the_last_phase_is_finishing(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", stop_after=RECIPE.phases[-1].name)
+    run.run()
+    assert run.is_complete
+    read_supernet(tmp_path / "run" / SUPERNET_FOLDER)
 
 
 def test_a_sampled_accuracy_is_that_of_the_network(copied: Path) -> None:
