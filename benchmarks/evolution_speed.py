@@ -19,6 +19,7 @@ from ofa_deploy.predict.accuracy import (
     fit_accuracy_predictor,
 )
 from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios
+from ofa_deploy.search.dominance import promotion
 from ofa_deploy.search.evolution import Evolution, SearchProblem
 from ofa_deploy.space import Genomes, SearchSpace
 
@@ -73,7 +74,8 @@ def main() -> None:
     section.text(
         f"Population {evolution.population}, {evolution.generations} generations on "
         f"`{space.name}` ({space.count():.1e} networks), the accuracy predictor with "
-        "one member and with as many as are shipped, random weights and block times; "
+        "one member and with as many as are shipped, random weights and block times, "
+        "dominated widths left out as `specialize` does; "
         f"median of {REPEATS} seeds. The plain loop breeds and predicts one network "
         "at a time, by the same rules."
     )
@@ -111,6 +113,7 @@ def random_problem(space: SearchSpace, *, members: int) -> SearchProblem:
         accuracy=accuracy.predict,
         latency_ms=latency.predict_ms,
         budget_ms=float(np.median(drawn)),
+        promotion=promotion(space, latency.slot_ms),
     )
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "latency_range",
     "budgets",
     "specialize_time",
+    "demo_time",
     "export_speed",
     "evolution_speed",
     "small_geometry",

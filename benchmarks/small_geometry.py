@@ -44,7 +44,7 @@ from profilers.measurement import Measurement, MeasureSettings, ModelUnderTest
 
 SEED = 6
 SETTINGS = MeasureSettings.certify(seed=SEED)
-CHOSEN = "dense 48-96, depthwise 160"
+CHOSEN = "dense 64-128, depthwise 192"
 
 
 def candidates() -> dict[str, SearchSpace]:
@@ -57,15 +57,15 @@ def candidates() -> dict[str, SearchSpace]:
 
     return {
         CHOSEN: chosen,
-        "dense 64-128, expand 3, depthwise 192 twice": rival(
-            replace(first, out_channels=64, expands=(1, 2, 3)),
-            replace(second, out_channels=128, expands=(1, 2, 3)),
-            replace(last, out_channels=192, depths=(1, 2)),
+        "dense 48-96, depthwise 160": rival(
+            replace(first, out_channels=48),
+            replace(second, out_channels=96),
+            replace(last, out_channels=160),
         ),
-        "dense 64, expand 3, depthwise 128-192": rival(
-            replace(first, out_channels=64, expands=(1, 2, 3)),
-            replace(last, out_channels=128, expands=(1, 2, 3), depths=(2, 3)),
-            replace(last, out_channels=192, depths=(2, 3)),
+        "dense 64, depthwise 128-192": rival(
+            first,
+            replace(last, out_channels=128, expands=(1, 2, 3)),
+            last,
         ),
         "depthwise 24-48-96, expand 4-4-6": rival(
             _depthwise(24, (2, 3, 4), "relu", squeeze_excite=False),

@@ -87,11 +87,11 @@ def imagenet(*, width: float = 1.0, class_count: int = 1000) -> SearchSpace:
 
 
 def small(*, class_count: int = 10) -> SearchSpace:
-    """The geometry for 32×32 images, chosen on trainings of two or three epochs.
+    """The geometry for 32×32 images: two dense stages, then a depthwise one.
 
-    Two dense stages, then a depthwise one on the smallest maps, where its few blocks
-    already take a quarter of a training step. The comparison is
-    `benchmarks/small_geometry.py`.
+    Dense convolutions train and run faster on CPUs where maps are large; on the
+    smallest maps depthwise ones cost little. `benchmarks/small_geometry.py` compares it
+    with others.
     """
     return SearchSpace(
         name="mbv3-small",

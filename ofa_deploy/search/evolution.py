@@ -149,8 +149,8 @@ class Evolution:
             )
         drawn = _promoted(problem, space.sample(self.population * 10, rng))
         latency = problem.latency_ms(drawn)
-        # The closest to the budget from below; where few fit, the fastest one's
-        # neighbourhood fills up by breeding.
+        # Any that fit, then those that exceed the budget least; where few fit, the
+        # fastest one's neighbourhood fills up by breeding.
         order = np.argsort(np.maximum(latency - problem.budget_ms, 0), kind="stable")
         chosen = drawn[order[: self.population - 1]]
         return np.concatenate([fastest[None], chosen]), evaluated + len(drawn)
