@@ -30,8 +30,8 @@ budget_ms = session.reachable().middle_ms
 bundle = session.specialize(budget_ms, out=out)
 print(json.dumps([budget_ms, bundle.manifest.config_id]))
 """
-# A budget that no network is predicted to meet; and one that a table which promises half
-# of what it measured says can be met, so that a file must be timed to refuse it.
+# A budget that no network is predicted to meet; and one that can be met by a table that
+# promises half of what it measured, so that files must be timed to refuse it.
 REFUSALS = """
 import json, sys, time
 from dataclasses import replace
@@ -94,8 +94,8 @@ def main() -> None:
         "Wall time of a whole process, interpreter and imports included, for a budget "
         f"of {budget_ms:.4f} ms, the geometric middle of what is reachable "
         f"(`{config_id}` at first). Every process times its exported file in three "
-        "further ones. Refusals are timed from the call on, with the table; the second is "
-        "of a table whose latencies were halved, so that prediction says yes."
+        "further ones. Refusals are timed from the call on, with the table; the second "
+        "is of a table whose latencies were halved, so that prediction says yes."
     )
     section.table(
         ["start", "seconds", "all runs"],
