@@ -34,6 +34,7 @@ ORDER = (
     "evolution_speed",
     "small_geometry",
     "latency_predictor",
+    "repeatability",
 )
 PACKAGES = ("ofa-deploy", "numpy", "onnxruntime", "openvino")
 PASSED, MISSED = "- **passed**: ", "- **missed**: "
