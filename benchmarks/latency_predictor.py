@@ -28,6 +28,7 @@ from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.execute import execute
 from profilers.journal import Journal
+from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
 from profilers.table import LatencyTable
@@ -159,7 +160,11 @@ def measure_held_out(
         networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
     )
     path = args.work / f"held-out-{backend_name}-{number}.journal"
-    subject = {"backend": backend_name, "networks": len(names), "run": number}
+    subject: dict[str, Json] = {
+        "backend": backend_name,
+        "networks": len(names),
+        "run": number,
+    }
     with Journal(path, subject=subject) as journal, StageBar(console) as bar:
         bar.begin(f"held-out networks on {backend_name}, run {number}")
         order = WorkOrder(
