@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 
 from ofa_deploy.errors import TrainingError
@@ -112,8 +113,11 @@ class Recipe:
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the epochs, at least 1 a phase."""
-        if not factor > 0:
-            raise TrainingError(f"epochs scale {factor} must be above 0")
+        if not 0 < factor < math.inf:
+            raise TrainingError(
+                f"epochs scale {factor} must be a finite number above 0; 1 is the "
+                "recipe's own length"
+            )
         phases = tuple(
             replace(
                 phase,
@@ -126,7 +130,7 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 64 epochs, 42 of them on the full network alone."""
+    """Progressive shrinking in 68 epochs, 42 of them on the full network alone."""
     return Recipe(
         phases=(
             Phase(
@@ -178,7 +182,7 @@ def default_recipe() -> Recipe:
             ),
             Phase(
                 name="width2",
-                epochs=10,
+                epochs=14,
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=4,
