@@ -27,7 +27,6 @@ from ofa_deploy.verify import (
     ParityReport,
     compare_outputs,
     require_parity,
-    run_one_by_one,
 )
 from profilers.backends import get_backend
 from profilers.backends.base import Session
@@ -115,12 +114,13 @@ class Bundle:
         Raises:
             BundleError: A file is missing.
             DigestMismatch: A file was changed.
+            FormatError: The model or the recorded outputs do not fit the manifest.
             ParityError: The outputs differ.
         """
         self.check_digests()
         inputs, outputs = self._read_reference()
-        found = run_one_by_one(self._open_session(), inputs)
-        report = compare_outputs(found, outputs)
+        found = [self._infer(inputs[i : i + 1]) for i in range(len(inputs))]
+        report = compare_outputs(np.concatenate(found), outputs)
         require_parity(report, what=f"{self.manifest.model_file} on this machine")
         return report
 
@@ -133,16 +133,22 @@ class Bundle:
         try:
             reference = load_tensors((self.path / REFERENCE_FILE).read_bytes())
             inputs, outputs = reference[INPUT_NAME], reference[OUTPUT_NAME]
-        except (SafetensorError, KeyError) as error:
+        # Of a type that numpy lacks, and of a missing tensor, a KeyError tells.
+        except (SafetensorError, KeyError, ValueError) as error:
             raise FormatError(
                 f"{REFERENCE_FILE} is damaged: {error}", path=""
             ) from error
-        expected = (len(inputs), len(self.manifest.class_names))
-        if not len(inputs) or outputs.shape != expected:
+        class_count = len(self.manifest.class_names)
+        if not (
+            inputs.dtype == outputs.dtype == np.float32
+            and inputs.ndim == 4
+            and len(inputs) > 0
+            and outputs.shape == (len(inputs), class_count)
+        ):
             raise FormatError(
-                f"{REFERENCE_FILE} is damaged: {len(inputs)} images and outputs of "
-                f"shape {outputs.shape}; {len(self.manifest.class_names)} outputs for "
-                "each of at least 1 image belong there",
+                f"{REFERENCE_FILE} is damaged: images {inputs.dtype} {inputs.shape}, "
+                f"outputs {outputs.dtype} {outputs.shape}; at least 1 image of 3 axes "
+                f"and {class_count} outputs for each belong there, all float32",
                 path="",
             )
         return inputs, outputs
@@ -158,21 +164,14 @@ class Bundle:
 
         Raises:
             DataError: Not such an image.
-            FormatError: The manifest does not fit the model.
+            FormatError: The model does not fit the manifest.
         """
         inputs = prepare(
             _as_pixels(image)[None],
             resolution=self.manifest.resolution,
             normalisation=self.manifest.normalisation,
         )
-        logits = infer(self._open_session(), inputs)[0]
-        names = self.manifest.class_names
-        if logits.shape != (len(names),):
-            raise FormatError(
-                f"the model has outputs of shape {logits.shape} for the {len(names)} "
-                "class names of the manifest; the bundle is damaged, make it anew",
-                path="class_names",
-            )
+        logits, names = self._infer(inputs)[0], self.manifest.class_names
         shifted = np.exp(logits.astype(np.float64) - logits.max())
         shares = shifted / shifted.sum()
         label = int(shares.argmax())
@@ -182,6 +181,19 @@ class Bundle:
             probability=float(shares[label]),
             probabilities={n: float(p) for n, p in zip(names, shares, strict=True)},
         )
+
+    def _infer(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits `(1, classes)` of the one image that the model takes at a time."""
+        logits = infer(self._open_session(), inputs)
+        class_count = len(self.manifest.class_names)
+        if logits.shape != (1, class_count):
+            raise FormatError(
+                f"the model gives outputs of shape {logits.shape} for one image; the "
+                f"manifest names {class_count} classes. The bundle is damaged, make it "
+                "anew",
+                path="class_names",
+            )
+        return logits
 
     def close(self) -> None:
         """Release the runtime. Closing again does nothing."""
@@ -232,6 +244,7 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: `out` exists and is not an empty folder.
     """
+    out = out.resolve()  # "." has no name, and nothing beside it
     require_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
+from ofa_deploy.space_file import MAX_RESOLUTION
 from ofa_deploy.verify import ParityReport
 from profilers.codec import (
     decode_conditions,
@@ -21,6 +22,8 @@ from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+# More than any machine has; a runtime starts as many as it is told to.
+MAX_THREADS = 1_024
 
 AccuracyKind = Literal["measured", "predicted"]
 
@@ -178,13 +181,13 @@ def _decode(node: JsonNode) -> Manifest:
         space_name=entries["space_name"].text(),
         supernet_sha256=entries["supernet_sha256"].text(),
         budget_ms=entries["budget_ms"].positive(),
-        resolution=entries["resolution"].integer(minimum=1),
+        resolution=entries["resolution"].integer(minimum=1, maximum=MAX_RESOLUTION),
         normalisation=decode_normalisation(entries["normalisation"]),
         class_names=tuple(item.text() for item in entries["class_names"].items()),
         model_file=model_file,
         files=files,
         device=decode_device(entries["device"]),
-        runtime=decode_runtime(entries["runtime"]),
+        runtime=_decode_runtime(entries["runtime"]),
         measured=_decode_measured(entries["measured"]),
         predicted=_decode_estimate(entries["predicted"]),
         accuracy=_decode_accuracy(entries["accuracy"]),
@@ -209,6 +212,13 @@ def _decode_file(node: JsonNode) -> FileRecord:
         sha256=entries["sha256"].text(),
         size_bytes=entries["size_bytes"].integer(minimum=0),
     )
+
+
+def _decode_runtime(node: JsonNode) -> RuntimeSpec:
+    runtime = decode_runtime(node)
+    entries = node.fields(*RuntimeSpec.__dataclass_fields__)
+    entries["threads"].integer(minimum=1, maximum=MAX_THREADS)
+    return runtime
 
 
 def _decode_measured(node: JsonNode) -> MeasuredLatency:

@@ -21,7 +21,10 @@ Activation = Literal["relu", "hswish"]
 BlockKind = Literal["mbconv", "fused_mbconv"]
 Genomes = NDArray[np.int64]
 
+MAX_NAME_LENGTH = 64
+
 _BLOCK_ID = re.compile(r"k(\d+)e(\d+)")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,23 @@ class SubnetConfig:
         )
 
 
+def require_name(name: str) -> str:
+    """The name of a space, if it is one.
+
+    Latency tables are kept under it: it must not lead to another folder.
+
+    Raises:
+        SpaceError: It is too long, or has characters that file names should not have.
+    """
+    if not _NAME.fullmatch(name):
+        shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}…"
+        raise SpaceError(
+            f"name={shown!r} is no name of a space; give 1 to {MAX_NAME_LENGTH} "
+            "ASCII letters, digits, '.', '_' and '-', the first a letter or a digit"
+        )
+    return name
+
+
 def _block_from_id(part: str, text: str) -> BlockConfig:
     match = _BLOCK_ID.fullmatch(part)
     if match is None:
@@ -147,6 +167,8 @@ class SearchSpace:
     Genes, in order: resolution, then the depth of each stage, then kernel and expand of
     each block slot, stage by stage. A gene is an index into its choices; genes of slots
     beyond a stage's depth are 0, so that a row names exactly one network.
+
+    `name` is part of file names; `require_name` says what it may be.
     """
 
     name: str
@@ -156,6 +178,7 @@ class SearchSpace:
     head: HeadSpace
 
     def __post_init__(self) -> None:
+        require_name(self.name)
         if list(self.resolutions) != sorted(set(self.resolutions)):
             raise SpaceError(f"resolutions={self.resolutions} must be ascending")
         if not self.resolutions or self.resolutions[0] < 1 or not self.stages:

@@ -146,7 +146,11 @@ def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
         class_names=class_names,
         calibration=None if calibration is None else _images(calibration),
         accuracy=(
-            None if accuracy is None else AccuracyPredictor.from_arrays(space, accuracy)
+            None
+            if accuracy is None
+            else AccuracyPredictor.from_arrays(
+                space, _require_floats(accuracy, path="accuracy")
+            )
         ),
         samples=None if samples is None else _samples(space, samples),
         sha256=hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest(),
@@ -163,7 +167,11 @@ def _read(path: Path, expected: str) -> Arrays:
         raise DigestMismatch(path, expected=expected, actual=actual)
     try:
         return load(content)
-    except SafetensorError as error:
+    except KeyError as error:
+        raise FormatError(
+            f"{path.name} has tensors of type {error}, which numpy lacks", path=""
+        ) from error
+    except (SafetensorError, ValueError) as error:
         raise FormatError(
             f"{path.name} is not safetensors: {error}", path=""
         ) from error
@@ -172,6 +180,7 @@ def _read(path: Path, expected: str) -> Arrays:
 def _require_weights(
     space: SearchSpace, arrays: Arrays
 ) -> Mapping[str, NDArray[np.float32]]:
+    _require_floats(arrays, path="weights")
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
     for name, array in weights.items():
         if not np.isfinite(array).all():
@@ -189,6 +198,16 @@ def _require_weights(
             f"{unknown[0]} is no tensor of space {space.name}", path="weights"
         )
     return MappingProxyType(weights)
+
+
+def _require_floats(arrays: Arrays, *, path: str) -> Arrays:
+    for name, array in arrays.items():
+        if array.dtype.kind != "f":
+            raise FormatError(
+                f"{name} holds {array.dtype}; floating-point numbers belong there",
+                path=path,
+            )
+    return arrays
 
 
 def _images(arrays: Arrays) -> NDArray[np.uint8]:
@@ -212,12 +231,14 @@ def _samples(space: SearchSpace, arrays: Arrays) -> AccuracySample:
         )
     except KeyError as error:
         raise FormatError(f"missing array {error}", path="samples") from error
-    count, genes = len(accuracy), len(space.choice_counts)
-    shapes = (genomes.shape, accuracy.shape, image_count.shape)
-    if shapes != ((count, genes), (count,), (1,)):
+    found = (genomes, accuracy, image_count)
+    genes, shapes = len(space.choice_counts), [array.shape for array in found]
+    kinds = "".join(array.dtype.kind for array in found)
+    if shapes != [(accuracy.size, genes), (accuracy.size,), (1,)] or kinds != "ifi":
+        given = ", ".join(f"{array.dtype} {array.shape}" for array in found)
         raise FormatError(
-            f"genomes, accuracy and image_count have shapes {shapes}; (n, {genes}), "
-            "(n,) and (1,) belong here",
+            f"genomes, accuracy and image_count are {given}; integers (n, {genes}), "
+            "floats (n,) and an integer (1,) belong here",
             path="samples",
         )
     return AccuracySample(

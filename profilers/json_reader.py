@@ -105,15 +105,15 @@ class JsonNode:
             self._expect("true or false")
         return self.value
 
-    def integer(self, *, minimum: int) -> int:
-        """Read a whole number, at least `minimum`."""
+    def integer(self, *, minimum: int, maximum: int = MAX_INTEGER) -> int:
+        """Read a whole number, from `minimum` to `maximum`."""
         if isinstance(self.value, bool) or not isinstance(self.value, int):
             self._expect("a whole number")
         if self.value < minimum:
             self.refuse(f"{self._shown()} is too small; give at least {minimum}")
         # Python's are unbounded; arrays are not.
-        if self.value > MAX_INTEGER:
-            self.refuse(f"{self._shown()} is too large; give at most {MAX_INTEGER}")
+        if self.value > maximum:
+            self.refuse(f"{self._shown()} is too large; give at most {maximum}")
         return self.value
 
     def number(self, *, minimum: float = -math.inf) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,6 +157,12 @@ class AccuracyPredictor:
             raise FormatError(
                 f"the predictor does not take the {width} features of space "
                 f"{space.name}",
+                path="accuracy",
+            )
+        numbers = (linear, *chain.from_iterable(weights), np.array([base, spread]))
+        if not all(np.isfinite(array).all() for array in numbers):
+            raise FormatError(
+                "the predictor holds NaN or Infinity; it is damaged, train it anew",
                 path="accuracy",
             )
         return cls(

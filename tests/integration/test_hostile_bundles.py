@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load, save
 
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.errors import BundleError, DeployError, DigestMismatch, FormatError
+from ofa_deploy.manifest import MAX_THREADS
+from ofa_deploy.space_file import MAX_RESOLUTION
 from ofa_deploy.stored import (
     ACCURACY_FILE,
     CALIBRATION_FILE,
@@ -210,27 +213,39 @@ def test_a_model_that_is_not_among_the_files_is_refused(
         (put("resolution", value=8.5), "resolution"),
         (put("resolution", value=0), "resolution"),
         (put("resolution", value=2**70), "resolution"),
+        (put("resolution", value=MAX_RESOLUTION + 1), "resolution"),
         (put("class_names", value="blue"), "class_names"),
         (put("class_names", 0, value=0), "class_names[0]"),
         (put("normalisation", "std", 1, value=0), "normalisation.std[1]"),
         (put("normalisation", "mean", value=[1, 2]), "normalisation"),
         (put("files", value=[]), "files"),
-        (put("files", "model.onnx", "size_bytes", value=-1), None),
+        (
+            put("files", "model.onnx", "size_bytes", value=-1),
+            'files["model.onnx"].size_bytes',
+        ),
         (put("accuracy", "kind", value="hoped for"), "accuracy.kind"),
         (put("measured", "p90_ms", value=0), "measured.p90_ms"),
         (put("measured", "instability", value="none"), "measured.instability"),
         (put("runtime", "threads", value="two"), "runtime.threads"),
+        (put("runtime", "threads", value=MAX_THREADS + 1), "runtime.threads"),
         (put("parity", "tolerance", value=0), "parity.tolerance"),
         (put("cost", "mac_count", value=0), "cost.mac_count"),
         (put("versions", "numpy", value=2), 'versions["numpy"]'),
     ],
 )
 def test_a_wrong_manifest_is_refused_with_its_place(
-    change: Callable[[Any], None], where: str | None, bundle: Path
+    change: Callable[[Any], None], where: str, bundle: Path
 ) -> None:
     rewrite_manifest(bundle, change)
-    error = refused_manifest(bundle)
-    assert error.path == (where or error.path)
+    assert refused_manifest(bundle).path == where
+
+
+def test_a_manifest_may_ask_for_the_most_that_is_allowed(bundle: Path) -> None:
+    rewrite_manifest(bundle, put("resolution", value=MAX_RESOLUTION))
+    rewrite_manifest(bundle, put("runtime", "threads", value=MAX_THREADS))
+    manifest = Bundle.open(bundle).manifest
+    asked = (manifest.resolution, manifest.runtime.threads)
+    assert asked == (MAX_RESOLUTION, MAX_THREADS)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -295,10 +310,123 @@ def test_a_model_that_is_no_model_fails_the_check(bundle: Path) -> None:
     assert refused_check(bundle).startswith("ONNX Runtime cannot ")
 
 
+def mean_model(
+    *,
+    image: str = "image",
+    logits: str = "logits",
+    takes: tuple[int, ...] = (1, 3, 12, 12),
+    gives: tuple[int, ...] = (1, 3),
+    element: int = TensorProto.FLOAT,
+) -> bytes:
+    """A model whose outputs are all the mean of its input."""
+    zeros = numpy_helper.from_array(np.zeros(gives, dtype=np.float32), "zeros")
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", [image], ["mean"], keepdims=0),
+            helper.make_node("Add", ["mean", "zeros"], ["means"]),
+            helper.make_node("Cast", ["means"], [logits], to=element),
+        ],
+        "forged",
+        [helper.make_tensor_value_info(image, TensorProto.FLOAT, takes)],
+        [helper.make_tensor_value_info(logits, element, gives)],
+        [zeros],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+SPECIALIZED = "Give a model that `ofa-deploy specialize` exported"
+FORGED_MODELS = [
+    pytest.param(
+        mean_model(image="x"),
+        "the model takes {'x': (1, 3, 12, 12)}; 'image' of 4 axes belongs there. "
+        f"{SPECIALIZED}",
+        id="another input",
+    ),
+    pytest.param(
+        mean_model(takes=(3,)),
+        f"the model takes {{'image': (3,)}}; 'image' of 4 axes belongs there. "
+        f"{SPECIALIZED}",
+        id="an input of one axis",
+    ),
+    pytest.param(
+        mean_model(logits="y"),
+        "the model gives {'y': 'float32 (1, 3)'}; 'logits', numbers of shape "
+        f"(n, classes), belongs there. {SPECIALIZED}",
+        id="another output",
+    ),
+    pytest.param(
+        mean_model(gives=()),
+        "the model gives {'logits': 'float32 ()'}; 'logits', numbers of shape "
+        f"(n, classes), belongs there. {SPECIALIZED}",
+        id="an output without axes",
+    ),
+    pytest.param(
+        mean_model(element=TensorProto.STRING),
+        "the model gives {'logits': 'object (1, 3)'}; 'logits', numbers of shape "
+        f"(n, classes), belongs there. {SPECIALIZED}",
+        id="texts for outputs",
+    ),
+    pytest.param(
+        mean_model(gives=(1, 4)),
+        "class_names: the model gives outputs of shape (1, 4) for one image; the "
+        "manifest names 3 classes. The bundle is damaged, make it anew",
+        id="more classes",
+    ),
+    pytest.param(
+        mean_model(gives=(2, 3)),
+        "class_names: the model gives outputs of shape (2, 3) for one image; the "
+        "manifest names 3 classes. The bundle is damaged, make it anew",
+        id="outputs for two images",
+    ),
+    pytest.param(
+        mean_model(takes=(1, 3, 9, 9)),
+        "input 'image' is 1x3x12x12; the model takes 1x3x9x9; resize the array or "
+        "export the model for this shape",
+        id="another resolution",
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FORGED_MODELS)
+def test_a_model_that_does_not_fit_its_manifest_fails_the_check(
+    content: bytes, message: str, bundle: Path
+) -> None:
+    forge(bundle, "model.onnx", content)
+    assert refused_check(bundle) == message
+
+
+@pytest.mark.parametrize(("content", "message"), FORGED_MODELS)
+def test_a_model_that_does_not_fit_its_manifest_predicts_nothing(
+    content: bytes, message: str, bundle: Path
+) -> None:
+    forge(bundle, "model.onnx", content)
+    with Bundle.open(bundle) as opened, pytest.raises(DeployError) as caught:
+        opened.predict(tiny.images(per_class=1).images[0])
+    assert str(caught.value) == message
+
+
+def raw_tensor(element: str, shape: list[int], data: bytes) -> bytes:
+    """A safetensors file as nobody's library writes it."""
+    entry = {"dtype": element, "shape": shape, "data_offsets": [0, len(data)]}
+    header = json.dumps({"image": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+NO_TENSORS = {
+    "empty": b"",
+    "text": b"no tensors",
+    "a type that numpy lacks": raw_tensor("BF16", [2], b"1234"),
+    "too many axes": raw_tensor("U8", [1] * 100, b"1"),
+    "an axis that is too long": raw_tensor("U8", [0, 2**63], b""),
+}
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no tensors", save({"image": np.zeros(3, dtype=np.float32)})],
-    ids=["empty", "text", "without outputs"],
+    [*NO_TENSORS.values(), save({"image": np.zeros(3, dtype=np.float32)})],
+    ids=[*NO_TENSORS, "without outputs"],
 )
 def test_reference_outputs_that_are_none_fail_the_check(
     content: bytes, bundle: Path
@@ -309,8 +437,14 @@ def test_reference_outputs_that_are_none_fail_the_check(
 
 @pytest.mark.parametrize(
     ("images", "outputs"),
-    [((0, 3, 12, 12), (0, 3)), ((2, 3, 12, 12), (1, 3)), ((2, 3, 12, 12), (2, 4))],
-    ids=["no images", "fewer outputs", "more classes"],
+    [
+        ((0, 3, 12, 12), (0, 3)),
+        ((2, 3, 12, 12), (1, 3)),
+        ((2, 3, 12, 12), (2, 4)),
+        ((), (2, 3)),
+        ((2, 3), (2, 3)),
+    ],
+    ids=["no images", "fewer outputs", "more classes", "no axes", "too few axes"],
 )
 def test_reference_outputs_of_another_shape_fail_the_check(
     images: tuple[int, ...], outputs: tuple[int, ...], bundle: Path
@@ -318,6 +452,18 @@ def test_reference_outputs_of_another_shape_fail_the_check(
     reference = {
         "image": np.zeros(images, dtype=np.float32),
         "logits": np.zeros(outputs, dtype=np.float32),
+    }
+    forge(bundle, "reference.safetensors", save(reference))
+    assert refused_check(bundle).startswith("reference.safetensors is damaged: ")
+
+
+@pytest.mark.parametrize("element", [np.complex64, np.int64, np.bool_])
+def test_reference_outputs_that_are_no_floats_fail_the_check(
+    element: type[np.generic], bundle: Path
+) -> None:
+    reference = {
+        "image": np.zeros((2, 3, 12, 12), dtype=np.float32),
+        "logits": np.zeros((2, 3), dtype=element),
     }
     forge(bundle, "reference.safetensors", save(reference))
     assert refused_check(bundle).startswith("reference.safetensors is damaged: ")
@@ -385,6 +531,14 @@ def test_a_missing_file_of_a_supernet_is_seen(name: str, supernet: Path) -> None
         (drop("space"), ""),
         (put("space", "head", "class_count", value=4), "class_names"),
         (put("space", "stages", 0, "stride", value=5), "space"),
+        (put("space", "name", value="../../evil"), "space.name"),
+        (put("space", "name", value="/etc/evil"), "space.name"),
+        (
+            put("space", "stages", 1, "depths", value=[10**9]),
+            "space.stages[1].depths[0]",
+        ),
+        (put("space", "resolutions", 1, value=10**9), "space.resolutions[1]"),
+        (put("space", "head", "class_count", value=10**9), "space.head.class_count"),
         (put("space", "stem", "out_channels", value=16), "weights"),
         (put("class_names", value=[]), "class_names"),
         (put("normalisation", "std", 0, value=-1), "normalisation.std[0]"),
@@ -412,12 +566,27 @@ def forge_tensors(
     """Change a file's tensors, and make the description say that they are right."""
     arrays = load((supernet / name).read_bytes())
     change(arrays)
-    content = save({n: np.ascontiguousarray(a) for n, a in arrays.items()})
+    replace_file(
+        supernet, name, save({n: np.asarray(a, order="C") for n, a in arrays.items()})
+    )
+
+
+def replace_file(supernet: Path, name: str, content: bytes) -> None:
     (supernet / name).write_bytes(content)
     path = supernet / DESCRIPTION_FILE
     description = json.loads(path.read_text())
     description["files"][name] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize("content", NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_supernet_that_holds_no_tensors_is_refused_by_name(
+    name: str, content: bytes, supernet: Path
+) -> None:
+    replace_file(supernet, name, content)
+    with pytest.raises(FormatError, match=rf"^supernet\.json: {name} (is not|has) "):
+        read_supernet(supernet)
 
 
 # Of every kind that there is.
@@ -470,6 +639,22 @@ def test_a_weight_that_is_no_number_is_refused(value: float, supernet: Path) -> 
     )
 
 
+@pytest.mark.parametrize("element", [np.int64, np.bool_, np.complex64])
+def test_a_weight_that_is_no_float_is_refused_by_name(
+    element: type[np.generic], supernet: Path
+) -> None:
+    def convert(arrays: dict[str, Any]) -> None:
+        arrays["head.classifier.bias"] = arrays["head.classifier.bias"].astype(element)
+
+    forge_tensors(supernet, WEIGHTS_FILE, convert)
+    with pytest.raises(FormatError) as caught:
+        read_supernet(supernet)
+    assert str(caught.value) == (
+        f"supernet.json: weights: head.classifier.bias holds {np.dtype(element)}; "
+        "floating-point numbers belong there"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "value"),
     [
@@ -478,14 +663,18 @@ def test_a_weight_that_is_no_number_is_refused(value: float, supernet: Path) -> 
         (CALIBRATION_FILE, "images", np.zeros((2, 12, 12), dtype=np.uint8)),
         (CALIBRATION_FILE, "images", np.zeros((2, 12, 12, 4), dtype=np.uint8)),
         (ACCURACY_FILE, "base_accuracy", None),
+        (ACCURACY_FILE, "base_accuracy", np.ones(1, dtype=np.complex64)),
         (ACCURACY_FILE, "residual_std", np.zeros(0, dtype=np.float32)),
         (ACCURACY_FILE, "member0.tensor0", np.zeros((3, 400), dtype=np.float32)),
         (ACCURACY_FILE, "member0.tensor2", np.zeros((3, 400), dtype=np.float32)),
         (ACCURACY_FILE, "member0.tensor6", None),
+        (ACCURACY_FILE, "residual_std", np.array([np.nan], dtype=np.float32)),
         (SAMPLES_FILE, "genomes", None),
         (SAMPLES_FILE, "genomes", np.zeros((2, 3), dtype=np.int64)),
         (SAMPLES_FILE, "accuracy", np.zeros(1, dtype=np.float64)),
+        (SAMPLES_FILE, "accuracy", np.zeros((), dtype=np.float64)),
         (SAMPLES_FILE, "image_count", np.zeros(0, dtype=np.int64)),
+        (SAMPLES_FILE, "image_count", np.array([np.nan])),
     ],
 )
 def test_forged_extras_of_a_supernet_are_refused(

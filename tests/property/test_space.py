@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from ofa_deploy.errors import FormatError, SpaceError
 from ofa_deploy.families import mbv3
+from ofa_deploy.plan import lower
+from ofa_deploy.profiling import table_name
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import (
     BlockConfig,
@@ -19,7 +22,20 @@ from ofa_deploy.space import (
     StageSpace,
     SubnetConfig,
 )
-from ofa_deploy.space_file import decode_space, encode_space, space_sha256
+from ofa_deploy.space_file import (
+    MAX_CHANNELS,
+    MAX_CHOICES,
+    MAX_CLASSES,
+    MAX_DEPTH,
+    MAX_EXPAND,
+    MAX_KERNEL,
+    MAX_RESOLUTION,
+    MAX_STAGES,
+    MAX_STRIDE,
+    decode_space,
+    encode_space,
+    space_sha256,
+)
 from profilers.json_reader import parse_json
 from tests.support import tiny
 
@@ -267,6 +283,45 @@ def test_a_space_that_makes_no_sense_is_refused(
     assert str(caught.value) == message
 
 
+EVIL_NAMES = (
+    "../evil",
+    "/etc/evil",
+    "a/b",
+    "a\\b",
+    "..",
+    ".hidden",
+    "-x",
+    "a b",
+    "a\n",
+)
+
+
+@pytest.mark.parametrize("name", ["", *EVIL_NAMES, "ä", "a:b", "[bold]", "a\0"])
+def test_a_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        replace(tiny.SPACE, name=name)
+    assert str(caught.value) == (
+        f"name={name!r} is no name of a space; give 1 to 64 ASCII letters, digits, "
+        "'.', '_' and '-', the first a letter or a digit"
+    )
+
+
+def test_a_name_may_have_64_characters_and_no_more() -> None:
+    assert replace(tiny.SPACE, name="x" * 64).name == "x" * 64
+    with pytest.raises(SpaceError, match=f"^name='{'x' * 64}…' is no name of a space"):
+        replace(tiny.SPACE, name="x" * 65)
+
+
+@given(st.text(alphabet="aZ9._-/\\ ", max_size=70))
+def test_a_name_that_is_taken_is_a_file_name_of_its_own(name: str) -> None:
+    try:
+        space = replace(tiny.SPACE, name=name)
+    except SpaceError:
+        return
+    file_name = table_name(space, tiny.DEVICE, tiny.RUNTIME)
+    assert Path(file_name).name == file_name
+
+
 def test_a_width_that_was_never_published_is_refused() -> None:
     with pytest.raises(SpaceError) as caught:
         mbv3.imagenet(width=1.1)
@@ -324,6 +379,75 @@ def test_a_wrong_value_in_a_space_is_refused_with_its_place(
     with pytest.raises(FormatError) as caught:
         decode_space(parse_json(json.dumps(document)))
     assert caught.value.path == where
+
+
+@pytest.mark.parametrize("name", EVIL_NAMES)
+def test_a_space_file_whose_name_leads_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        decode_space(parse_json(json.dumps({**encoded(), "name": name})))
+    assert caught.value.path == "name"
+
+
+@pytest.mark.parametrize(
+    ("path", "most", "where"),
+    [
+        (("resolutions", 1), MAX_RESOLUTION, "resolutions[1]"),
+        (("stem", "out_channels"), MAX_CHANNELS, "stem.out_channels"),
+        (("stem", "block_channels"), MAX_CHANNELS, "stem.block_channels"),
+        (("stem", "stride"), MAX_STRIDE, "stem.stride"),
+        (("stages", 1, "out_channels"), MAX_CHANNELS, "stages[1].out_channels"),
+        (("stages", 1, "kernels", 2), MAX_KERNEL, "stages[1].kernels[2]"),
+        (("stages", 1, "expands", 1), MAX_EXPAND, "stages[1].expands[1]"),
+        (("stages", 1, "depths", 1), MAX_DEPTH, "stages[1].depths[1]"),
+        (("head", "expand_channels"), MAX_CHANNELS, "head.expand_channels"),
+        (("head", "feature_channels"), MAX_CHANNELS, "head.feature_channels"),
+        (("head", "class_count"), MAX_CLASSES, "head.class_count"),
+    ],
+)
+def test_a_space_file_may_ask_for_the_most_and_no_more(
+    path: tuple[str | int, ...], most: int, where: str
+) -> None:
+    document = encoded()
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = most
+    decode_space(parse_json(json.dumps(document)))
+    place[path[-1]] = most + 1
+    with pytest.raises(FormatError) as caught:
+        decode_space(parse_json(json.dumps(document)))
+    assert str(caught.value) == f"{where}: {most + 1} is too large; give at most {most}"
+
+
+def test_a_space_file_of_too_many_stages_is_refused() -> None:
+    stages = [encoded()["stages"][1]] * (MAX_STAGES + 1)
+    with pytest.raises(FormatError) as caught:
+        decode_space(parse_json(json.dumps({**encoded(), "stages": stages})))
+    assert str(caught.value) == "stages: 33 stages are too many; give at most 32"
+
+
+def test_a_space_file_of_too_many_choices_is_refused() -> None:
+    resolutions = list(range(1, MAX_CHOICES + 2))
+    with pytest.raises(FormatError) as caught:
+        decode_space(parse_json(json.dumps({**encoded(), "resolutions": resolutions})))
+    assert str(caught.value) == "resolutions: 65 choices are too many; give at most 64"
+
+
+def test_the_largest_space_of_a_file_is_lowered_without_a_fuss() -> None:
+    """The plan of what a file may ask for, at most, is a few thousand small values."""
+    document = encoded()
+    stage = {
+        **document["stages"][1],
+        "out_channels": MAX_CHANNELS,
+        "kernels": [MAX_KERNEL],
+        "expands": [MAX_EXPAND],
+        "depths": [MAX_DEPTH],
+    }
+    document["resolutions"] = [MAX_RESOLUTION]
+    document["stages"] = [stage] * MAX_STAGES
+    space = decode_space(parse_json(json.dumps(document)))
+    plan = lower(space, space.largest())
+    assert len(plan.blocks) == MAX_STAGES * MAX_DEPTH + 3  # stem, stem block, head
 
 
 @pytest.mark.parametrize("key", sorted(encoded()))
