@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress
+from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress, is_hidden, open_zip
 from ofa_deploy.errors import DataError
 from ofa_deploy.preprocess import resize
 
@@ -52,10 +52,28 @@ def load_calibration(
         }
         return _decode(path, found, size, progress)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members = {name: partial(archive.read, name) for name in archive.namelist()}
             return _decode(path, members, size, progress)
     raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+
+
+def require_calibration(images: NDArray[np.uint8]) -> None:
+    """Refuse what batch-norm statistics cannot be taken from.
+
+    Raises:
+        DataError: Not `(n, height, width, 3)` uint8 with at least 2 images.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(
+            "calibration images must be uint8 of shape (count, height, width, 3); got "
+            f"{images.dtype} of shape {images.shape}"
+        )
+    if len(images) < 2 or not images.size:
+        raise DataError(
+            f"calibration images have shape {images.shape}; give a few hundred of what "
+            "the network will see, at least 2"
+        )
 
 
 def _decode(
@@ -87,9 +105,8 @@ def _decode(
 
 
 def _is_image(name: str) -> bool:
-    """Whether it is one by its name, and not hidden, as a Mac's copies are."""
-    parts = Path(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    """Whether it is one by its name, and not hidden."""
+    hidden = any(map(is_hidden, Path(name).parts))
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 

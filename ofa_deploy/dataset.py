@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ class ImageSet:
     Args:
         images: `(count, height, width, 3)` uint8, RGB.
         labels: `(count,)` int64, each in `0..len(class_names) - 1`.
-        class_names: In label order.
+        class_names: In label order, all different.
     """
 
     images: NDArray[np.uint8]
@@ -55,6 +57,12 @@ class ImageSet:
             )
         if len(self.images) == 0:
             raise DataError("there are no images")
+        twice = [name for name, count in Counter(self.class_names).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"class {', '.join(map(repr, twice[:_SHOWN]))} is named more than "
+                "once; give every class a name of its own"
+            )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.class_names):
             raise DataError(
@@ -97,7 +105,7 @@ def load_images(
 
     Args:
         path: A folder or .zip of class folders, or an .npz with `images` and `labels`
-            (and, if wanted, `class_names`).
+            (and, if wanted, `class_names`). Hidden files and folders are not looked at.
         skip_bad: Leave unreadable images out instead of refusing the set.
         progress: Called with (done, total).
 
@@ -115,9 +123,24 @@ def load_images(
     if path.is_dir():
         return _load_files(path.name, _folder_files(path), skip_bad, progress)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return _load_files(path.name, _zip_files(archive), skip_bad, progress)
+        with open_zip(path) as archive:
+            entries = _zip_files(path.name, archive)
+            return _load_files(path.name, entries, skip_bad, progress)
     raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open an archive.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises many classes for a damaged directory
+        raise DataError(
+            f"{path} cannot be read as .zip: {error}; pack it anew"
+        ) from error
 
 
 # (class name, file name, read) of every file in a class folder; None marks a class
@@ -127,25 +150,50 @@ _Entry = tuple[str, str, Callable[[], bytes] | None]
 
 def _folder_files(root: Path) -> Iterator[_Entry]:
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        if is_hidden(folder.name):
+            continue
         yield folder.name, folder.name, None
         for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name):
                 yield folder.name, f"{folder.name}/{file.name}", file.read_bytes
 
 
-def _zip_files(archive: zipfile.ZipFile) -> Iterator[_Entry]:
+def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
     # By parts, as folders are listed; as texts, "a b/1.png" comes before "a/1.png".
-    for name in sorted(archive.namelist(), key=lambda name: name.split("/")):
-        parts = name.rstrip("/").split("/")
-        if name.endswith("/"):
+    listed = sorted((_parts(name), name) for name in archive.namelist())
+    listed = [(parts, name) for parts, name in listed if not any(map(is_hidden, parts))]
+    parent_of: dict[str, list[str]] = {}
+    for parts, name in listed:
+        if name.endswith("/") or len(parts) < 2:
             continue
-        if len(parts) >= 2 and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            parent = parent_of.setdefault(parts[-2], parts[:-2])
+            if parent != parts[:-2]:
+                # Else training and test images would be mixed without a word.
+                raise DataError(
+                    f"{source}: class {parts[-2]!r} is in folder "
+                    f"{'/'.join(parent) or '.'} and in {'/'.join(parts[:-2]) or '.'}; "
+                    "pack one of them alone"
+                )
             yield parts[-2], name, partial(archive.read, name)
     # Folder entries tell of classes without images; folders of folders are not classes.
-    folders = {n.rstrip("/") for n in archive.namelist() if n.endswith("/")}
-    parents = {n.rsplit("/", 1)[0] for n in folders if "/" in n}
-    for folder in sorted(folders - parents):
-        yield folder.rsplit("/", 1)[-1], folder, None
+    folders = [tuple(parts) for parts, name in listed if name.endswith("/") and parts]
+    parents = {parts[:-1] for parts in folders}
+    for folder in sorted(set(folders) - parents):
+        yield folder[-1], "/".join(folder), None
+
+
+def _parts(name: str) -> list[str]:
+    """Of an archive's member; "./cat/1.png" is that of cat/1.png."""
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a part of a path is what systems put beside people's files.
+
+    macOS archives hold a `._1.png` for a `1.png`, some under `__MACOSX`.
+    """
+    return part == "__MACOSX" or part.startswith(".")
 
 
 def _load_files(
@@ -224,13 +272,7 @@ def _load_npz(path: Path) -> ImageSet:
             f"{path}: labels must be integers of shape (count,); got {labels.dtype} "
             f"of shape {labels.shape}"
         )
-    names = arrays.get("class_names")
-    count = int(labels.max()) + 1
-    class_names = (
-        tuple(str(n) for n in names)
-        if names is not None
-        else tuple(f"class {i}" for i in range(count))
-    )
+    class_names = _npz_class_names(path, labels, arrays.get("class_names"))
     data = ImageSet(
         images=arrays["images"],
         labels=labels.astype(np.int64),
@@ -240,3 +282,23 @@ def _load_npz(path: Path) -> ImageSet:
         path.name, class_names, {class_names[i] for i in np.unique(data.labels)}
     )
     return data
+
+
+def _npz_class_names(
+    path: Path, labels: NDArray[Any], names: NDArray[Any] | None
+) -> tuple[str, ...]:
+    if names is not None:
+        if names.ndim != 1:
+            raise DataError(
+                f"{path}: class_names must be texts of shape (classes,); got "
+                f"{names.dtype} of shape {names.shape}"
+            )
+        return tuple(str(name) for name in names)
+    highest = int(labels.max())
+    # A class without images is refused anyway, and names for 10**12 fill the memory.
+    if highest >= len(labels):
+        raise DataError(
+            f"{path}: labels go up to {highest}, but there are only {len(labels)} "
+            "images; number the classes from 0 on, each with images of its own"
+        )
+    return tuple(f"class {label}" for label in range(highest + 1))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ofa_deploy import calibration
-from ofa_deploy.calibration import load_calibration
+from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.errors import DataError
 
 SIZE = 8
@@ -82,6 +82,37 @@ def test_what_holds_no_images_is_refused(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=problem):
         load_calibration(tmp_path / name, size=SIZE)
+
+
+def test_a_zip_whose_directory_is_damaged_is_refused(
+    photos: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in photos.rglob("*.png"):
+            archive.write(file, file.name)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02")] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"photos.zip cannot be read as .zip: "):
+        load_calibration(path, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 8, 8, 3), np.float32),
+        ((4, 8, 8), np.uint8),
+        ((4, 3, 8, 8), np.uint8),
+        ((1, 8, 8, 3), np.uint8),
+        ((2, 0, 8, 3), np.uint8),
+    ],
+)
+def test_images_without_statistics_are_refused(
+    shape: tuple[int, ...], dtype: type
+) -> None:
+    with pytest.raises(DataError, match=r"^calibration images "):
+        require_calibration(np.zeros(shape, dtype=dtype))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -138,6 +138,41 @@ def test_files_that_are_no_images_by_name_are_ignored(tmp_path: Path) -> None:
     assert (len(data), left_out) == (len(DATA), ())
 
 
+LITTER = {
+    ".DS_Store": b"x",
+    ".thumbnails/1.png": GREY,
+    "__MACOSX/blue/._000.png": b"x",
+    "__MACOSX/._1.png": b"x",
+    "blue/._000.png": b"x",
+    "red/.hidden.png": b"x",
+}
+
+
+def test_a_folder_with_the_litter_of_macos_gives_the_images_in_it(
+    tmp_path: Path,
+) -> None:
+    root = write_folder(tmp_path / ".cache" / "data", {**class_files(DATA), **LITTER})
+    data, left_out = load_images(root)
+    assert_same(data, in_label_order(DATA))
+    assert left_out == ()
+
+
+def test_a_zip_with_the_litter_of_macos_gives_the_images_in_it(tmp_path: Path) -> None:
+    folders = {"__MACOSX/": b"", "__MACOSX/green/": b"", "blue/.empty/": b""}
+    files = {**class_files(DATA), **LITTER, **folders, "red/.git/1.png": GREY}
+    data, left_out = load_images(write_zip(tmp_path / "data.zip", files))
+    assert_same(data, in_label_order(DATA))
+    assert left_out == ()
+
+
+def test_a_zip_of_names_that_begin_with_a_dot_and_a_slash_is_read(
+    tmp_path: Path,
+) -> None:
+    files = {f"./{name}": content for name, content in class_files(DATA).items()}
+    data, _ = load_images(write_zip(tmp_path / "data.zip", files))
+    assert_same(data, in_label_order(DATA))
+
+
 def test_progress_ends_below_or_at_the_total(tmp_path: Path) -> None:
     files = {f"{c}/{i:03}.png": GREY for c in ("a", "b") for i in range(300)}
     seen: list[tuple[int, int]] = []
@@ -247,6 +282,34 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     assert refusal(path) == f"{path} is neither a folder, a .zip nor an .npz file"
 
 
+def test_a_zip_whose_directory_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "data.zip", class_files(DATA))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02")] ^= 0xFF
+    path.write_bytes(content)
+    told = refusal(path)
+    assert told.startswith(f"{path} cannot be read as .zip: ")
+    assert told.endswith("; pack it anew")
+
+
+def test_a_zip_that_holds_a_class_in_two_folders_is_refused(tmp_path: Path) -> None:
+    files = class_files(DATA)
+    both = {f"{part}/{k}": v for part in ("test", "train") for k, v in files.items()}
+    path = write_zip(tmp_path / "data.zip", both)
+    first = min(name.split("/")[0] for name in files)
+    assert refusal(path) == (
+        f"data.zip: class {first!r} is in folder test and in train; pack one of them "
+        "alone"
+    )
+
+
+def test_files_beside_the_class_folders_of_a_zip_are_no_class(tmp_path: Path) -> None:
+    files = class_files(DATA)
+    files["./cover.png"] = next(iter(files.values()))
+    found, _ = load_images(write_zip(tmp_path / "data.zip", files))
+    assert_same(found, in_label_order(DATA))
+
+
 # -- npz files -------------------------------------------------------------------------
 
 IMAGES = np.zeros((4, 6, 6, 3), dtype=np.uint8)
@@ -304,6 +367,30 @@ NEEDED = "it needs `images` (count, height, width, 3) uint8 and `labels` (count,
             {"images": IMAGES, "labels": LABELS * 2},
             "data.npz: no readable images in class 'class 1'; add some or remove the "
             "folder",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS * 10**12},
+            "{path}: labels go up to 1000000000000, but there are only 4 images; "
+            "number the classes from 0 on, each with images of its own",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS.astype(np.uint64) * 2**63},
+            "{path}: labels go up to 9223372036854775808, but there are only 4 "
+            "images; number the classes from 0 on, each with images of its own",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array("cat")},
+            "{path}: class_names must be texts of shape (classes,); got <U3 of shape "
+            "()",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array([["a", "b"]])},
+            "{path}: class_names must be texts of shape (classes,); got <U1 of shape "
+            "(1, 2)",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "a"])},
+            "class 'a' is named more than once; give every class a name of its own",
         ),
         (
             {"images": IMAGES[:0], "labels": LABELS[:0]},
