@@ -31,7 +31,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_console = Console(stderr=True, highlight=False)
+# Paths, bundles and runtimes say what is printed: in them "[/x]" is text, no markup.
+_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+_no_console = Console(stderr=True, quiet=True)
+# What typer makes of Ctrl-C, without a word.
+_INTERRUPTED = 130
 
 Device = Annotated[str, typer.Option(help="Such as openvino-cpu?threads=2.")]
 SupernetName = Annotated[
@@ -85,7 +89,7 @@ def probe(
     prober = Prober(
         backend=backend, threads=target.threads, settings=MeasureSettings.screen()
     )
-    with StageBar(Console(stderr=True, quiet=as_json)) as bar:
+    with StageBar(_no_console if as_json else _console) as bar:
         bar.begin("probing operators")
         operators = prober.probe_operators(progress=bar.advance)
         bar.begin("sweeping widths")
@@ -170,20 +174,22 @@ def specialize(
 def demo(
     out: Out,
     device: Device = "openvino-cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Show what is reachable here, and specialise for a budget in its middle."""
     from ofa_deploy.pipeline import Specializer
 
-    with StageBar(_console) as bar:
+    console = _no_console if as_json else _console
+    with StageBar(console) as bar:
         session = Specializer(device, reporter=bar)
     reachable = session.reachable()
-    show_range(_console, reachable)
+    show_range(console, reachable)
     budget_ms = round(reachable.middle_ms, 3)
-    _console.print(f"specialising for {budget_ms} ms, in the middle of it")
-    with StageBar(_console) as bar:
+    console.print(f"specialising for {budget_ms} ms, in the middle of it")
+    with StageBar(console) as bar:
         session.reporter = bar
         bundle = session.specialize(budget_ms, out=out)
-    show_bundle(_console, bundle)
+    show_bundle_json(bundle) if as_json else show_bundle(console, bundle)
 
 
 @app.command()
@@ -227,6 +233,7 @@ def train(
         str | None, typer.Option(help="Stop after this phase; --resume goes on.")
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
+    as_json: AsJson = False,
 ) -> None:
     """Train a supernet by progressive shrinking."""
     training.train(
@@ -239,7 +246,8 @@ def train(
         batch_size=batch_size,
         stop_after=stop_after,
         threads=threads,
-        console=_console,
+        console=_no_console if as_json else _console,
+        as_json=as_json,
     )
 
 
@@ -252,6 +260,13 @@ def main() -> None:
     except (DeployError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        _console.print("[bold red]error:[/]", end=" ")
-        _console.print(str(error), markup=False)
+        _console.print("error:", style="bold red", end=" ")
+        _console.print(str(error))
         sys.exit(1)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _console.print(
+                "interrupted: nothing half-written was left. Run the same command "
+                "again, `train` with --resume: what was measured or trained is kept"
+            )
+        raise

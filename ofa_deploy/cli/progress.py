@@ -28,7 +28,8 @@ class StageBar:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            # A stage's name may hold a file's, and "[/x]" in it is no markup.
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
@@ -75,5 +76,6 @@ def load_with_progress(path: Path, *, skip_bad: bool, console: Console) -> Image
         data, bad = load_images(path, skip_bad=skip_bad, progress=bar.advance)
     if bad:
         shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
-        console.print(f"left out {len(bad)} unreadable images: {shown}")
+        told = f"left out {len(bad)} unreadable images: {shown}"
+        console.print(told, markup=False, emoji=False)
     return data

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.pipeline import ReachableRange
@@ -169,6 +170,6 @@ def show_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in diagnosis.findings:
         colour = colours[finding.severity]
-        console.print(f"[{colour}]{finding.severity}[/]  {finding.text}")
+        console.print(Text.assemble((finding.severity, colour), "  ", finding.text))
         if finding.cure:
             console.print(f"    {finding.cure}", style="dim")

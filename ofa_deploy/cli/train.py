@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ofa_deploy.cli.progress import StageBar, load_with_progress
-from ofa_deploy.errors import DataError, MissingDependency, SpaceError
+from ofa_deploy.errors import (
+    DataError,
+    MissingDependency,
+    SpaceError,
+    TrainingError,
+)
 from ofa_deploy.families import mbv3
+from ofa_deploy.manifest import MAX_THREADS
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
 from profilers.backends import get_backend
@@ -18,7 +27,7 @@ from profilers.backends.base import Backend
 from profilers.json_reader import read_json
 
 if TYPE_CHECKING:
-    from ofa_deploy.train.progressive import ProgressiveTraining
+    from ofa_deploy.train.progressive import ProgressiveTraining, TrainingProgress
 
 SPACE_NAMES = ("mbv3-small", "mbv3-imagenet-w1.0", "mbv3-imagenet-w1.2")
 
@@ -50,8 +59,31 @@ def train(
     stop_after: str | None,
     threads: int,
     console: Console,
+    as_json: bool,
 ) -> None:
-    """Train a supernet, with a line per epoch and a bar for the rest."""
+    """Train a supernet, with a line per epoch and a bar for the rest.
+
+    Args:
+        data_path: Images; see `load_images`.
+        space_name: One of `SPACE_NAMES`, or a JSON file.
+        out: Folder of the run.
+        resume: Continue the run that is there.
+        skip_bad: Leave out images that cannot be read.
+        epochs_scale: Factor of every phase's epochs.
+        batch_size: Images per step; None for the recipe's.
+        stop_after: Name of the phase to stop after; None for the last.
+        threads: Of the CPU.
+        console: For people; a quiet one if `as_json`.
+        as_json: Print the epochs and the supernet's folder as lines of JSON.
+
+    Raises:
+        TrainingError: A number makes no sense, or the run cannot be continued.
+        DataError: The images cannot be used.
+    """
+    # What is wrong is told before the images are read, which may take minutes.
+    if not 1 <= threads <= MAX_THREADS:
+        raise TrainingError(f"threads={threads} must be from 1 to {MAX_THREADS}")
+    named_space(space_name, class_count=2)
     try:
         import torch
     except ImportError as error:
@@ -61,12 +93,17 @@ def train(
     from ofa_deploy.train.allocator import keep_freed_memory
     from ofa_deploy.train.precision import prefers_bf16
     from ofa_deploy.train.progressive import (
+        SUPERNET_FOLDER,
         ProgressiveTraining,
         RunSettings,
-        TrainingProgress,
     )
     from ofa_deploy.train.recipe import default_recipe
 
+    recipe = default_recipe().scaled(epochs_scale)
+    if batch_size is not None:
+        recipe = replace(recipe, batch_size=batch_size)
+    settings = RunSettings(folder=out, resume=resume, stop_after=stop_after)
+    settings.require_startable(recipe)
     torch.set_num_threads(threads)
     keep_freed_memory()
     data = load_with_progress(data_path, skip_bad=skip_bad, console=console)
@@ -75,22 +112,43 @@ def train(
         raise DataError(
             f"images are {width}×{height}; training needs square ones: crop them first"
         )
-    recipe = default_recipe().scaled(epochs_scale)
-    if batch_size is not None:
-        recipe = replace(recipe, batch_size=batch_size)
-    training = ProgressiveTraining(
-        space=named_space(space_name, class_count=len(data.class_names)),
-        data=data,
-        recipe=recipe,
-        settings=RunSettings(folder=out, resume=resume, stop_after=stop_after),
-        bf16=prefers_bf16(),
-    )
+    with _writing(out):
+        training = ProgressiveTraining(
+            space=named_space(space_name, class_count=len(data.class_names)),
+            data=data,
+            recipe=recipe,
+            settings=settings,
+            bf16=prefers_bf16(),
+        )
+        _run(training, console=console, as_json=as_json)
+        console.print(f"trained in {training.elapsed_s / 60:.0f} min; results in {out}")
+        if training.is_complete:
+            _finish(training, out=out, threads=threads, console=console)
+    if as_json:
+        folder = str(out / SUPERNET_FOLDER) if training.is_complete else None
+        print(json.dumps({"supernet": folder}))
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say where a disk was full, or closed, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"the run cannot be written to {out}: {error}. What was trained up to the "
+            "last checkpoint is kept; free space, and run this again with --resume"
+        ) from error
+
+
+def _run(training: ProgressiveTraining, *, console: Console, as_json: bool) -> None:
     with Progress(
         TextColumn("{task.fields[phase]}"),
         BarColumn(),
         TextColumn("{task.fields[detail]}"),
         console=console,
         transient=True,
+        disable=as_json,  # a bar would swallow what is printed on a terminal
     ) as bar:
         task = bar.add_task("train", phase="starting", detail="", total=None)
 
@@ -105,18 +163,34 @@ def train(
                     f"ETA {now.eta_s / 60:.0f} min"
                 ),
             )
-            if now.step and now.step % training.steps_per_epoch == 0:
-                shown = "  ".join(f"{k} {v:.2%}" for k, v in now.accuracies.items())
-                console.print(
-                    f"{now.phase} {now.step // training.steps_per_epoch}/{now.epochs}  "
-                    f"loss {now.loss:.3f}  validation {shown}  "
-                    f"{now.images_per_s:.0f} images/s  ETA {now.eta_s / 60:.0f} min"
-                )
+            epoch, rest = divmod(now.step, training.steps_per_epoch)
+            if epoch and not rest:
+                console.print(_epoch_text(now, epoch))
+                if as_json:
+                    line = _epoch_json(now, epoch, elapsed_s=training.elapsed_s)
+                    print(line, flush=True)
 
         training.run(show)
-    console.print(f"trained in {training.elapsed_s / 60:.0f} min; results in {out}")
-    if training.is_complete:
-        _finish(training, out=out, threads=threads, console=console)
+
+
+def _epoch_text(now: TrainingProgress, epoch: int) -> str:
+    shown = "  ".join(f"{k} {v:.2%}" for k, v in now.accuracies.items())
+    return (
+        f"{now.phase} {epoch}/{now.epochs}  loss {now.loss:.3f}  validation {shown}  "
+        f"{now.images_per_s:.0f} images/s  ETA {now.eta_s / 60:.0f} min"
+    )
+
+
+def _epoch_json(now: TrainingProgress, epoch: int, *, elapsed_s: float) -> str:
+    """The keys are those of the run's own log."""
+    content = {
+        "phase": now.phase,
+        "epoch": epoch,
+        "loss": now.loss,
+        "validation": now.accuracies,
+        "elapsed_s": elapsed_s,
+    }
+    return json.dumps(content, sort_keys=True)
 
 
 def _finish(

@@ -246,6 +246,11 @@ def _depthwise_layers(
         in_size=in_size,
     )
     if config.expand == 1:  # nothing to expand: the published block 0
+        if middle != in_channels:
+            raise SpaceError(
+                f"{name}: expand 1 of {in_channels} channels; that takes a multiple of "
+                f"{CHANNEL_DIVISOR}. Give other widths, or only expands above 1"
+            )
         return [depthwise]
     expand = pointwise(
         f"{name}.expand", in_channels, middle, in_size, activation=stage.activation

@@ -107,7 +107,8 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
     for block in plan.blocks:
         if not block.name.startswith("stage"):
             continue
-        stage = supernet.space.stages[int(block.name[len("stage")]) - 1]
+        number = block.name.split(".")[0].removeprefix("stage")
+        stage = supernet.space.stages[int(number) - 1]
         widths = [
             middle_channels(block.in_channels, expand)
             for expand in stage.expands[::-1][:supported_expands]
@@ -116,6 +117,8 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
 
 
 def _sort_block(supernet: Supernet, block: str, widths: list[int]) -> None:
+    if not hasattr(supernet.get_submodule(block), "expand"):
+        return  # its middle channels are the input's, whose order others read, too
     project = supernet.get_submodule(f"{block}.project")
     assert isinstance(project, ElasticConv)
     importance = project.weight.abs().sum((0, 2, 3))

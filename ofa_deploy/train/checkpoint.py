@@ -71,7 +71,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         # Read at once: the file may be replaced while a training goes on.
         content = path.read_bytes()
         tensors: dict[str, Tensor] = load(content)
-        position = Position(**json.loads(_metadata(content)["position"]))
+        metadata = _metadata(content)
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format version {metadata['format_version']}, not {FORMAT_VERSION}"
+            )
+        position = Position(**json.loads(metadata["position"]))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise TrainingError(
             f"{path} is not a readable checkpoint ({error}); delete the run's folder "

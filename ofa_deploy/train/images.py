@@ -31,6 +31,12 @@ class TrainingImages:
         self.training, self.validation = split_validation(
             data, fraction=recipe.validation_fraction
         )
+        height, width = self.training.images.shape[1:3]
+        if min(height, width) <= recipe.crop_padding:
+            raise TrainingError(
+                f"images of {width}×{height} pixels cannot be shifted by "
+                f"{recipe.crop_padding}; give larger ones"
+            )
         if len(self.training) < recipe.batch_size:
             raise TrainingError(
                 f"{len(self.training)} training images are fewer than one batch of "

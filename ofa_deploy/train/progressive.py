@@ -26,6 +26,7 @@ from ofa_deploy.errors import DeployError, TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
+from ofa_deploy.space_file import decode_space, encode_space
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
@@ -44,9 +45,12 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import SupernetOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe, restrict
 from profilers.files import write_atomically
+from profilers.json_reader import read_json
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
+RECIPE_FILE = "recipe.json"
+SPACE_FILE = "space.json"
 SUPERNET_FOLDER = "supernet"
 _MONITOR_CALIBRATION = 1_000
 _MONITOR_VALIDATION = 2_500
@@ -95,6 +99,23 @@ class RunSettings:
     checkpoint_seconds: float = 60.0
     stop_after: str | None = None
 
+    def require_startable(self, recipe: Recipe) -> None:
+        """Refuse what a run cannot start with.
+
+        Raises:
+            TrainingError: The folder is not empty, or there is no such phase.
+        """
+        names = [phase.name for phase in recipe.phases]
+        if self.stop_after not in (None, *names):
+            raise TrainingError(
+                f"no phase {self.stop_after!r}; the recipe has {', '.join(names)}"
+            )
+        if not self.resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise TrainingError(
+                f"{self.folder} is not empty; pass --resume to continue the run in it, "
+                "or name another folder"
+            )
+
 
 class ProgressiveTraining:
     """A run: supernet, optimiser and position; `run` takes it to its end.
@@ -123,11 +144,7 @@ class ProgressiveTraining:
                 f"space {space.name} has {space.head.class_count} classes, the data "
                 f"{len(data.class_names)}"
             )
-        names = [phase.name for phase in recipe.phases]
-        if settings.stop_after not in (None, *names):
-            raise TrainingError(
-                f"no phase {settings.stop_after!r}; the recipe has {', '.join(names)}"
-            )
+        settings.require_startable(recipe)
         self.space = space
         self.recipe = recipe
         self.settings = settings
@@ -165,17 +182,30 @@ class ProgressiveTraining:
     def _open_folder(self) -> None:
         folder = self.settings.folder
         if self.settings.resume:
+            for leftover in folder.glob(f".{CHECKPOINT_FILE}.*"):
+                leftover.unlink()  # of a kill while a checkpoint was written
+            self._require_same_space()
             self._restore(read_checkpoint(self._latest_state()))
             return
-        if folder.exists() and any(folder.iterdir()):
-            raise TrainingError(
-                f"{folder} is not empty; pass --resume to continue the run in it, or "
-                "name another folder"
-            )
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = json.dumps(asdict(self.recipe), indent=2, sort_keys=True)
-        write_atomically(folder / "recipe.json", recipe.encode())
+        for name, content in (
+            (RECIPE_FILE, asdict(self.recipe)),
+            (SPACE_FILE, encode_space(self.space)),
+        ):
+            text = json.dumps(content, indent=2, sort_keys=True)
+            write_atomically(folder / name, text.encode())
         self._enter_phase(0)
+
+    def _require_same_space(self) -> None:
+        """Spaces of equal tensors may still differ, in strides or resolutions."""
+        path = self.settings.folder / SPACE_FILE
+        if path.exists():
+            space = read_json(path, decode_space, otherwise="start a new folder")
+            if space != self.space:
+                raise TrainingError(
+                    f"{self.settings.folder} holds a run of another space, "
+                    f"{space.name}; resume with the same, or start a new folder"
+                )
 
     def _latest_state(self) -> Path:
         """The checkpoint; where only phases' results were copied, the last of these."""

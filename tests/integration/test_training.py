@@ -239,6 +239,50 @@ def test_resuming_with_another_space_is_refused(trained: Path, tmp_path: Path) -
         )
 
 
+def test_resuming_with_a_space_that_differs_in_a_stride_is_refused(
+    tmp_path: Path,
+) -> None:
+    training(tmp_path)
+    stages = tiny.SPACE.stages
+    other = replace(stages[0], stride=3 - stages[0].stride)
+    space = replace(tiny.SPACE, stages=(other, *stages[1:]))
+    with pytest.raises(TrainingError, match="holds a run of another space"):
+        ProgressiveTraining(
+            space=space,
+            data=train_tiny.data(),
+            recipe=RECIPE,
+            settings=progressive.RunSettings(folder=tmp_path, resume=True),
+            bf16=False,
+        )
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    training(tmp_path)
+    leftover = tmp_path / f".{CHECKPOINT_FILE}.abc"
+    leftover.write_bytes(b"half")
+    training(tmp_path, resume=True)
+    assert not leftover.exists()
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    training(tmp_path)
+    path = tmp_path / CHECKPOINT_FILE
+    content = path.read_bytes()
+    version = b'"format_version":"1"'
+    assert version in content
+    path.write_bytes(content.replace(version, b'"format_version":"9"'))
+    assert "format version 9, not 1" in refusal(tmp_path, resume=True)
+
+
+def test_images_too_small_to_shift_are_refused(tmp_path: Path) -> None:
+    data = train_tiny.data()
+    size = RECIPE.crop_padding
+    small = replace(data, images=data.images[:, :size, :size].copy())
+    assert refusal(tmp_path, images=small) == (
+        f"images of {size}×{size} pixels cannot be shifted by {size}; give larger ones"
+    )
+
+
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert refusal(tmp_path) == (
@@ -362,6 +406,29 @@ def test_a_sandwich_trains_both_ends_in_every_step(tmp_path: Path) -> None:
     assert len(trained) == 2 * STEPS_PER_EPOCH
     for number, config in enumerate(trained):
         assert config == replace(ends[number % 2], resolution=config.resolution)
+
+
+def test_a_step_sums_the_gradients_of_its_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progressive shrinking adds the sub-networks' gradients, it does not average."""
+    run = training(tmp_path)
+    phase = replace(RECIPE.phases[0], subnet_count=2)
+    config = tiny.SPACE.largest()
+    monkeypatch.setattr(run._optimizer, "step", lambda: None)
+
+    def gradients(configs: list[SubnetConfig]) -> dict[str, Tensor]:
+        monkeypatch.setattr(progressive, "_sample", lambda *_: configs)
+        run._train_step(phase, 0)
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in run.supernet.named_parameters()
+            if parameter.grad is not None
+        }
+
+    once, twice = gradients([config]), gradients([config, config])
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_sandwich_of_one_network_is_refused() -> None:

@@ -138,6 +138,17 @@ def test_sorting_puts_important_channels_first(block: str) -> None:
     assert (sorted_importance.diff() <= 0).all()
 
 
+def test_sorting_leaves_blocks_without_an_expansion_alone() -> None:
+    # Their middle channels are the stage's input, whose order others read as well.
+    stage = replace(tiny.SPACE.stages[-1], block="mbconv", expands=(1,))
+    space = replace(tiny.SPACE, stages=(stage,) * 11)
+    network = new_supernet(space)
+    plan = lower(space, space.largest())
+    before = logits(network, plan)
+    sort_channels(network, supported_expands=1)
+    torch.testing.assert_close(logits(network, plan), before)
+
+
 def test_sorting_leaves_the_stem_alone() -> None:
     network = tiny_torch.supernet()
     before = arrays(network)

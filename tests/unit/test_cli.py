@@ -1,26 +1,36 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 from ofa_deploy import cli, pipeline
+from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
+from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.cli.tables import show_bundle, show_diagnosis
 from ofa_deploy.errors import BundleError
-from ofa_deploy.plan import lower
+from ofa_deploy.plan import BlockPlan, lower
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import encode_space
-from ofa_deploy.stored import write_supernet
+from ofa_deploy.stored import read_supernet, write_supernet
+from ofa_deploy.train import finish
 from profilers import MeasureSettings
 from profilers.backends import get_backend
 from profilers.device import this_device
+from profilers.doctor import BackendStatus, Diagnosis, Finding
+from profilers.steadiness import Steadiness, Throttling
 from tests.support import tiny, tiny_bundle
 
 COMMANDS = ("check", "demo", "doctor", "probe", "profile", "specialize", "train")
@@ -78,20 +88,27 @@ def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of this machine and ONNX Runtime, by formula."""
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    write_table(path)
+    return path
+
+
+def write_table(path: Path, *, slowness: float = 1.0) -> None:
+    def block_ms(block: BlockPlan) -> float:
+        return slowness * tiny.work_ms(block)
 
     def network_ms(config: SubnetConfig) -> float:
-        return sum(tiny.work_ms(block) for block in lower(tiny.SPACE, config).blocks)
+        return sum(block_ms(block) for block in lower(tiny.SPACE, config).blocks)
 
-    path = tmp_path_factory.mktemp("table") / "table.json"
     tiny.latency_table(
         tiny.SPACE,
         networks=tiny.random_configs(tiny.SPACE, 20),
         network_ms=network_ms,
+        block_ms=block_ms,
         device=this_device(),
         runtime=get_backend("onnxruntime-cpu").runtime(threads=1),
         origin="measured",
     ).save(path)
-    return path
 
 
 # -- help ------------------------------------------------------------------------------
@@ -165,6 +182,27 @@ def test_brackets_in_a_message_are_printed_as_they_are(
     assert "[red]none[/red] is not a bundle" in outcome.told
 
 
+@pytest.mark.parametrize("name", ["[red]bundle[/red]", "[/x]", ":cat:"])
+def test_a_path_like_markup_is_printed_as_it_is(
+    name: str,
+    original: Path,
+    tmp_path: Path,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(original, tmp_path / name)
+    assert run("check", folder).told.startswith(f"{folder} is intact: ")
+    show_bundle(cli._console, Bundle.open(folder))
+    assert capsys.readouterr().err.split()[:2] == ["bundle", str(folder)]
+
+
+def test_a_bar_shows_its_stage_as_it_is() -> None:
+    drawn = io.StringIO()
+    with StageBar(Console(file=drawn, force_terminal=True, width=200)) as bar:
+        bar.begin("reading [/x] [bold].zip")
+    assert "reading [/x] [bold].zip" in drawn.getvalue()
+
+
 def test_debugging_raises_the_error_itself(tmp_path: Path, run: Run) -> None:
     with pytest.raises(BundleError):
         run("--debug", "check", tmp_path)
@@ -214,15 +252,10 @@ def test_a_budget_that_nothing_meets_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_bundle_in_json_is_its_manifest_and_its_path(
-    supernet: Path,
-    table: Path,
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    quick = MeasureSettings(
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported files are timed for half a second."""
+    settings = MeasureSettings(
         visits=2,
         runs_per_visit=2,
         warmup_runs=1,
@@ -232,13 +265,40 @@ def test_a_bundle_in_json_is_its_manifest_and_its_path(
         target_relative_error=10.0,
         max_seconds=0.5,
     )
-    monkeypatch.setattr(pipeline, "VERIFY_SETTINGS", quick)
+    monkeypatch.setattr(pipeline, "VERIFY_SETTINGS", settings)
     monkeypatch.setattr(pipeline, "VERIFY_PROCESSES", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_bundle_in_json_is_its_manifest_and_its_path(
+    supernet: Path, table: Path, tmp_path: Path, run: Run
+) -> None:
     out = tmp_path / "bundle"
     outcome = run(
         *("specialize", "--latency-ms", "10000", "--out", out, "--json"),
         *("--device", "onnxruntime-cpu", "--supernet", supernet, "--table", table),
     )
+    assert (outcome.code, outcome.told) == (0, "")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert json.loads(outcome.output) == {**manifest, "path": str(out)}
+
+
+# -- demo ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_demo_in_json_is_nothing_but_its_bundle(
+    supernet: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A table of a device so slow that what is in its middle is met on this one.
+    table = tmp_path / "table.json"
+    write_table(table, slowness=10_000)
+    session = partial(pipeline.Specializer, supernet=supernet, table=table)
+    monkeypatch.setattr(pipeline, "Specializer", session)
+    out = tmp_path / "bundle"
+    outcome = run("demo", "--out", out, "--device", "onnxruntime-cpu", "--json")
     assert (outcome.code, outcome.told) == (0, "")
     manifest = json.loads((out / "manifest.json").read_text())
     assert json.loads(outcome.output) == {**manifest, "path": str(out)}
@@ -285,6 +345,33 @@ def test_the_doctor_names_this_machine_in_json(run: Run) -> None:
 
 def test_the_doctor_speaks_to_people(run: Run) -> None:
     assert this_device().cpu_model in run("doctor").told
+
+
+def test_the_doctor_keeps_the_brackets_of_a_cure(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli._console, "width", 1000)
+    cure = "Run: pip install 'ofa-deploy[openvino]'"
+    diagnosis = Diagnosis(
+        device=replace(tiny.DEVICE, cpu_model="A76 [/x]"),
+        conditions=tiny_bundle.CONDITIONS,
+        core_count=4,
+        backends=(BackendStatus(name="openvino-cpu", version=None, problem=cure),),
+        steadiness=Steadiness(
+            spread_ratio=0.01,
+            throttling=Throttling(event_count=None, active=()),
+            new_throttle_events=0,
+        ),
+        findings=(Finding(severity="error", text="nothing [/x] runs", cure=cure),),
+    )
+    show_diagnosis(cli._console, diagnosis)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("A76 [/x] (aarch64), 4 usable cores")
+    assert told[1:] == [
+        f"  openvino-cpu: missing: {cure}",
+        "error  nothing [/x] runs",
+        f"    {cure}",
+    ]
 
 
 # -- train -----------------------------------------------------------------------------
@@ -335,12 +422,34 @@ def test_a_space_file_that_is_none_is_refused(
     assert outcome.told.strip().startswith("error: ")
 
 
-@pytest.mark.parametrize("scale", ["0", "-1", "nan"])
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "-inf"])
 def test_a_scale_that_makes_no_sense_is_refused(
     scale: str, data: Path, tmp_path: Path, run: Run
 ) -> None:
     outcome = train(run, data, tmp_path / "run", "--epochs-scale", scale)
-    assert_refused(outcome, f"epochs scale {float(scale)} must be above 0")
+    assert_refused(
+        outcome,
+        f"epochs scale {float(scale)} must be a finite number above 0; 1 is the "
+        "recipe's own length",
+    )
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "1025"])
+def test_threads_that_make_no_sense_are_refused(
+    threads: str, data: Path, tmp_path: Path, run: Run
+) -> None:
+    outcome = train(run, data, tmp_path / "run", "--threads", threads)
+    assert_refused(outcome, f"threads={threads} must be from 1 to 1024")
+
+
+def test_an_image_that_is_left_out_is_named_as_it_is(tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "data"
+    for name in ("blue", "[", "[red]"):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 7)).save(root / name / "1.png")  # refused, once read
+    (root / "[" / "[bold].png").write_bytes(b"x")
+    outcome = train(run, root, tmp_path / "run", "--skip-bad")
+    assert "left out 1 unreadable images: [/[bold].png\n" in outcome.told
 
 
 def test_images_that_are_not_square_are_refused(tmp_path: Path, run: Run) -> None:
@@ -368,7 +477,7 @@ def test_resuming_nothing_is_refused(
 def test_training_stops_after_a_phase_and_resumes(
     data: Path, space_file: Path, tmp_path: Path, run: Run
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "[" / "x]"  # markup, to who takes it for that
     options = (
         *("--space", space_file, "--batch-size", "12", "--epochs-scale", "0.05"),
     )
@@ -377,3 +486,31 @@ def test_training_stops_after_a_phase_and_resumes(
     assert (first.code, again.code) == (0, 0)
     assert (out / "phase-kernel.safetensors").is_file()
     assert f"results in {out}" in again.told
+
+
+@pytest.mark.slow
+def test_training_in_json_is_a_line_per_epoch_and_one_for_the_supernet(
+    data: Path,
+    space_file: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = partial(finish.finish_supernet, calibration_count=4, sample_count=20)
+    monkeypatch.setattr(finish, "finish_supernet", quick)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where bars are drawn
+    out = tmp_path / "run"
+    options = ("--space", space_file, "--batch-size", "12", "--epochs-scale", "0.05")
+    stopped = train(run, data, out, *options, "--stop-after", "kernel", "--json")
+    *epochs, last = map(json.loads, stopped.output.splitlines())
+    assert (stopped.code, stopped.told, last) == (0, "", {"supernet": None})
+    places = [(line["phase"], line["epoch"]) for line in epochs]
+    assert places == [("full", 1), ("full", 2), ("kernel", 1)]
+    for line in epochs:
+        assert line.keys() == {"phase", "epoch", "loss", "validation", "elapsed_s"}
+        assert line["validation"].keys() == {"largest", "smallest"}
+    finished = train(run, data, out, *options, "--resume", "--json")
+    last = json.loads(finished.output.splitlines()[-1])
+    assert (finished.code, finished.told) == (0, "")
+    assert last == {"supernet": str(out / "supernet")}
+    assert read_supernet(out / "supernet").accuracy is not None
