@@ -29,7 +29,9 @@ from ofa_deploy.manifest import (
 )
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import prepare
+from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.verify import LatencyVerdict, judge_latency
 from profilers.backends import get_backend
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
@@ -44,7 +46,7 @@ NO_PREDICTOR = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VerifiedNetwork:
-    """An exported network that met its budget, and how that was shown.
+    """An exported network, and what its timing showed.
 
     Args:
         exported: Its files, in a folder that may vanish afterwards.
@@ -61,6 +63,16 @@ class VerifiedNetwork:
     budget_ms: float
     device: DeviceSpec
     runtime: RuntimeSpec
+
+    @property
+    def config(self) -> SubnetConfig:
+        """Which network it is."""
+        return self.exported.plan.config
+
+    @property
+    def verdict(self) -> LatencyVerdict:
+        """Whether it meets the budget."""
+        return judge_latency(self.measurement, budget_ms=self.budget_ms)
 
 
 def assemble_bundle(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ofa_deploy.assembly import (
     require_classes,
 )
 from ofa_deploy.bundle import Bundle, require_free
-from ofa_deploy.calibration import load_calibration
+from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.dataset import ImageSet, load_images
 from ofa_deploy.errors import (
     BundleError,
@@ -50,7 +50,6 @@ from ofa_deploy.search.evolution import (
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target, parse_target
-from ofa_deploy.verify import LatencyVerdict, judge_latency
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -62,6 +61,7 @@ DEFAULT_SUPERNET = "cifar10-small"
 MAX_CANDIDATES = 5
 # Each next candidate is looked for below what the last one showed to be too much.
 BUDGET_STEP = 0.97
+# As far as a single timing is believed.
 MAX_EXCESS = 1.15
 VERIFY_PROCESSES = 3
 VERIFY_SETTINGS = MeasureSettings(
@@ -113,7 +113,7 @@ class Specializer:
         device: str,
         *,
         supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
-        table: Path | None = None,
+        table: str | Path | None = None,
         reprofile: bool = False,
         cache: Path | None = None,
         reporter: Reporter | None = None,
@@ -128,7 +128,9 @@ class Specializer:
         if self.supernet.accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
         self.table: LatencyTable = self._find_table(
-            table, reprofile=reprofile, cache=cache or cache_folder()
+            None if table is None else Path(table),
+            reprofile=reprofile,
+            cache=cache or cache_folder(),
         )
         self.predictor: LatencyPredictor = fit_latency_predictor(
             self.supernet.space, self.table
@@ -150,15 +152,15 @@ class Specializer:
         self.reporter.begin("profiling this machine")
         path = cache / table_name(space, self.device, self.runtime)
         journal_path = path.with_suffix(".journal")
-        table = profile_space(
-            space,
-            backend=self.backend,
-            threads=self.target.threads,
-            settings=PROFILE_SETTINGS,
-            journal_path=journal_path,
-            progress=self.reporter.advance,
-        )
         try:
+            table = profile_space(
+                space,
+                backend=self.backend,
+                threads=self.target.threads,
+                settings=PROFILE_SETTINGS,
+                journal_path=journal_path,
+                progress=self.reporter.advance,
+            )
             table.save(path)
         except OSError as error:
             raise MeasurementError(
@@ -239,47 +241,67 @@ class Specializer:
             eval_data=eval_data,
             reporter=self.reporter,
         )
-        limit_ms = latency_ms / self.predictor.upper_ratio
-        fastest = self._fastest_config(seed=seed)
-        for number in range(MAX_CANDIDATES):
-            self.reporter.begin("searching")
-            config = self._next_config(latency_ms, limit_ms=limit_ms, seed=seed)
-            if number == MAX_CANDIDATES - 1:
-                config = fastest
-            with _writing(out), self._timed(config, images, latency_ms) as network:
-                verdict = judge_latency(network.measurement, budget_ms=latency_ms)
-                if verdict.meets_budget:
-                    self.reporter.begin("writing the bundle")
-                    return assemble_bundle(
-                        out,
-                        network,
-                        supernet=self.supernet,
-                        evaluation=evaluation,
-                        progress=self.reporter.advance,
-                    )
-            if config == fastest:
-                raise self._refusal(verdict)
-            if number == 0:
-                # Whether any network can meet the budget is told before more are tried.
-                with _writing(out), self._timed(fastest, images, latency_ms) as network:
-                    least = judge_latency(network.measurement, budget_ms=latency_ms)
-                if not least.meets_budget:
-                    raise self._refusal(least)
-            # Aim lower by as much as this one came out too slow, and a little more; a
-            # single bad timing must not throw the search far down.
-            excess = min(verdict.upper_ms / latency_ms, MAX_EXCESS)
-            limit_ms = self.predictor.estimate(config).ms / excess * BUDGET_STEP
-        raise AssertionError("the last candidate is the fastest network")
+        with _writing(out), ExitStack() as stack:
+            network = self._within_budget(latency_ms, images, seed=seed, stack=stack)
+            self.reporter.begin("writing the bundle")
+            return assemble_bundle(
+                out,
+                network,
+                supernet=self.supernet,
+                evaluation=evaluation,
+                progress=self.reporter.advance,
+            )
 
-    def _refusal(self, fastest: LatencyVerdict) -> InfeasibleBudget:
+    def _within_budget(
+        self,
+        budget_ms: float,
+        images: NDArray[np.uint8],
+        *,
+        seed: int,
+        stack: ExitStack,
+    ) -> VerifiedNetwork:
+        """The best of a few networks that is measured within a budget.
+
+        Each is exported and timed once; their files stay until the stack is closed.
+
+        Raises:
+            InfeasibleBudget: None is.
+        """
+        timed: list[VerifiedNetwork] = []
+
+        def time(config: SubnetConfig) -> VerifiedNetwork:
+            timed.append(stack.enter_context(self._timed(config, images, budget_ms)))
+            return timed[-1]
+
+        limit_ms = budget_ms / self.predictor.upper_ratio
+        network = time(self._next_config(budget_ms, limit_ms=limit_ms, seed=seed))
+        if network.verdict.meets_budget:
+            return network
+        config = self._fastest_config(seed=seed)
+        # Whether any network can meet the budget is told before more are tried.
+        if network.config == config or not time(config).verdict.meets_budget:
+            raise self._refusal(timed)
+        fastest = timed[-1]
+        for _ in range(MAX_CANDIDATES - 2):
+            limit_ms = _lowered(network, timed)
+            config = self._next_config(budget_ms, limit_ms=limit_ms, seed=seed)
+            if config == fastest.config:
+                break
+            network = time(config)
+            if network.verdict.meets_budget:
+                return network
+        return fastest
+
+    def _refusal(self, timed: Sequence[VerifiedNetwork]) -> InfeasibleBudget:
+        least = min((n.verdict for n in timed), key=lambda verdict: verdict.upper_ms)
         return InfeasibleBudget(
-            f"no network of {self.supernet.space.name} meets {fastest.budget_ms:g} ms "
+            f"no network of {self.supernet.space.name} meets {least.budget_ms:g} ms "
             f"on {self.target.backend} here: the fastest, exported and timed, took up "
-            f"to {fastest.upper_ms:.4g} ms, its uncertainty included. Ask for more; or "
+            f"to {least.upper_ms:.4g} ms, its uncertainty included. Ask for more; or "
             "the machine may be busy (see `ofa-deploy doctor`), or the latency table "
             "out of date (`ofa-deploy profile`)",
-            budget_ms=fastest.budget_ms,
-            fastest_ms=fastest.upper_ms,
+            budget_ms=least.budget_ms,
+            fastest_ms=least.upper_ms,
         )
 
     def _next_config(
@@ -290,6 +312,7 @@ class Specializer:
         Where the limit is below the fastest network's prediction, but the budget is
         not, that network is worth a measurement.
         """
+        self.reporter.begin("searching")
         try:
             result = self.search(limit_ms, seed=seed)
         except InfeasibleBudget as error:
@@ -347,6 +370,19 @@ class Specializer:
             )
 
 
+def _lowered(missed: VerifiedNetwork, timed: Sequence[VerifiedNetwork]) -> float:
+    """What the next network may be predicted to take, in ms.
+
+    Lower than the one that missed the budget by as much as it came out too slow, and a
+    little more. A single bad timing must not throw the search far down; what all timed
+    networks are slower than predicted, though, the next one will be, too.
+    """
+    excess = missed.verdict.upper_ms / missed.budget_ms
+    slowdown = min(n.verdict.upper_ms / n.predicted.ms for n in timed)
+    limit_ms = missed.predicted.ms / min(excess, MAX_EXCESS)
+    return BUDGET_STEP * min(limit_ms, missed.budget_ms / slowdown)
+
+
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
     """Say where a disk was full, or closed, and that nothing is left."""
@@ -386,6 +422,7 @@ def read_inputs(
             size=max(supernet.space.resolutions),
             progress=reporter.advance,
         )
+    require_calibration(images)
     if isinstance(evaluation, str | Path):
         reporter.begin("reading evaluation images")
         evaluation, _ = load_images(Path(evaluation), progress=reporter.advance)
@@ -406,7 +443,7 @@ def specialize(
     supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
     calibration: str | Path | NDArray[np.uint8] | None = None,
     eval_data: str | Path | ImageSet | None = None,
-    table: Path | None = None,
+    table: str | Path | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Bundle:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from platformdirs import user_cache_path
 
-from ofa_deploy.errors import IncompatibleTables, MeasurementError
+from ofa_deploy.errors import FormatError, IncompatibleTables, MeasurementError
 from ofa_deploy.export.runtime_format import (
     timed_block,
     timed_network,
@@ -269,7 +269,11 @@ def open_table(
         FormatError: Damaged, or not a table.
         IncompatibleTables: Of another space, device or runtime, or not measured.
     """
-    table = LatencyTable.load(path)
+    try:
+        table = LatencyTable.load(path)
+    except FormatError as error:
+        # Among several folders' files of the same name, people must find this one.
+        raise error.in_file(f"{path.parent}") from error
     if table.origin != "measured":
         raise IncompatibleTables(
             f"{path.name} is {table.origin}, not measured; latencies are only taken "

@@ -27,6 +27,8 @@ def write_ir(model: bytes, xml_path: Path) -> None:
     try:
         # The default halves the weights' precision, and parity with it.
         openvino.save_model(converted, str(xml_path), compress_to_fp16=False)
+        # A write that fails is not told, as on a disk that is full.
+        openvino.Core().read_model(str(xml_path))
     except Exception as error:
         raise OSError(f"OpenVINO cannot write {xml_path}: {error}") from error
 

@@ -1,30 +1,62 @@
-"""The wheel works by itself, installed elsewhere and used from another folder."""
+"""The wheel works by itself, installed elsewhere and used from another folder.
+
+Its environment holds what the wheel declares and nothing else: no torch, no test tools.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.utils import canonicalize_name
+
+from tests.support import installed
+from tests.support.installed import PROJECT, declared, make_environment
+from tests.support.tiny_session import write_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("ofa_deploy", "profilers", "latency_tables")
 SHIPPED = {".py", ".typed", ".json", ".safetensors", ".npz", ".md"}
+EXTRAS = ("openvino", "onnxruntime")
+
+# Runs commands, each a list of arguments, in one process. Prints, by top-level module
+# that came from a file outside of the standard library, what distributions own it.
+COMMANDS = """
+import json, sys, sysconfig
+from importlib.metadata import distributions
+from ofa_deploy.cli import main
+
+def owners(name):  # packages_distributions() of Python 3.10 knows half of them
+    return [d.metadata["Name"] for d in distributions()
+            if any(file.parts[0] in (name, name + ".py") for file in d.files or [])]
+
+def in_standard_library(file):
+    return file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["ofa-deploy", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+print(json.dumps({
+    name: owners(name)
+    for name, module in sys.modules.items()
+    if "." not in name
+    and (file := getattr(module, "__file__", None))
+    and not in_standard_library(file)
+}))
+"""
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command without the variables that could lead Python to the checkout."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(
-        command, cwd=cwd, env=clean, capture_output=True, text=True, check=False
-    )
+    """Run a command that is to succeed; what it prints."""
+    done = installed.run(*command, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -41,18 +73,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, and the third-party packages of this one."""
+    """An environment with the wheel and what it declares."""
     home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False, symlinks=True)
-    python = home / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
-    run(*pip, "--no-index", "--no-deps", wheel, cwd=home)
-    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(run(python, "-c", purelib, cwd=home).strip())
-    # A folder named in a .pth file comes last on the path, and .pth files inside it,
-    # such as that of an editable install of the checkout, are not read.
-    here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (site / "third_party.pth").write_text("\n".join(sorted(here)), encoding="utf-8")
+    third_party = declared(*EXTRAS) - {PROJECT}
+    python = make_environment(home, third_party)
+    # Resolves what the wheel requires, and fails where it is not there. Isolated, as a
+    # user's settings may name folders of further wheels.
+    pip = (sys.executable, "-m", "pip", "--python", python, "--isolated", "install")
+    chosen = f"{wheel}[{','.join(EXTRAS)}]"
+    run(*pip, "--quiet", "--no-compile", "--no-index", chosen, cwd=home)
     return home
 
 
@@ -112,3 +141,43 @@ from ofa_deploy.zoo import open_zoo
 print(json.dumps(open_zoo("cifar10-small").space.name))
 """
     assert answer(environment, snippet, cwd=tmp_path) == "mbv3-small"
+
+
+@pytest.fixture(scope="module")
+def modules(
+    environment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """Owners of the modules imported while a tiny bundle is made and checked."""
+    home = tmp_path_factory.mktemp("home")
+    supernet, table = write_inputs(home, backend="openvino-cpu")
+    files = ["--supernet", str(supernet), "--table", str(table), "--out", "bundle"]
+    commands = [
+        ["specialize", "--device", "openvino-cpu", "--latency-ms", "10000", *files],
+        ["check", "bundle"],
+    ]
+    python = environment / "bin" / "python"
+    printed = run(python, "-c", COMMANDS, json.dumps(commands), cwd=home)
+    assert (home / "bundle" / "manifest.json").is_file()
+    owners: dict[str, list[str]] = json.loads(printed)
+    return owners
+
+
+@pytest.mark.slow
+def test_a_supernet_is_specialised_with_nothing_but_what_the_wheel_declares(
+    modules: dict[str, list[str]],
+) -> None:
+    assert {"ofa_deploy", "profilers", "numpy", "onnx", "openvino"} <= set(modules)
+    assert "torch" not in modules
+
+
+@pytest.mark.slow
+def test_every_module_imported_meanwhile_belongs_to_a_declared_distribution(
+    modules: dict[str, list[str]],
+) -> None:
+    allowed = declared(*EXTRAS)
+    strangers = {
+        name: owners
+        for name, owners in modules.items()
+        if not allowed & {canonicalize_name(owner) for owner in owners}
+    }
+    assert strangers == {}
