@@ -168,7 +168,10 @@ def measure_held_out(
     with Journal(path, subject=subject) as journal, StageBar(console) as bar:
         bar.begin(f"held-out networks on {backend_name}, run {number}")
         order = WorkOrder(
-            names=models.names, backend=backend_name, threads=1, settings=SETTINGS
+            names=models.network_names,
+            backend=backend_name,
+            threads=1,
+            settings=SETTINGS,
         )
         result = execute(
             order, models.write_model, journal=journal, progress=bar.advance
@@ -176,7 +179,7 @@ def measure_held_out(
     # Another run, another quiet level of the anchor: bring both to the table's.
     shift = (table.anchor_reference_ns / result.anchor_reference_ns) ** result.beta
     return np.array(
-        [result.measurements[name].quiet_ms * shift for name in models.names]
+        [result.measurements[name].quiet_ms * shift for name in models.network_names]
     )
 
 

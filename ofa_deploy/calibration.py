@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress, is_hidden, open_zip
 from ofa_deploy.errors import DataError
-from ofa_deploy.preprocess import resize
+from ofa_deploy.preprocess import require_pixels, resize
 
 # Statistics of more images are no better, and take longer.
 MOST_IMAGES = 2_000
@@ -64,15 +65,22 @@ def require_calibration(images: NDArray[np.uint8]) -> None:
     Raises:
         DataError: Not `(n, height, width, 3)` uint8 with at least 2 images.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    require_pixels(images)
+    require_enough(images)
+    if not images.size:
+        raise DataError(f"calibration images of shape {images.shape} have no pixels")
+
+
+def require_enough(images: NDArray[Any]) -> None:
+    """Refuse a single image.
+
+    Raises:
+        DataError: Fewer than two.
+    """
+    if len(images) < 2:
         raise DataError(
-            "calibration images must be uint8 of shape (count, height, width, 3); got "
-            f"{images.dtype} of shape {images.shape}"
-        )
-    if len(images) < 2 or not images.size:
-        raise DataError(
-            f"calibration images have shape {images.shape}; give a few hundred of what "
-            "the network will see, at least 2"
+            f"{len(images)} calibration images are too few; batch statistics need at "
+            "least 2, and some hundreds to be good"
         )
 
 
@@ -126,11 +134,7 @@ def _npz_images(path: Path) -> NDArray[np.uint8]:
             images = archive["images"]
     except Exception as error:  # numpy and zipfile raise many classes here
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise DataError(
-            f"{path}: images must be uint8 of shape (count, height, width, 3); got "
-            f"{images.dtype} of shape {images.shape}"
-        )
+    require_pixels(images, where=f"{path}: ")
     if not len(images):
         raise DataError(f"{path} holds no images")
     found: NDArray[np.uint8] = images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,10 @@ from ofa_deploy.errors import (
     MeasurementError,
 )
 from ofa_deploy.exporting import export_network
-from ofa_deploy.plan import lower
+from ofa_deploy.plan import all_blocks, lower
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
+    NETWORK_COUNT,
     cache_folder,
     find_table,
     open_table,
@@ -74,7 +75,7 @@ VERIFY_SETTINGS = MeasureSettings(
     target_relative_error=0.01,
     max_seconds=1.5,
 )
-PROFILE_SETTINGS = MeasureSettings.screen()
+PROFILE_SETTINGS = replace(MeasureSettings.screen(), max_seconds=10.0, pass_seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,9 @@ class Specializer:
             )
             if found is not None:
                 return found[0]
-        self.reporter.begin("profiling this machine")
+        self.reporter.begin(
+            f"profiling {len(all_blocks(space))} blocks, {NETWORK_COUNT} networks"
+        )
         path = cache / table_name(space, self.device, self.runtime)
         journal_path = path.with_suffix(".journal")
         try:

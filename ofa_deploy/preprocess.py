@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +69,22 @@ def prepare(
     images: NDArray[np.uint8], *, resolution: int, normalisation: Normalisation
 ) -> Floats:
     """Network input `(N, 3, resolution, resolution)` of `(N, H, W, 3)` uint8 images."""
+    require_pixels(images)
+    return normalisation.apply(resize(images, resolution))
+
+
+def require_pixels(images: NDArray[Any], *, where: str = "") -> None:
+    """Refuse what is not `(N, H, W, 3)` uint8.
+
+    Args:
+        images: Any array.
+        where: What the message is to begin with.
+
+    Raises:
+        DataError: Names what was given instead.
+    """
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise DataError(
-            "images must be uint8 of shape (count, height, width, 3); got "
+            f"{where}images must be uint8 of shape (count, height, width, 3); got "
             f"{images.dtype} of shape {images.shape}"
         )
-    return normalisation.apply(resize(images, resolution))

@@ -26,15 +26,17 @@ from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import DeviceSpec, RuntimeSpec, this_device
-from profilers.execute import OrderResult, execute
-from profilers.journal import Journal
+from profilers.execute import OrderResult, collect, execute
+from profilers.journal import Journal, Retry
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
-from profilers.order import WorkOrder
+from profilers.order import GROUP_SIZE, WorkOrder
 from profilers.summary import fit_visits
 from profilers.table import LatencyTable, require_compatible
 
 NETWORK_COUNT = 48
+# Blocks open at a time; they are small.
+BLOCK_GROUP_SIZE = 256
 # Of which calibration networks are chosen.
 CANDIDATES_PER_NETWORK = 20
 Progress = Callable[[int, int], None]
@@ -99,9 +101,9 @@ class TimedModels:
         return tuple(f"{_BLOCK}{key}" for key in self.blocks)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of all models, as `write_model` takes them."""
-        return (*self.block_names, *(f"{_NETWORK}{key}" for key in self.networks))
+    def network_names(self) -> tuple[str, ...]:
+        """As `write_model` takes them."""
+        return tuple(f"{_NETWORK}{key}" for key in self.networks)
 
     def write_model(self, name: str, folder: Path) -> Path:
         """Write one of the models into a folder."""
@@ -155,15 +157,25 @@ def profile_space(
         blocks=dict(sorted(all_blocks(space).items())),
         networks={},
     )
-    order = WorkOrder(
+    block_order = WorkOrder(
         names=models.block_names,
         backend=backend.name,
         threads=threads,
         settings=settings,
+        group_size=BLOCK_GROUP_SIZE,
     )
+    coming = network_count * settings.visits
     with Journal(journal_path, subject=subject) as journal:
-        blocks = execute(order, models.write_model, journal=journal, progress=progress)
-        _require_blocks(blocks, journal_path)
+        for name in sorted(journal.failures):
+            journal.add(Retry(name=name))  # the cause may be gone since the last call
+        blocks = execute(
+            block_order,
+            models.write_model,
+            journal=journal,
+            progress=_shifted(progress, later=coming),
+        )
+        _require_blocks(blocks)
+        visited = sum(len(entry.visits) for entry in blocks.measurements.values())
         configs = calibration_networks(
             space,
             look_up_blocks(space, _planned_latencies(models, journal, settings)),
@@ -172,8 +184,23 @@ def profile_space(
         )
         networks = {config.id: lower(space, config) for config in configs}
         models = replace(models, networks=networks)
-        order = replace(order, names=models.names)
-        result = execute(order, models.write_model, journal=journal, progress=progress)
+        result = execute(
+            replace(
+                block_order,
+                names=models.network_names,
+                group_size=GROUP_SIZE,
+            ),
+            models.write_model,
+            journal=journal,
+            progress=_shifted(progress, before=visited),
+        )
+        # Small blocks and networks share the anchor's slowdown to another degree; all
+        # are to speak of one level of it.
+        blocks = collect(
+            block_order,
+            journal=journal,
+            anchor_reference_ns=result.anchor_reference_ns,
+        )
     return LatencyTable(
         origin="measured",
         space_name=space.name,
@@ -185,10 +212,19 @@ def profile_space(
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        blocks=_measured(result, _BLOCK),
+        blocks=_measured(blocks, _BLOCK),
         networks=_measured(result, _NETWORK),
         failures=result.failures,
     )
+
+
+def _shifted(
+    progress: Progress | None, *, before: int = 0, later: int = 0
+) -> Progress | None:
+    """Progress of a part, told as that of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(before + done, before + total + later)
 
 
 def _planned_latencies(
@@ -215,14 +251,14 @@ def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:
     }
 
 
-def _require_blocks(result: OrderResult, journal_path: Path) -> None:
+def _require_blocks(result: OrderResult) -> None:
     failed = sorted(name for name in result.failures if name.startswith(_BLOCK))
     if failed:
         raise MeasurementError(
             f"{len(failed)} blocks could not be measured; {failed[0]}: "
             f"{result.failures[failed[0]]}. Without them no network that has one can "
-            f"be predicted. Once the cause is gone, delete {journal_path} and profile "
-            "again"
+            "be predicted. Once the cause is gone, run the same command again: these "
+            "are tried anew, and the others are kept"
         )
 
 

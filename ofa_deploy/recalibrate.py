@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.errors import DataError
+from ofa_deploy.calibration import require_enough
 from ofa_deploy.export.onnx import INPUT_NAME, emit_network
 from ofa_deploy.layers import ConvLayer
 from ofa_deploy.materialise import Weights
@@ -45,11 +45,7 @@ def recalibrate(
     Raises:
         DataError: Fewer than two images.
     """
-    if len(inputs) < 2:
-        raise DataError(
-            f"{len(inputs)} calibration images are too few; batch statistics need at "
-            "least 2, and some hundreds to be good"
-        )
+    require_enough(inputs)
     names = [
         f"{layer.name}.{part}"
         for layer in plan.layers

@@ -93,6 +93,7 @@ def decode_settings(node: JsonNode) -> MeasureSettings:
             seed=fields["seed"].integer(minimum=0),
             target_relative_error=fields["target_relative_error"].positive(),
             max_seconds=fields["max_seconds"].positive(),
+            pass_seconds=fields["pass_seconds"].number(minimum=0),
         )
     )
 

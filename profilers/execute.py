@@ -37,13 +37,15 @@ from profilers.order import WorkOrder
 from profilers.summary import fit_visits, need_visits, summarize
 from profilers.worker import Assignment, Began, Refused, Visited, decode_report
 
-__all__ = ["OrderResult", "execute"]
+__all__ = ["OrderResult", "collect", "execute"]
 
 Progress = Callable[[int, int], None]
 WriteModel = Callable[[str, Path], Path]
 
 # With several groups each is seen in so many rounds, in other company each time.
 ROUNDS = 2
+# Extra visits come in so many passes: a worker loads its models for them.
+EXTRA_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +101,57 @@ def execute(
         journal=journal,
         progress=progress,
         command=command,
-        deadline_s=time.monotonic() + order.settings.max_seconds,
     )
     run.visit_as_planned()
-    while needy := run.needy():
-        run.visit(needy, passes=1)
-    return run.result()
+    deadline_s = time.monotonic() + order.settings.max_seconds
+    while time.monotonic() < deadline_s and (needy := run.needy()):
+        run.visit(needy, passes=EXTRA_PASSES)
+    return collect(order, journal=journal)
+
+
+def collect(
+    order: WorkOrder, *, journal: Journal, anchor_reference_ns: float | None = None
+) -> OrderResult:
+    """What a journal tells of a work order, all visits fitted together.
+
+    Args:
+        order: What was measured.
+        journal: That `execute` filled.
+        anchor_reference_ns: The anchor's level that latencies are to speak of; None
+            for the quiet level of this order's own visits.
+
+    Raises:
+        UnstableMeasurement: Not one model could be measured.
+    """
+    measured = _measured(order, journal)
+    failures = {
+        name: reason for name, reason in journal.failures.items() if name in order.names
+    }
+    if not measured:
+        raise UnstableMeasurement(
+            f"none of {len(order.names)} models could be measured; the first: "
+            f"{next(iter(failures.values()))}"
+        )
+    visits = [journal.visits_of(name) for name in measured]
+    fit = fit_visits(visits, anchor_reference_ns=anchor_reference_ns)
+    measurements = summarize(measured, visits, fit, order.settings)
+    return OrderResult(
+        measurements={entry.name: entry for entry in measurements},
+        failures=failures,
+        beta=fit.beta,
+        anchor_reference_ns=math.exp(fit.reference_log_anchor),
+        conditions=read_conditions(),
+        damaged_count=journal.damaged_count,
+    )
+
+
+def _measured(order: WorkOrder, journal: Journal) -> list[str]:
+    failed = journal.failures
+    return [
+        name
+        for name in sorted(order.names)
+        if name not in failed and journal.visits_of(name)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +163,6 @@ class _Run:
     journal: Journal
     progress: Progress | None
     command: Sequence[str]
-    deadline_s: float
 
     def visit_as_planned(self) -> None:
         """Give every model the planned visits."""
@@ -157,6 +203,7 @@ class _Run:
 
     def _do(self, assignment: Assignment) -> None:
         current: str | None = None
+        left = assignment.passes * len(assignment.models)
         with _worker(self.command, assignment) as worker:
             while (line := worker.read_line(self.order.limit_s)) is not None:
                 report = decode_report(line)
@@ -165,6 +212,10 @@ class _Run:
                 elif isinstance(report, Visited):
                     self.journal.add(VisitRecord(name=report.name, visit=report.visit))
                     self._tell()
+                    left -= 1
+                    if not left:
+                        return  # a crash on the way out costs nobody anything
+                    worker.go_on()
                 else:
                     self._take_refusal(report)
                     return
@@ -176,39 +227,14 @@ class _Run:
         self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
 
     def needy(self) -> list[str]:
-        """The models that most need another visit, while there is time for any."""
-        measured = self._measured()
-        if not measured or time.monotonic() >= self.deadline_s:
+        """The models that most need more visits."""
+        measured = _measured(self.order, self.journal)
+        if not measured:
             return []
         visits = [self._visits(name) for name in measured]
         needy = need_visits(visits, fit_visits(visits), self.order.settings)
         share = math.ceil(len(measured) * EXTRA_PASS_SHARE)
         return [measured[i] for i in needy[: min(share, self.order.group_size)]]
-
-    def result(self) -> OrderResult:
-        """Fit all visits together."""
-        measured = self._measured()
-        failures = {
-            name: reason
-            for name, reason in self.journal.failures.items()
-            if name in self.order.names
-        }
-        if not measured:
-            raise UnstableMeasurement(
-                f"none of {len(self.order.names)} models could be measured; the first: "
-                f"{next(iter(failures.values()))}"
-            )
-        visits = [self._visits(name) for name in measured]
-        fit = fit_visits(visits)
-        measurements = summarize(measured, visits, fit, self.order.settings)
-        return OrderResult(
-            measurements={entry.name: entry for entry in measurements},
-            failures=failures,
-            beta=fit.beta,
-            anchor_reference_ns=math.exp(fit.reference_log_anchor),
-            conditions=read_conditions(),
-            damaged_count=self.journal.damaged_count,
-        )
 
     def _visits(self, name: str) -> tuple[Visit, ...]:
         return self.journal.visits_of(name)
@@ -219,14 +245,6 @@ class _Run:
             name
             for name in group
             if name not in failed and len(self._visits(name)) < target
-        ]
-
-    def _measured(self) -> list[str]:
-        failed = self.journal.failures
-        return [
-            name
-            for name in self.order.names
-            if name not in failed and self._visits(name)
         ]
 
     def _take_refusal(self, report: Refused) -> None:
@@ -259,9 +277,14 @@ class _Worker:
     """A running worker process, read line by line with a time limit."""
 
     def __init__(
-        self, process: subprocess.Popen[str], reports: IO[str], errors: IO[bytes]
+        self,
+        process: subprocess.Popen[str],
+        orders: IO[str],
+        reports: IO[str],
+        errors: IO[bytes],
     ) -> None:
         self._process = process
+        self._orders = orders
         self._errors = errors
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._hung_s: float | None = None
@@ -281,6 +304,18 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._pumping.join()
+        with suppress(BrokenPipeError):
+            self._orders.close()
+
+    def go_on(self) -> None:
+        """Let the worker begin its next visit."""
+        self.tell("")
+
+    def tell(self, line: str) -> None:
+        """Write a line to the worker, which may be dead; the reports say so."""
+        with suppress(BrokenPipeError):
+            self._orders.write(f"{line}\n")
+            self._orders.flush()
 
     def read_line(self, limit_s: float) -> str | None:
         """The next line; None once the worker has ended or hangs."""
@@ -321,11 +356,9 @@ def _worker(command: Sequence[str], assignment: Assignment) -> Iterator[_Worker]
         orders, reports = process.stdin, process.stdout
         if orders is None or reports is None:
             raise RuntimeError("a process started with pipes has none")
-        worker = _Worker(process, reports, errors)
+        worker = _Worker(process, orders, reports, errors)
         try:
-            with suppress(BrokenPipeError):  # it may crash before it reads
-                orders.write(f"{assignment.to_json()}\n")
-                orders.close()
+            worker.tell(assignment.to_json())
             yield worker
         finally:
             worker.stop()

@@ -21,7 +21,7 @@ from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Visit
 
-__all__ = ["Failure", "Journal", "VisitRecord"]
+__all__ = ["Failure", "Journal", "Retry", "VisitRecord"]
 
 FORMAT_VERSION = 1
 _CHECKSUM_DIGITS = 8
@@ -51,6 +51,20 @@ class Failure:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """A failed model is to be tried again.
+
+    Attributes:
+        name: Of the model.
+    """
+
+    name: str
+
+
+Record = VisitRecord | Failure | Retry
 
 
 class Journal(Closing):
@@ -88,16 +102,17 @@ class Journal(Closing):
         """Reasons by model, of those given up."""
         return dict(self._failures)
 
-    def add(self, record: VisitRecord | Failure) -> None:
+    def add(self, record: Record) -> None:
         """Write a record; once this returns, it is on the disk.
 
         Raises:
             MeasurementError: The disk is full or refuses; the journal is as before.
         """
+        content: dict[str, Json]
         if isinstance(record, VisitRecord):
-            content: dict[str, Json] = {
-                "visit": {"name": record.name, **encode_visit(record.visit)}
-            }
+            content = {"visit": {"name": record.name, **encode_visit(record.visit)}}
+        elif isinstance(record, Retry):
+            content = {"retry": {"name": record.name}}
         else:
             content = {"failure": {"name": record.name, "reason": record.reason}}
         self._append(content)
@@ -144,9 +159,11 @@ class Journal(Closing):
             else:
                 self._take(_decode_record(node))
 
-    def _take(self, record: VisitRecord | Failure) -> None:
+    def _take(self, record: Record) -> None:
         if isinstance(record, VisitRecord):
             self._visits.setdefault(record.name, []).append(record.visit)
+        elif isinstance(record, Retry):
+            self._failures.pop(record.name, None)
         else:
             self._failures[record.name] = record.reason
 
@@ -220,8 +237,10 @@ def _check_header(node: JsonNode, subject: dict[str, Json], name: str) -> None:
         )
 
 
-def _decode_record(node: JsonNode) -> VisitRecord | Failure:
+def _decode_record(node: JsonNode) -> Record:
     entries = node.entries()
+    if set(entries) == {"retry"}:
+        return Retry(name=entries["retry"].fields("name")["name"].text())
     if set(entries) == {"failure"}:
         fields = entries["failure"].fields("name", "reason")
         return Failure(name=fields["name"].text(), reason=fields["reason"].text())

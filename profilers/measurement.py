@@ -41,7 +41,11 @@ class MeasureSettings:
         target_relative_error: Standard error at which a latency is precise enough,
             as a share of the latency; above it the model gets extra visits.
         max_seconds: End of visiting, counted from the first visit: loading comes on
-            top. Two visits of each model are always made.
+            top. Two visits of each model are always made. Of a work order, whose
+            planned visits are all made, the time for extra ones.
+        pass_seconds: Least time of one pass of a work order over its models. Small
+            models are through in no time, and all their visits would be within one
+            phase of the machine.
     """
 
     visits: int
@@ -52,6 +56,7 @@ class MeasureSettings:
     seed: int
     target_relative_error: float
     max_seconds: float
+    pass_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
@@ -70,6 +75,10 @@ class MeasureSettings:
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field}={value}; give a finite number above 0")
+        if not (math.isfinite(self.pass_seconds) and self.pass_seconds >= 0):
+            raise ValueError(
+                f"pass_seconds={self.pass_seconds}; give a finite number, at least 0"
+            )
 
     @classmethod
     def screen(cls, *, seed: int = 0) -> MeasureSettings:

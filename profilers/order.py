@@ -24,7 +24,7 @@ class WorkOrder:
         names: Of the models; all different.
         backend: As `get_backend` takes it.
         threads: Of one inference.
-        settings: How carefully; `max_seconds` bounds the visits of one execution.
+        settings: How carefully; `max_seconds` bounds the extra visits of one execution.
         limit_s: Time after which a silent worker is stopped, and its model failed.
         group_size: Models open at a time.
     """

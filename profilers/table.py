@@ -35,7 +35,7 @@ from profilers.measurement import Measurement, MeasureSettings
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
@@ -59,7 +59,7 @@ class LatencyTable:
         runtime: Software.
         settings: How it was measured.
         conditions: State of the device while measuring.
-        beta: Of the quiet-state fit.
+        beta: Of the quiet-state fit to the networks.
         anchor_reference_ns: The anchor's quiet level, which all latencies speak of.
         created_at: ISO 8601 date and time.
         blocks: By name; fused blocks.

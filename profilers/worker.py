@@ -2,7 +2,8 @@
 
 It reads one assignment from stdin and writes one line to stdout for everything it
 begins and everything it has done. Whoever reads knows, when the lines stop, which model
-it was that took the process down.
+it was that took the process down. After a visit it waits for a line on stdin: the visit
+is kept by then, and the keeping disturbs no measurement.
 """
 
 from __future__ import annotations
@@ -160,10 +161,11 @@ def decode_report(text: str) -> Report:
 
 
 class _Teller:
-    """Writes reports; an observer of the measuring."""
+    """Writes reports, and waits after a visit; an observer of the measuring."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], wait: Callable[[], None]) -> None:
         self._write = write
+        self._wait = wait
         self.current: str | None = None
 
     def begin(self, name: str) -> None:
@@ -174,6 +176,7 @@ class _Teller:
     def visited(self, name: str, visit: Visit) -> None:
         """See `Observer.visited`."""
         self.tell(Visited(name=name, visit=visit))
+        self._wait()
 
     def tell(self, report: Report) -> None:
         """Write any report."""
@@ -182,7 +185,7 @@ class _Teller:
 
 def work() -> int:
     """Do the assignment on stdin; return the exit code."""
-    teller = _Teller(_own_stdout())
+    teller = _Teller(_own_stdout(), _await_word)
     try:
         assignment = Assignment.from_json(sys.stdin.readline())
         backend = get_backend(assignment.backend)
@@ -205,6 +208,12 @@ def work() -> int:
         teller.tell(refused)
         return 1
     return 0
+
+
+def _await_word() -> None:
+    """Wait for a line; end with the process that was to send it."""
+    if not sys.stdin.readline():
+        raise SystemExit(1)
 
 
 def _own_stdout() -> Callable[[str], None]:

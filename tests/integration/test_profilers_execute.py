@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 
 from profilers import measurement
 from profilers.errors import DeviceUnfit, RunFailed, UnstableMeasurement
-from profilers.execute import OrderResult, execute
-from profilers.journal import Journal
+from profilers.execute import OrderResult, collect, execute
+from profilers.journal import Journal, Retry
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
+from profilers.worker import Assignment, Began, Visited, decode_report
 from tests.support.faulty_worker import COMMAND, NAME, write_model
 
 SUBJECT: dict[str, Json] = {"order": "test"}
@@ -141,6 +143,21 @@ def test_a_failed_model_is_not_tried_again(tmp_path: Path) -> None:
     assert set(result.measurements) == {"good0"}
 
 
+def test_a_failed_model_is_tried_again_where_the_journal_says_so(
+    tmp_path: Path,
+) -> None:
+    models = good(tmp_path, 1)
+    models["bad"] = write_model(tmp_path / "bad", fault="crash")
+    run(tmp_path, models)
+    write_model(models["bad"])  # it would work now
+    with Journal(tmp_path / "journal", subject=SUBJECT) as journal:
+        journal.add(Retry(name="bad"))
+        assert journal.failures == {}
+    result = run(tmp_path, models)
+    assert result.failures == {}
+    assert_visited(result, {"good0", "bad"})
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     models = good(tmp_path, 3)
     first = run(tmp_path, models)
@@ -153,6 +170,57 @@ def test_groups_cover_all_models_in_two_rounds(tmp_path: Path) -> None:
     models = good(tmp_path, 5)
     result = run(tmp_path, models, group_size=2)
     assert_visited(result, set(models))
+
+
+def test_no_visit_begins_before_the_last_one_is_kept(tmp_path: Path) -> None:
+    models = good(tmp_path, 2)
+    assignment = Assignment(
+        backend=NAME, threads=1, settings=SETTINGS, passes=1, seed=0, models=models
+    )
+    with subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(f"{assignment.to_json()}\n")
+        worker.stdin.flush()
+        while not isinstance(decode_report(worker.stdout.readline()), Visited):
+            pass
+        lines: list[str] = []
+        reading = threading.Thread(
+            target=lambda: lines.append(worker.stdout.readline())  # type: ignore[union-attr]
+        )
+        reading.start()
+        reading.join(0.5)
+        assert lines == []
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        reading.join()
+        assert isinstance(decode_report(lines[0]), Began)
+        worker.stdin.close()  # its parent is gone
+        assert worker.wait(60) == 1
+
+
+def test_a_pass_takes_the_time_that_is_set(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, pass_seconds=0.05)
+    result = run(tmp_path, good(tmp_path, 1), settings=settings)
+    (measured,) = result.measurements.values()
+    for number, visit in enumerate(measured.visits):
+        assert visit.time_ns >= number * 0.05e9
+
+
+def test_a_reference_level_moves_all_latencies_alike(tmp_path: Path) -> None:
+    models = good(tmp_path, 3)
+    own = run(tmp_path, models)
+    order = WorkOrder(names=tuple(models), backend=NAME, threads=1, settings=SETTINGS)
+    with Journal(tmp_path / "journal", subject=SUBJECT) as journal:
+        given = collect(
+            order, journal=journal, anchor_reference_ns=2 * own.anchor_reference_ns
+        )
+    assert given.anchor_reference_ns == pytest.approx(2 * own.anchor_reference_ns)
+    for name, entry in given.measurements.items():
+        ratio = entry.quiet_ms / own.measurements[name].quiet_ms
+        assert ratio == pytest.approx(2**own.beta)
 
 
 def test_models_that_are_too_imprecise_get_more_visits(tmp_path: Path) -> None:
