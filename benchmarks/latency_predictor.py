@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from inputs import Journal as Rows
 from inputs import add_work, console, new_parser
-from numpy.typing import NDArray
 from report import Section
 
 from ofa_deploy.cli.progress import StageBar
@@ -26,7 +25,7 @@ from ofa_deploy.profiling import (
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.execute import execute
+from profilers.execute import collect, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
@@ -35,14 +34,12 @@ from profilers.table import LatencyTable
 
 SEED = 5
 BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
-SETTINGS = MeasureSettings.screen(seed=SEED)
+SETTINGS = replace(MeasureSettings.screen(seed=SEED), pass_seconds=1.0)
 SPEED_SAMPLE = 1_000_000
 LEAST = {"within_10": 0.99, "within_5": 0.90, "kendall_tau": 0.95}
 MAX_RMSPE = 0.03
 MAX_MINUTES = 15.0
 LEAST_PER_S = 1e6
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,9 @@ class Row:
         below_upper: Share below the 95 % upper bound.
         networks: Measured to fit the predictor.
         blocks: Measured for it.
-        minutes: That took, all in all.
+        minutes: That took, all in all; NaN where it was interrupted.
+        left_out: Held-out networks that could not be measured.
+        created_at: When the table was made.
     """
 
     backend: str
@@ -68,6 +67,8 @@ class Row:
     networks: int
     blocks: int
     minutes: float
+    left_out: int
+    created_at: str
 
 
 def main() -> None:
@@ -78,7 +79,12 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=250, help="to fit with")
     parser.add_argument("--held-out", type=int, default=120, help="to judge by")
     args = parser.parse_args()
-    section = Section("latency_predictor", "Latency predictor", results=args.results)
+    section = Section(
+        "latency_predictor",
+        "Latency predictor",
+        results=args.results,
+        packages=("ai-edge-litert",),
+    )
     space = mbv3.imagenet(width=1.0)
     rows = [examine(space, backend, args) for backend in args.backends]
     publish(section, space, rows, time_predictions(space, args))
@@ -93,10 +99,13 @@ def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> 
     unseen = [row for row in drawn if space.decode(row).id not in table.networks]
     genomes = np.stack(unseen)[rng.permutation(len(unseen))[: args.held_out]]
     names = [space.decode(row).id for row in genomes]
-    first, second = (
+    runs = [
         measure_held_out(space, names, backend_name, args, table, number)
         for number in (1, 2)
-    )
+    ]
+    both = np.array([all(name in run for run in runs) for name in names])
+    genomes, names = genomes[both], list(np.array(names)[both])
+    first, second = (np.array([run[name] for name in names]) for run in runs)
     measured = np.sqrt(first * second)
     predicted = predictor.predict_ms(genomes)
     ratio = measured / predicted
@@ -110,6 +119,8 @@ def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> 
         networks=len(table.networks),
         blocks=len(table.blocks),
         minutes=minutes,
+        left_out=int((~both).sum()),
+        created_at=table.created_at,
     )
 
 
@@ -121,10 +132,14 @@ def table_of(
     runtime = backend.runtime(threads=1)
     rows = Rows(args.work / "latency_predictor.jsonl")
     device = this_device(accelerator=backend.accelerator())
-    found = find_table(space, device, runtime, folders=(args.work,))
+    folder = args.work / f"{args.networks}-networks"
+    found = find_table(space, device, runtime, folders=(folder,))
     name = table_name(space, device, runtime)
+    key = {"table": name, "networks": args.networks}
     if found is None:
-        args.work.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        journal_path = folder / f"{name}.journal"
+        resumed = journal_path.exists()
         start_s = time.monotonic()
         with StageBar(console) as bar:
             bar.begin(f"profiling {backend_name}")
@@ -133,15 +148,17 @@ def table_of(
                 backend=backend,
                 threads=1,
                 settings=SETTINGS,
-                journal_path=args.work / f"{name}.journal",
+                journal_path=journal_path,
                 network_count=args.networks,
                 progress=bar.advance,
             )
-        table.save(args.work / name)
-        rows.add({"table": name, "minutes": (time.monotonic() - start_s) / 60})
-        found = table, args.work / name
-    minutes = [row["minutes"] for row in rows.rows if row["table"] == name]
-    return found[0], float(minutes[-1])
+        # Of a run that was interrupted, only its last part is known.
+        minutes = None if resumed else (time.monotonic() - start_s) / 60
+        rows.add({**key, "minutes": minutes})
+        table.save(folder / name)
+        found = table, folder / name
+    told = [row["minutes"] for row in rows.rows if key.items() <= row.items()]
+    return found[0], float("nan" if not told or told[-1] is None else told[-1])
 
 
 def measure_held_out(
@@ -151,8 +168,8 @@ def measure_held_out(
     args: argparse.Namespace,
     table: LatencyTable,
     number: int,
-) -> Floats:
-    """Quiet latencies `(n,)` at the table's anchor level, in a run of their own."""
+) -> dict[str, float]:
+    """Quiet latencies in ms at the table's anchor level, in a run of their own."""
     models = TimedModels(
         backend_name=backend_name,
         seed=SEED + number,
@@ -162,8 +179,9 @@ def measure_held_out(
     path = args.work / f"held-out-{backend_name}-{number}.journal"
     subject: dict[str, Json] = {
         "backend": backend_name,
-        "networks": len(names),
+        "networks": [*names],
         "run": number,
+        "table": table.created_at,
     }
     with Journal(path, subject=subject) as journal, StageBar(console) as bar:
         bar.begin(f"held-out networks on {backend_name}, run {number}")
@@ -173,14 +191,16 @@ def measure_held_out(
             threads=1,
             settings=SETTINGS,
         )
-        result = execute(
-            order, models.write_model, journal=journal, progress=bar.advance
+        execute(order, models.write_model, journal=journal, progress=bar.advance)
+        # Another run, another quiet level of the anchor: brought to the table's.
+        result = collect(
+            order, journal=journal, anchor_reference_ns=table.anchor_reference_ns
         )
-    # Another run, another quiet level of the anchor: bring both to the table's.
-    shift = (table.anchor_reference_ns / result.anchor_reference_ns) ** result.beta
-    return np.array(
-        [result.measurements[name].quiet_ms * shift for name in models.network_names]
-    )
+    return {
+        name: result.measurements[known].quiet_ms
+        for name, known in zip(names, models.network_names, strict=True)
+        if known in result.measurements
+    }
 
 
 def time_predictions(space: SearchSpace, args: argparse.Namespace) -> float:
@@ -201,8 +221,9 @@ def publish(
     section.text(
         f"`{space.name}`, resolutions {space.resolutions[0]}–{space.resolutions[-1]}, "
         "1 thread, quiet-state latencies. *predicted*: networks that the predictor had "
-        "not seen, against the mean of two measurements of each. *noise*: one of these "
-        "against the other; no predictor can do better."
+        "not seen, against the mean of two measurements of each, brought to the level "
+        "of the anchor that the table speaks of. *noise*: one of these against the "
+        "other; a perfect predictor would show half of its RMSPE."
     )
     section.table(
         [

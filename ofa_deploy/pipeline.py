@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,15 @@ from ofa_deploy.errors import (
     DataError,
     DeployError,
     InfeasibleBudget,
-    MeasurementError,
 )
 from ofa_deploy.exporting import export_network
-from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
-    NETWORK_COUNT,
     cache_folder,
     find_table,
+    measure_table,
     open_table,
-    profile_space,
-    table_name,
 )
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.search.dominance import promotion
@@ -75,7 +72,6 @@ VERIFY_SETTINGS = MeasureSettings(
     target_relative_error=0.01,
     max_seconds=1.5,
 )
-PROFILE_SETTINGS = replace(MeasureSettings.screen(), max_seconds=10.0, pass_seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,43 +146,17 @@ class Specializer:
             )
             if found is not None:
                 return found[0]
-        self.reporter.begin(
-            f"profiling {len(all_blocks(space))} blocks, {NETWORK_COUNT} networks"
+        return measure_table(
+            space,
+            backend=self.backend,
+            threads=self.target.threads,
+            folder=cache,
+            reporter=self.reporter,
         )
-        path = cache / table_name(space, self.device, self.runtime)
-        journal_path = path.with_suffix(".journal")
-        try:
-            table = profile_space(
-                space,
-                backend=self.backend,
-                threads=self.target.threads,
-                settings=PROFILE_SETTINGS,
-                journal_path=journal_path,
-                progress=self.reporter.advance,
-            )
-            table.save(path)
-        except OSError as error:
-            raise MeasurementError(
-                f"the latency table cannot be written to {path}: {error}. What was "
-                f"measured is kept in {journal_path.name} beside it; free space and "
-                "run this again"
-            ) from error
-        journal_path.unlink()
-        return table
 
-    def reachable(self, *, sample_count: int = 2_000) -> ReachableRange:
+    def reachable(self) -> ReachableRange:
         """The latencies that the space can reach here, as predicted."""
-        space = self.supernet.space
-        rng = np.random.default_rng(0)
-        problem = self._problem(budget_ms=1.0)
-        _, fastest_ms, _ = descend_to_fastest(problem, rng)
-        drawn = self.predictor.predict_ms(space.sample(sample_count, rng))
-        largest = self.predictor.predict_ms(space.encode(space.largest())[None])
-        return ReachableRange(
-            fastest_ms=fastest_ms,
-            median_ms=float(np.median(drawn)),
-            slowest_ms=max(float(largest[0]), float(drawn.max())),
-        )
+        return reachable_range(self.predictor)
 
     def _problem(self, *, budget_ms: float) -> SearchProblem:
         accuracy = self.supernet.accuracy
@@ -371,6 +341,29 @@ class Specializer:
                 device=self.device,
                 runtime=self.runtime,
             )
+
+
+def reachable_range(
+    predictor: LatencyPredictor, *, sample_count: int = 2_000
+) -> ReachableRange:
+    """The latencies that a space can reach, as predicted."""
+    space = predictor.space
+    rng = np.random.default_rng(0)
+    problem = SearchProblem(
+        space=space,
+        accuracy=lambda genomes: np.zeros(len(genomes)),  # of no matter here
+        latency_ms=predictor.predict_ms,
+        budget_ms=1.0,
+        promotion=promotion(space, predictor.slot_ms),
+    )
+    _, fastest_ms, _ = descend_to_fastest(problem, rng)
+    drawn = predictor.predict_ms(space.sample(sample_count, rng))
+    largest = predictor.predict_ms(space.encode(space.largest())[None])
+    return ReachableRange(
+        fastest_ms=fastest_ms,
+        median_ms=float(np.median(drawn)),
+        slowest_ms=max(float(largest[0]), float(drawn.max())),
+    )
 
 
 def _lowered(missed: VerifiedNetwork, timed: Sequence[VerifiedNetwork]) -> float:

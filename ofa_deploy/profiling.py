@@ -21,6 +21,7 @@ from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
 from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
 from ofa_deploy.predict.design import choose_informative
+from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
@@ -35,6 +36,8 @@ from profilers.summary import fit_visits
 from profilers.table import LatencyTable, require_compatible
 
 NETWORK_COUNT = 48
+# Visits of blocks and small networks are soon over: passes of a second spread them.
+PROFILE_SETTINGS = replace(MeasureSettings.screen(), max_seconds=10.0, pass_seconds=1.0)
 # Blocks open at a time; they are small.
 BLOCK_GROUP_SIZE = 256
 # Of which calibration networks are chosen.
@@ -115,6 +118,56 @@ class TimedModels:
             network = self.networks[name.removeprefix(_NETWORK)]
             model = timed_network(network, backend_name=self.backend_name, rng=rng)
         return write_timed(folder, name, model, backend_name=self.backend_name)
+
+
+def measure_table(
+    space: SearchSpace,
+    *,
+    backend: Backend,
+    threads: int,
+    folder: Path,
+    network_count: int = NETWORK_COUNT,
+    reporter: Reporter,
+) -> LatencyTable:
+    """Profile a space, and keep the table in a folder under its own name.
+
+    After a kill the same call goes on where it stopped.
+
+    Args:
+        space: What to measure.
+        backend: Where.
+        threads: Of one inference.
+        folder: Of the table, and of the journal until then.
+        network_count: Whole networks to measure besides the blocks.
+        reporter: Told of progress.
+
+    Raises:
+        MeasurementError: A block could not be measured, or the disk is full.
+    """
+    device = this_device(accelerator=backend.accelerator())
+    path = folder / table_name(space, device, backend.runtime(threads=threads))
+    journal_path = path.with_suffix(".journal")
+    block_count = len(all_blocks(space))
+    reporter.begin(f"profiling {block_count} blocks and {network_count} networks")
+    try:
+        table = profile_space(
+            space,
+            backend=backend,
+            threads=threads,
+            settings=PROFILE_SETTINGS,
+            journal_path=journal_path,
+            network_count=network_count,
+            progress=reporter.advance,
+        )
+        table.save(path)
+    except OSError as error:
+        raise MeasurementError(
+            f"the latency table cannot be written to {path}: {error}. What was "
+            f"measured is kept in {journal_path.name} beside it; free space and "
+            "run this again"
+        ) from error
+    journal_path.unlink()
+    return table
 
 
 def profile_space(

@@ -27,6 +27,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
+from profilers.merge import merge_tables
 from profilers.order import WorkOrder
 from profilers.table import LatencyTable, require_compatible
 
@@ -54,6 +55,7 @@ __all__ = [
     "get_backend",
     "measure_in_fresh_process",
     "measure_models",
+    "merge_tables",
     "read_conditions",
     "require_compatible",
     "this_device",

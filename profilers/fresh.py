@@ -19,12 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from profilers import stats
 from profilers.codec import decode_run, encode_flat, encode_run
 from profilers.device import Conditions
 from profilers.errors import FormatError, RunFailed
 from profilers.json_reader import parse_json
-from profilers.measurement import MeasurementRun, MeasureSettings, Stability, Visit
+from profilers.measurement import (
+    MeasurementRun,
+    MeasureSettings,
+    Stability,
+    Visit,
+    percentile_of,
+)
 from profilers.summary import fit_visits, summarize_model
 
 __all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
@@ -133,8 +138,8 @@ class FreshMeasurement:
         return tuple(sample for visit in self.visits for sample in visit.samples_ns)
 
     def percentile_ms(self, percentile: float) -> float | None:
-        """Percentile of all samples; None where they are too few for it."""
-        return stats.percentile_ms(self.samples_ns, percentile)
+        """Percentile of all runs; None where it is not known."""
+        return percentile_of(self.visits, percentile)
 
 
 def measure_in_fresh_process(
@@ -228,15 +233,14 @@ def pool_reports(
             f"processes differ by {spread:.1%}, more than "
             f"{MAX_PROCESS_SPREAD_RATIO:.0%}",
         )
-    samples_ns = summary.samples_ns
     return FreshMeasurement(
         visits=visits,
         process_count=len(reports),
         quiet_ms=summary.quiet_ms,
         standard_error_ratio=summary.standard_error_ratio,
         median_ms=summary.median_ms,
-        p90_ms=stats.percentile_ms(samples_ns, 90),
-        p95_ms=stats.percentile_ms(samples_ns, 95),
+        p90_ms=percentile_of(visits, 90),
+        p95_ms=percentile_of(visits, 95),
         process_spread_ratio=spread,
         first_inference_ms=median(report.first_inference_ms for report in reports),
         load_ms=median(report.load_ms for report in reports),

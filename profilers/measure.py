@@ -25,6 +25,7 @@ from profilers.backends.base import (
     Arrays,
     Backend,
     DeviceTimed,
+    FallsBack,
     Session,
     random_inputs,
 )
@@ -104,7 +105,7 @@ class _Bench:
     @property
     def fallback(self) -> str | None:
         """Of the last sample, as the session tells it."""
-        return self.session.fallback if isinstance(self.session, DeviceTimed) else None
+        return self.session.fallback if isinstance(self.session, FallsBack) else None
 
 
 def _prepare_timed(

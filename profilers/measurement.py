@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -235,8 +236,21 @@ class Measurement:
         return tuple(sample for visit in self.visits for sample in visit.samples_ns)
 
     def percentile_ms(self, percentile: float) -> float | None:
-        """Percentile of all samples; None where they are too few for it."""
-        return stats.percentile_ms(self.samples_ns, percentile)
+        """Percentile of all runs; None where it is not known."""
+        return percentile_of(self.visits, percentile)
+
+
+def percentile_of(visits: Sequence[Visit], percentile: float) -> float | None:
+    """Percentile of all runs in ms.
+
+    None where they are too few for it, and, above the median, where samples are means
+    of several runs: a mean hides the slow ones.
+    """
+    samples_ns = [sample for visit in visits for sample in visit.samples_ns]
+    averaged = any(visit.inner_loops > 1 for visit in visits)
+    if not samples_ns or (averaged and percentile > 50):
+        return None
+    return stats.percentile_ms(samples_ns, percentile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

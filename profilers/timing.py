@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from profilers import stats
 from profilers.errors import MeasurementError, RunFailed
 from profilers.execute import execute
 from profilers.fresh import measure_in_fresh_process
 from profilers.journal import Journal
-from profilers.measurement import MeasureSettings, Stability, Visit
+from profilers.measurement import MeasureSettings, Stability, Visit, percentile_of
 from profilers.order import WorkOrder
 
 __all__ = ["CERTIFY_PROCESSES", "TIERS", "Tier", "Timing", "time_models"]
@@ -51,9 +50,8 @@ class Timing:
     problem: str = ""
 
     def percentile_ms(self, percentile: float) -> float | None:
-        """Percentile of all samples; None where they are too few for it."""
-        samples_ns = [sample for visit in self.visits for sample in visit.samples_ns]
-        return stats.percentile_ms(samples_ns, percentile) if samples_ns else None
+        """Percentile of all runs; None where it is not known."""
+        return percentile_of(self.visits, percentile)
 
 
 def time_models(

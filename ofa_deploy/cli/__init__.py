@@ -22,8 +22,10 @@ from ofa_deploy.cli.tables import (
     show_operators,
     show_range,
     show_table,
+    show_table_json,
     show_widths,
 )
+from ofa_deploy.profiling import NETWORK_COUNT
 
 app = typer.Typer(
     help="Specialise a once-for-all supernet to a device and a latency budget.",
@@ -114,24 +116,46 @@ def probe(
 def profile(
     device: Device = "openvino-cpu",
     supernet: SupernetName = "cifar10-small",
+    space: Annotated[
+        str | None,
+        typer.Option(help="A space by name, or its .json file, without a supernet."),
+    ] = None,
+    networks: Annotated[
+        int, typer.Option(min=2, help="Whole networks to measure besides the blocks.")
+    ] = NETWORK_COUNT,
     out: Annotated[
         Path | None, typer.Option(help="File to save the table to as well.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a supernet's blocks on this machine, and keep the table."""
-    from ofa_deploy.pipeline import Specializer
+    """Measure the blocks of a space on this machine, and keep the table."""
+    from ofa_deploy.pipeline import reachable_range
+    from ofa_deploy.predict.latency import fit_latency_predictor
+    from ofa_deploy.profiling import cache_folder, measure_table
+    from ofa_deploy.target import parse_target
+    from ofa_deploy.zoo import open_supernet
+    from profilers.backends import get_backend
 
-    with nullcontext() if as_json else StageBar(_console) as bar:
-        session = Specializer(device, supernet=supernet, reprofile=True, reporter=bar)
+    target = parse_target(device)
+    measured = training.named_space(space) if space else open_supernet(supernet).space
+    with StageBar(_no_console if as_json else _console) as bar:
+        table = measure_table(
+            measured,
+            backend=get_backend(target.backend),
+            threads=target.threads,
+            folder=cache_folder(),
+            network_count=networks,
+            reporter=bar,
+        )
     if out is not None:
-        session.table.save(out)
+        table.save(out)
+    predictor = fit_latency_predictor(measured, table)
+    reachable = reachable_range(predictor)
     if as_json:
-        reachable = asdict(session.reachable())
-        print(json.dumps(reachable, indent=2, sort_keys=True))
+        show_table_json(table, reachable)
     else:
-        show_table(_console, session.table, session.predictor)
-        show_range(_console, session.reachable())
+        show_table(_console, table, predictor)
+        show_range(_console, reachable)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -114,8 +115,28 @@ def show_table(
         f"predictor error on networks it had not seen: {predictor.residual_ratio:.1%}; "
         f"{len(unstable)} of {len(measurements)} measurements are not stable"
     )
+    for name, reason in table.failures.items():
+        console.print(f"could not be measured: {name}: {reason}")
     if table.conditions.shared_host:
         console.print("shared host: the figures are indicative")
+
+
+def show_table_json(table: LatencyTable, reachable: ReachableRange) -> None:
+    """What is reachable and what is to be known of the table, on standard output."""
+    measurements = [*table.blocks.values(), *table.networks.values()]
+    content = {
+        **asdict(reachable),
+        "block_count": len(table.blocks),
+        "network_count": len(table.networks),
+        "failures": dict(table.failures),
+        "unstable": {
+            m.name: list(m.stability.reasons)
+            for m in measurements
+            if m.stability.verdict == "unstable"
+        },
+        "indicative": table.conditions.shared_host,
+    }
+    print(json.dumps(content, indent=2, sort_keys=True))
 
 
 def show_operators(console: Console, facts: Sequence[OperatorFact]) -> None:

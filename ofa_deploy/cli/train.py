@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 SPACE_NAMES = ("mbv3-small", "mbv3-imagenet-w1.0", "mbv3-imagenet-w1.2")
 
 
-def named_space(name: str, *, class_count: int) -> SearchSpace:
-    """The space of a name in `SPACE_NAMES`, or of a JSON file."""
+def named_space(name: str, *, class_count: int | None = None) -> SearchSpace:
+    """The space of a name in `SPACE_NAMES`, or of a JSON file.
+
+    Without a count of classes, a named space has that of the data it was made for.
+    """
     if name == "mbv3-small":
-        return mbv3.small(class_count=class_count)
+        return mbv3.small(class_count=class_count or 10)
     if name in SPACE_NAMES:
         width = float(name.rsplit("w", 1)[1])
-        return mbv3.imagenet(width=width, class_count=class_count)
+        return mbv3.imagenet(width=width, class_count=class_count or 1000)
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
         return read_json(path, decode_space, otherwise="give a space's JSON file")
@@ -83,7 +86,7 @@ def train(
     # What is wrong is told before the images are read, which may take minutes.
     if not 1 <= threads <= MAX_THREADS:
         raise TrainingError(f"threads={threads} must be from 1 to {MAX_THREADS}")
-    named_space(space_name, class_count=2)
+    named_space(space_name)
     try:
         import torch
     except ImportError as error:

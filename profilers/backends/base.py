@@ -24,6 +24,7 @@ __all__ = [
     "Arrays",
     "Backend",
     "DeviceTimed",
+    "FallsBack",
     "LayerLatency",
     "LayerProfiler",
     "Session",
@@ -92,18 +93,23 @@ class Session(Protocol):
 
 
 @runtime_checkable
-class DeviceTimed(Protocol):
-    """A session that times its runs by the clock of the processor it runs on.
-
-    A GPU goes on while the host only waits; the host's clock would add the waiting.
-    """
+class FallsBack(Protocol):
+    """A session that can tell in what way it runs its model."""
 
     @property
     def fallback(self) -> str | None:
         """Why the model runs in another way than the fastest; None if it does not.
 
-        Of the last `prepare_timed`. Times of the two ways do not compare.
+        Of the last `prepare` or `prepare_timed`. Times of the two ways do not compare.
         """
+
+
+@runtime_checkable
+class DeviceTimed(FallsBack, Protocol):
+    """A session that times its runs by the clock of the processor it runs on.
+
+    A GPU goes on while the host only waits; the host's clock would add the waiting.
+    """
 
     def prepare_timed(self, inputs: Arrays) -> Callable[[int], int]:
         """Bind inputs, and return a function that times runs of the model on them.

@@ -62,13 +62,8 @@ class LiteRtCpu:
             raise ModelRejected(
                 f"LiteRT cannot load {label}: {error}; give a valid .tflite model"
             ) from error
-        if session.partition_count not in (None, 1):
-            warnings.warn(
-                f"{label} runs in {session.partition_count} partitions of the "
-                f"{_PROVIDER} delegate instead of 1: operators that it lacks run on "
-                "slow reference kernels between them",
-                stacklevel=2,
-            )
+        if session.fallback is not None:
+            warnings.warn(f"{label} {session.fallback}", stacklevel=2)
         return session
 
     def runtime(self, *, threads: int) -> RuntimeSpec:
@@ -107,6 +102,14 @@ class LiteRtSession(Closing):
         self.input_dtypes: dict[str, np.dtype[Any]] = {
             name: np.dtype(detail["dtype"]) for name, detail in entered.items()
         }
+        # Asked once: it lists all operators.
+        count = self.partition_count
+        self.fallback = (
+            None
+            if count in (None, 1)
+            else f"runs in {count} partitions of the {_PROVIDER} delegate instead of "
+            "1: operators that it lacks run on slow reference kernels between them"
+        )
 
     @property
     def partition_count(self) -> int | None:

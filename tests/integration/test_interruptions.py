@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ofa_deploy import exporting, pipeline
+from ofa_deploy import exporting, pipeline, profiling
 from ofa_deploy.bundle import Bundle, new_bundle_folder
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
@@ -256,7 +256,7 @@ def test_a_disk_that_is_full_after_profiling_leaves_the_journal_and_no_table(
 
     cache = tmp_path / "cache"
     name = table_name(tiny.SPACE, session.device, session.runtime)
-    monkeypatch.setattr(pipeline, "profile_space", profiled)
+    monkeypatch.setattr(profiling, "profile_space", profiled)
     with (
         failing_at((os, "fsync", 1), full_disk()),
         pytest.raises(DeployError, match=FULL_DISK_MESSAGE),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import latency_tables
-from ofa_deploy import assembly, pipeline, specialize
+from ofa_deploy import assembly, pipeline, profiling, specialize
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.errors import (
     BundleError,
@@ -59,7 +59,7 @@ def _quick_timing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "VERIFY_SETTINGS", QUICK)
         patch.setattr(pipeline, "VERIFY_PROCESSES", 1)
-        patch.setattr(pipeline, "PROFILE_SETTINGS", QUICK)
+        patch.setattr(profiling, "PROFILE_SETTINGS", QUICK)
         yield
 
 
@@ -587,10 +587,15 @@ def test_images_that_cannot_be_used_are_told_before_any_profiling(
     def profile(*_: object, **__: object) -> None:
         raise AssertionError("profiled before the images were looked at")
 
-    monkeypatch.setattr(pipeline, "profile_space", profile)
+    monkeypatch.setattr(pipeline, "measure_table", profile)
     nowhere, out = tmp_path / "nowhere", tmp_path / "bundle"
-    for calibration, evaluation in ((nowhere, None), (None, nowhere)):
-        with pytest.raises(DataError, match="does not exist"):
+    one = np.zeros((1, 12, 12, 3), dtype=np.uint8)
+    for calibration, evaluation, told in (
+        (nowhere, None, "does not exist"),
+        (None, nowhere, "does not exist"),
+        (one, None, "1 calibration images are too few"),
+    ):
+        with pytest.raises(DataError, match=told):
             specialize(
                 "onnxruntime-cpu",
                 latency_ms=1.0,
@@ -655,12 +660,25 @@ def test_evaluation_data_of_other_classes_leaves_nothing_behind(
     ZOO_SUPERNET not in zoo_names(), reason=f"no {ZOO_SUPERNET} in the zoo yet"
 )
 def test_the_supernet_of_the_package_is_specialised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     session = Specializer(
         "openvino-cpu", supernet=ZOO_SUPERNET, cache=tmp_path / "cache"
     )
-    budget_ms = session.reachable().slowest_ms * 5
-    with session.specialize(budget_ms, out=tmp_path / "bundle") as bundle:
+    # Binding where the machine is calm, and met on one that others slow down, too.
+    budget_ms = session.reachable().middle_ms
+    reached = session.reachable().slowest_ms * 5
+    try:
+        bundle = session.specialize(budget_ms, out=tmp_path / "bundle")
+    except InfeasibleBudget:
+        bundle = session.specialize(reached, out=tmp_path / "bundle")
+    with bundle:
+        manifest = bundle.manifest
         assert bundle.check().agrees
-        assert bundle.manifest.accuracy.kind == "predicted"
+        assert manifest.accuracy.kind == "predicted"
+        assert manifest.measured.quiet_ms <= manifest.budget_ms
+        images = session.supernet.calibration
+        assert images is not None
+        prediction = bundle.predict(images[0])
+        assert prediction.class_name in manifest.class_names
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)

@@ -58,6 +58,7 @@ settings = st.builds(
     seed=st.integers(0, 2**32),
     target_relative_error=positive,
     max_seconds=positive,
+    pass_seconds=at_least_zero,
 )
 visits = st.builds(
     Visit,

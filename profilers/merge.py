@@ -1,0 +1,91 @@
+"""Putting tables of one device together, all their visits fitted anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from profilers.errors import IncompatibleTables
+from profilers.measurement import Measurement, MeasureSettings, Visit
+from profilers.summary import fit_visits, summarize
+from profilers.table import LatencyTable, require_compatible
+
+__all__ = ["merge_tables"]
+
+
+def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
+    """One table with the visits of several.
+
+    Latencies of different runs speak of different levels of the anchor, so they are not
+    averaged: the raw visits of all are fitted together.
+
+    Args:
+        tables: At least one; of the same space, device, runtime, settings and origin.
+
+    Returns:
+        A table with the last one's conditions and date.
+
+    Raises:
+        IncompatibleTables: They differ in something that latency depends on.
+        ValueError: There are no tables.
+    """
+    if not tables:
+        raise ValueError("no tables; give at least one")
+    first, *others = tables
+    for other in others:
+        _require_mergeable(first, other)
+    settings, last = first.settings, tables[-1]
+    networks = _pooled([table.networks for table in tables])
+    fit = fit_visits(list((networks or _pooled([t.blocks for t in tables])).values()))
+    reference_ns = math.exp(fit.reference_log_anchor)
+    return replace(
+        last,
+        beta=fit.beta,
+        anchor_reference_ns=reference_ns,
+        networks=_measured(networks, settings, reference_ns),
+        blocks=_measured(
+            _pooled([table.blocks for table in tables]), settings, reference_ns
+        ),
+        failures={
+            name: reason
+            for table in tables
+            for name, reason in table.failures.items()
+            if not any(name in t.blocks or name in t.networks for t in tables)
+        },
+    )
+
+
+def _require_mergeable(first: LatencyTable, other: LatencyTable) -> None:
+    require_compatible(first, other.device, other.runtime)
+    for field in ("space_name", "space_sha256", "origin", "settings"):
+        one, two = getattr(first, field), getattr(other, field)
+        if one != two:
+            raise IncompatibleTables(
+                f"the tables differ in {field}: {one} and {two}; only measurements of "
+                "the same things taken in the same way can be put together"
+            )
+
+
+def _pooled(
+    parts: Sequence[Mapping[str, Measurement]],
+) -> dict[str, tuple[Visit, ...]]:
+    names = sorted({name for part in parts for name in part})
+    return {
+        name: tuple(
+            visit for part in parts if name in part for visit in part[name].visits
+        )
+        for name in names
+    }
+
+
+def _measured(
+    visits: Mapping[str, tuple[Visit, ...]],
+    settings: MeasureSettings,
+    reference_ns: float,
+) -> dict[str, Measurement]:
+    if not visits:
+        return {}
+    fit = fit_visits(list(visits.values()), anchor_reference_ns=reference_ns)
+    measured = summarize(list(visits), list(visits.values()), fit, settings)
+    return {measurement.name: measurement for measurement in measured}

@@ -1,0 +1,148 @@
+"""Profiling a space: by the command, resumed, and with blocks that fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ofa_deploy import profiling
+from ofa_deploy.cli import main
+from ofa_deploy.errors import MeasurementError
+from ofa_deploy.plan import all_blocks
+from ofa_deploy.profiling import TimedModels, profile_space
+from ofa_deploy.space_file import encode_space, space_sha256
+from profilers import LatencyTable, MeasureSettings, measurement
+from profilers.backends import get_backend
+from tests.support import tiny
+
+NETWORKS = 4
+SETTINGS = MeasureSettings(
+    visits=2,
+    runs_per_visit=1,
+    warmup_runs=1,
+    warmup_windows=1,
+    anchor_repeats=1,
+    seed=0,
+    target_relative_error=1e9,  # no extra visits
+    max_seconds=1e-3,
+)
+pytestmark = pytest.mark.slow
+
+Progress = Callable[[int, int], None]
+
+
+def profile(folder: Path, *, progress: Progress | None = None) -> LatencyTable:
+    return profile_space(
+        tiny.SPACE,
+        backend=get_backend("onnxruntime-cpu"),
+        threads=1,
+        settings=SETTINGS,
+        journal_path=folder / "journal",
+        network_count=NETWORKS,
+        progress=progress,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restless_machines_do_not_matter() -> Iterator[None]:
+    """No visit counts as disturbed: how many there are must not depend on luck."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "DISTURBED_ANCHOR_RATIO", 1e9)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
+    """A table that nothing interrupted."""
+    return profile(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_table_holds_every_block_and_as_many_networks_as_were_asked_for(
+    whole: LatencyTable,
+) -> None:
+    assert set(whole.blocks) == set(all_blocks(tiny.SPACE))
+    assert len(whole.networks) == NETWORKS
+    assert whole.failures == {}
+
+
+def test_progress_counts_the_networks_from_the_start_and_ends_at_its_total(
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[int, int]] = []
+    profile(tmp_path, progress=lambda *now: told.append(now))
+    visits = SETTINGS.visits * (len(all_blocks(tiny.SPACE)) + NETWORKS)
+    assert {total for _, total in told} == {visits}
+    assert [done for done, _ in told] == list(range(1, visits + 1))
+
+
+@pytest.mark.parametrize("stop_at", [0.3, 0.999, 1.001])
+def test_a_profile_broken_off_goes_on_to_the_same_networks(
+    stop_at: float, tmp_path: Path
+) -> None:
+    block_visits = SETTINGS.visits * len(all_blocks(tiny.SPACE))
+
+    def stop(done: int, total: int) -> None:
+        if done >= stop_at * block_visits:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile(tmp_path, progress=stop)
+    kept = (tmp_path / "journal").read_bytes()
+    table = profile(tmp_path)
+    assert (tmp_path / "journal").read_bytes().startswith(kept)
+    assert set(table.blocks) == set(all_blocks(tiny.SPACE))
+    assert len(table.networks) == NETWORKS
+    for entry in (*table.blocks.values(), *table.networks.values()):
+        assert len(entry.visits) == SETTINGS.visits
+
+
+def test_a_block_that_fails_is_named_and_tried_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = min(all_blocks(tiny.SPACE))
+    write = TimedModels.write_model
+
+    def write_damaged(self: TimedModels, name: str, folder: Path) -> Path:
+        path = write(self, name, folder)
+        if name.endswith(bad):
+            path.write_bytes(b"damaged")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TimedModels, "write_model", write_damaged)
+        with pytest.raises(MeasurementError, match="1 blocks could not be measured"):
+            profile(tmp_path)
+    kept = (tmp_path / "journal").read_bytes()
+    table = profile(tmp_path)
+    assert (tmp_path / "journal").read_bytes().startswith(kept)
+    assert bad in table.blocks
+    assert table.failures == {}
+
+
+def test_the_command_profiles_a_space_without_a_supernet(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    space, out = tmp_path / "space.json", tmp_path / "table.json"
+    space.write_text(json.dumps(encode_space(tiny.SPACE)))
+    monkeypatch.setattr(profiling, "PROFILE_SETTINGS", SETTINGS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["profile", "--device", "onnxruntime-cpu", "--space", str(space)]
+    words += ["--networks", str(NETWORKS), "--out", str(out), "--json"]
+    monkeypatch.setattr(sys, "argv", ["ofa-deploy", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    table = LatencyTable.load(out)
+    assert table.space_sha256 == space_sha256(tiny.SPACE)
+    assert told["block_count"] == len(table.blocks)
+    assert told["network_count"] == len(table.networks) == NETWORKS
+    assert told["fastest_ms"] <= told["median_ms"] <= told["slowest_ms"]
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    assert LatencyTable.load(kept).networks == table.networks
