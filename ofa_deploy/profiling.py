@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,6 +178,7 @@ def profile_space(
     settings: MeasureSettings,
     journal_path: Path,
     network_count: int = NETWORK_COUNT,
+    networks: Sequence[SubnetConfig] | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a space on this machine: its blocks, then networks chosen by them.
@@ -190,11 +191,14 @@ def profile_space(
         journal_path: Holds what was measured so far; the same call after a kill goes
             on from there. The caller removes it once the table is kept.
         network_count: Whole networks to measure besides the blocks.
+        networks: Take these instead of choosing some.
         progress: Called with visits made and visits known to be made.
 
     Raises:
         MeasurementError: A block could not be measured, or the journal is in use.
     """
+    if networks is not None:
+        network_count = len(networks)
     device = this_device(accelerator=backend.accelerator())
     runtime = backend.runtime(threads=threads)
     subject: dict[str, Json] = {
@@ -229,20 +233,16 @@ def profile_space(
         )
         _require_blocks(blocks)
         visited = sum(len(entry.visits) for entry in blocks.measurements.values())
-        configs = calibration_networks(
+        configs = networks or calibration_networks(
             space,
             look_up_blocks(space, _planned_latencies(models, journal, settings)),
             count=network_count,
             rng=np.random.default_rng(settings.seed),
         )
-        networks = {config.id: lower(space, config) for config in configs}
-        models = replace(models, networks=networks)
+        plans = {config.id: lower(space, config) for config in configs}
+        models = replace(models, networks=plans)
         result = execute(
-            replace(
-                block_order,
-                names=models.network_names,
-                group_size=GROUP_SIZE,
-            ),
+            replace(block_order, names=models.network_names, group_size=GROUP_SIZE),
             models.write_model,
             journal=journal,
             progress=_shifted(progress, before=visited),

@@ -59,7 +59,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this machine is, and what will spoil a measurement on it."""
     from profilers.doctor import examine
 
-    diagnosis = examine()
+    with (_no_console if as_json else _console).status("watching this machine"):
+        diagnosis = examine()
     if as_json:
         print(json.dumps(asdict(diagnosis), indent=2, sort_keys=True))
     else:
