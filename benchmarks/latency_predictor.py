@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from inputs import Journal as Rows
@@ -77,7 +78,6 @@ def main() -> None:
     add_work(parser)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     add_networks(parser)
-    parser.add_argument("--held-out", type=int, default=120, help="to judge by")
     args = parser.parse_args()
     section = Section(
         "latency_predictor",
@@ -91,8 +91,9 @@ def main() -> None:
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
-    """Ask how many networks a table has."""
+    """Ask how many networks a table has, and by how many it is judged."""
     parser.add_argument("--networks", type=int, default=180, help="to fit with")
+    parser.add_argument("--held-out", type=int, default=120, help="to judge by")
 
 
 def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> Row:
@@ -137,7 +138,7 @@ def table_of(
     runtime = backend.runtime(threads=1)
     rows = Rows(args.work / "latency_predictor.jsonl")
     device = this_device(accelerator=backend.accelerator())
-    folder = args.work / f"{args.networks}-networks"
+    folder = folder_of(args)
     found = find_table(space, device, runtime, folders=(folder,))
     name = table_name(space, device, runtime)
     key = {"table": name, "networks": args.networks}
@@ -166,6 +167,12 @@ def table_of(
     return found[0], float("nan" if not told or told[-1] is None else told[-1])
 
 
+def folder_of(args: argparse.Namespace) -> Path:
+    """Of the files that belong to this number of networks."""
+    work: Path = args.work
+    return work / f"{args.networks}-networks-{args.held_out}-held-out"
+
+
 def measure_held_out(
     space: SearchSpace,
     names: list[str],
@@ -181,7 +188,9 @@ def measure_held_out(
         blocks={},
         networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
     )
-    path = args.work / f"held-out-{backend_name}-{number}.journal"
+    # Of this table: its date is part of the name.
+    made = table.created_at.replace(":", "")
+    path = folder_of(args) / f"held-out-{backend_name}-{number}-{made}.journal"
     subject: dict[str, Json] = {
         "backend": backend_name,
         "networks": [*names],
@@ -243,6 +252,8 @@ def publish(
             "below 95 % bound",
             "networks, blocks measured",
             "minutes",
+            "left out",
+            "measured at",
         ],
         [line for row in rows for line in lines(row)],
     )
@@ -284,6 +295,8 @@ def lines(row: Row) -> list[list[str]]:
             f"{row.below_upper:.1%}" if what == "predicted" else "",
             f"{row.networks}, {row.blocks}" if what == "predicted" else "",
             f"{row.minutes:.1f}" if what == "predicted" else "",
+            f"{row.left_out}" if what == "predicted" else "",
+            row.created_at[:16] if what == "predicted" else "",
         ]
         for what, quality in (("predicted", row.predicted), ("noise", row.noise))
     ]

@@ -21,6 +21,7 @@ from ofa_deploy.space import SearchSpace, SubnetConfig
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.measurement import Measurement
+from profilers.summary import fit_visits
 from profilers.table import LatencyTable
 
 APART_S = 3600
@@ -103,6 +104,19 @@ def publish(
         "it, each at its own run's quiet level of the anchor; *at one level*: the "
         "second brought to the first one's level; *plain median*: of all runs."
     )
+    section.table(
+        ["runtime", "profile", "measured at", "anchor's quiet level, ms"],
+        [
+            [
+                table.runtime.backend,
+                number,
+                table.created_at[:16],
+                f"{table.anchor_reference_ns / 1e6:.4f}",
+            ]
+            for pair in zip(firsts, seconds, strict=True)
+            for number, table in zip(("first", "second"), pair, strict=True)
+        ],
+    )
     rows, bars = [], []
     for first, second in zip(firsts, seconds, strict=True):
         backend = first.runtime.backend
@@ -111,9 +125,8 @@ def publish(
             ("networks", first.networks, second.networks),
         ):
             names = sorted(ones.keys() & others.keys())
-            shift = (first.anchor_reference_ns / second.anchor_reference_ns) ** (
-                second.beta
-            )
+            beta = fit_visits([entry.visits for entry in others.values()]).beta
+            shift = (first.anchor_reference_ns / second.anchor_reference_ns) ** beta
             for what, field, factor in (
                 ("quiet state", "quiet_ms", 1.0),
                 ("at one level", "quiet_ms", shift),

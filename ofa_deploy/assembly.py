@@ -96,6 +96,7 @@ def assemble_bundle(
         BundleError: `out` is not free.
         DataError: The evaluation images have other classes.
     """
+    out = out.resolve()  # "." will be another folder afterwards
     exported = network.exported
     accuracy = (
         predicted_accuracy(supernet, exported)

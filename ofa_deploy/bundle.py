@@ -244,7 +244,7 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: `out` exists and is not an empty folder.
     """
-    out = out.resolve()  # "." has no name, and nothing beside it
+    out = out.resolve()  # "." has no name to put a part of beside it
     require_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -44,7 +44,8 @@ class MeasuredLatency:
         quiet_ms: In the machine's quiet state; what the budget speaks of.
         standard_error_ratio: Of `quiet_ms`.
         median_ms: Of all runs, whatever state the machine was in.
-        p90_ms: Percentile of all runs; None where they are too few.
+        p90_ms: Percentile of all runs; None where they are too few, or timed in
+            several at a time.
         p95_ms: Likewise.
         sample_count: Timed runs.
         process_count: Fresh processes.

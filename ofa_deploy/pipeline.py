@@ -386,8 +386,9 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BundleError(
-            f"the bundle cannot be written to {out}: {error}. Nothing was left there; "
-            "free space, or name another folder, and run this again"
+            f"the bundle cannot be written to {out}, or its files to "
+            f"{tempfile.gettempdir()}: {error}. Nothing was left there; free space, or "
+            "name another folder, and run this again"
         ) from error
 
 

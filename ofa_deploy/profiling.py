@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,7 +147,8 @@ def measure_table(
     """
     device = this_device(accelerator=backend.accelerator())
     path = folder / table_name(space, device, backend.runtime(threads=threads))
-    journal_path = path.with_suffix(".journal")
+    # Another number of networks is another order: neither blocks the other.
+    journal_path = path.with_suffix(f".{network_count}.journal")
     block_count = len(all_blocks(space))
     reporter.begin(f"profiling {block_count} blocks and {network_count} networks")
     try:
@@ -162,9 +164,9 @@ def measure_table(
         table.save(path)
     except OSError as error:
         raise MeasurementError(
-            f"the latency table cannot be written to {path}: {error}. What was "
-            f"measured is kept in {journal_path.name} beside it; free space and "
-            "run this again"
+            f"the latency table cannot be written to {path}, or its models to "
+            f"{tempfile.gettempdir()}: {error}. What was measured is kept in "
+            f"{journal_path.name}; free space and run this again"
         ) from error
     journal_path.unlink()
     return table
@@ -267,7 +269,10 @@ def profile_space(
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
         blocks=_measured(blocks, _BLOCK),
         networks=_measured(result, _NETWORK),
-        failures=result.failures,
+        failures={
+            name.removeprefix(_NETWORK): reason
+            for name, reason in result.failures.items()
+        },
     )
 
 

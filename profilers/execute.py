@@ -7,6 +7,7 @@ the same call after a kill goes on where it stopped.
 
 from __future__ import annotations
 
+import errno
 import math
 import queue
 import subprocess
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -211,11 +212,12 @@ class _Run:
                     current = report.name
                 elif isinstance(report, Visited):
                     self.journal.add(VisitRecord(name=report.name, visit=report.visit))
-                    self._tell()
                     left -= 1
+                    if left:
+                        worker.go_on()
+                    self._tell()
                     if not left:
                         return  # a crash on the way out costs nobody anything
-                    worker.go_on()
                 else:
                     self._take_refusal(report)
                     return
@@ -259,7 +261,11 @@ class _Run:
         if self.progress is None:
             return
         failed = self.journal.failures
-        counts = [len(self._visits(n)) for n in self.order.names if n not in failed]
+        counts = [
+            self.journal.count_of(name)
+            for name in self.order.names
+            if name not in failed
+        ]
         planned = sum(max(self.order.settings.visits, count) for count in counts)
         self.progress(sum(counts), planned)
 
@@ -304,7 +310,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._pumping.join()
-        with suppress(BrokenPipeError):
+        with _dead_reader():
             self._orders.close()
 
     def go_on(self) -> None:
@@ -313,7 +319,7 @@ class _Worker:
 
     def tell(self, line: str) -> None:
         """Write a line to the worker, which may be dead; the reports say so."""
-        with suppress(BrokenPipeError):
+        with _dead_reader():
             self._orders.write(f"{line}\n")
             self._orders.flush()
 
@@ -337,6 +343,16 @@ class _Worker:
         words = self._errors.read().decode(errors="replace")
         tail = words[-STDERR_TAIL_CHARACTERS:].strip() or "none"
         return f"ended {describe_exit(code)}; its last words: {tail}"
+
+
+@contextmanager
+def _dead_reader() -> Iterator[None]:
+    """Do not mind that nobody reads; Windows calls that an invalid argument."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
 
 
 @contextmanager

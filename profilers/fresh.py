@@ -107,7 +107,8 @@ class FreshMeasurement:
         quiet_ms: Latency in the quiet state.
         standard_error_ratio: Standard error of `quiet_ms`, as a share of it.
         median_ms: Plain median of all samples.
-        p90_ms: Percentile of all samples; None where they are too few for it.
+        p90_ms: Percentile of all samples; None where they are too few for it, or
+            means of several runs.
         p95_ms: Likewise.
         process_spread_ratio: Slowest process's quiet latency over the fastest's,
             minus 1.

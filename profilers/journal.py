@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import BinaryIO
 from profilers.closing import Closing
 from profilers.codec import decode_visit, encode_visit
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
+from profilers.files import sync_folder
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Visit
 
@@ -25,6 +27,7 @@ __all__ = ["Failure", "Journal", "Retry", "VisitRecord"]
 
 FORMAT_VERSION = 1
 _CHECKSUM_DIGITS = 8
+_LOCKED_BYTE = 2**40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,10 @@ class Journal(Closing):
         """Visits of a model so far."""
         return tuple(self._visits.get(name, ()))
 
+    def count_of(self, name: str) -> int:
+        """How many visits a model has so far."""
+        return len(self._visits.get(name, ()))
+
     @property
     def failures(self) -> dict[str, str]:
         """Reasons by model, of those given up."""
@@ -143,6 +150,7 @@ class Journal(Closing):
         self._file.truncate(len(content) - len(torn))
         if not lines:
             self._append({"format_version": FORMAT_VERSION, "subject": subject})
+            sync_folder(self._path.parent)
             return
         header = _decode_line(lines[0])
         if header is None:
@@ -151,7 +159,7 @@ class Journal(Closing):
                 "name another file, or delete it to measure anew",
                 path="",
             )
-        _check_header(header, subject, self._path.name)
+        _check_header(header, subject, str(self._path))
         for line in lines[1:]:
             node = _decode_line(line)
             if node is None:
@@ -190,11 +198,15 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO) -> None:
-    try:
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)  # far behind what is written, which stays readable
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
         import fcntl
-    except ImportError:  # Windows locks what it writes by itself
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _write_whole(file: BinaryIO, line: bytes) -> None:

@@ -116,7 +116,10 @@ def probe(
 @app.command()
 def profile(
     device: Device = "openvino-cpu",
-    supernet: SupernetName = "cifar10-small",
+    supernet: Annotated[
+        str | None,
+        typer.Option(help="Supernet whose space to measure; default: cifar10-small."),
+    ] = None,
     space: Annotated[
         str | None,
         typer.Option(help="A space by name, or its .json file, without a supernet."),
@@ -130,7 +133,8 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure the blocks of a space on this machine, and keep the table."""
-    from ofa_deploy.pipeline import reachable_range
+    from ofa_deploy.errors import SpaceError
+    from ofa_deploy.pipeline import DEFAULT_SUPERNET, reachable_range
     from ofa_deploy.predict.latency import fit_latency_predictor
     from ofa_deploy.profiling import cache_folder, measure_table
     from ofa_deploy.target import parse_target
@@ -138,7 +142,15 @@ def profile(
     from profilers.backends import get_backend
 
     target = parse_target(device)
-    measured = training.named_space(space) if space else open_supernet(supernet).space
+    if space and supernet:
+        raise SpaceError(
+            f"--space {space} and --supernet {supernet} name two spaces; give one"
+        )
+    measured = (
+        training.named_space(space)
+        if space
+        else open_supernet(supernet or DEFAULT_SUPERNET).space
+    )
     with StageBar(_no_console if as_json else _console) as bar:
         table = measure_table(
             measured,
@@ -292,6 +304,6 @@ def main() -> None:
         if end.code == _INTERRUPTED:
             _console.print(
                 "interrupted: nothing half-written was left. Run the same command "
-                "again, `train` with --resume: what was measured or trained is kept"
+                "again, `train` with --resume once it has begun: it goes on from there"
             )
         raise

@@ -139,8 +139,8 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(
-            f"the run cannot be written to {out}: {error}. What was trained up to the "
-            "last checkpoint is kept; free space, and run this again with --resume"
+            f"the run cannot be written to {out}: {error}. Free space, and run this "
+            "again; once there is a checkpoint, with --resume: it goes on from there"
         ) from error
 
 

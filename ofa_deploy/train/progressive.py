@@ -110,11 +110,32 @@ class RunSettings:
             raise TrainingError(
                 f"no phase {self.stop_after!r}; the recipe has {', '.join(names)}"
             )
-        if not self.resume and self.folder.exists() and any(self.folder.iterdir()):
+        if self.resume:
+            self.latest_state(recipe)
+        elif self.folder.exists() and any(self.folder.iterdir()):
             raise TrainingError(
                 f"{self.folder} is not empty; pass --resume to continue the run in it, "
                 "or name another folder"
             )
+
+    def latest_state(self, recipe: Recipe) -> Path:
+        """The checkpoint; where only phases' results were copied, the last of these.
+
+        Raises:
+            TrainingError: There is neither.
+        """
+        results = [self.phase_result(phase) for phase in reversed(recipe.phases)]
+        for path in (self.folder / CHECKPOINT_FILE, *results):
+            if path.exists():
+                return path
+        raise TrainingError(
+            f"{self.folder} holds no run to resume; start it without --resume, in a "
+            "new or empty folder"
+        )
+
+    def phase_result(self, phase: Phase) -> Path:
+        """The file of what a phase ended with."""
+        return self.folder / f"phase-{phase.name}.safetensors"
 
 
 class ProgressiveTraining:
@@ -185,16 +206,17 @@ class ProgressiveTraining:
             for leftover in folder.glob(f".{CHECKPOINT_FILE}.*"):
                 leftover.unlink()  # of a kill while a checkpoint was written
             self._require_same_space()
-            self._restore(read_checkpoint(self._latest_state()))
+            self._restore(read_checkpoint(self.settings.latest_state(self.recipe)))
             return
         folder.mkdir(parents=True, exist_ok=True)
+        # First: with it the run can be resumed.
+        self._enter_phase(0)
         for name, content in (
             (RECIPE_FILE, asdict(self.recipe)),
             (SPACE_FILE, encode_space(self.space)),
         ):
             text = json.dumps(content, indent=2, sort_keys=True)
             write_atomically(folder / name, text.encode())
-        self._enter_phase(0)
 
     def _require_same_space(self) -> None:
         """Spaces of equal tensors may still differ, in strides or resolutions."""
@@ -206,17 +228,6 @@ class ProgressiveTraining:
                     f"{self.settings.folder} holds a run of another space, "
                     f"{space.name}; resume with the same, or start a new folder"
                 )
-
-    def _latest_state(self) -> Path:
-        """The checkpoint; where only phases' results were copied, the last of these."""
-        results = [self._phase_result(phase) for phase in reversed(self.recipe.phases)]
-        for path in (self.settings.folder / CHECKPOINT_FILE, *results):
-            if path.exists():
-                return path
-        raise TrainingError(f"{self.settings.folder} holds no run to resume")
-
-    def _phase_result(self, phase: Phase) -> Path:
-        return self.settings.folder / f"phase-{phase.name}.safetensors"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
@@ -262,7 +273,7 @@ class ProgressiveTraining:
         )
 
     def _load_teacher(self) -> None:
-        teacher = read_checkpoint(self._phase_result(self.recipe.phases[0]))
+        teacher = read_checkpoint(self.settings.phase_result(self.recipe.phases[0]))
         self._teacher = new_supernet(self.space)
         self._teacher.load_state_dict(teacher.weights)
         # Batch statistics, as published: they suit every resolution.
@@ -317,7 +328,7 @@ class ProgressiveTraining:
         # So that this run and one that starts from the file stay equal.
         self.supernet.load_state_dict(weights)
         result = Checkpoint(position=self._position(), weights=weights, momentum={})
-        write_checkpoint(self._phase_result(phase), result)
+        write_checkpoint(self.settings.phase_result(phase), result)
 
     def _run_phase(
         self, phase: Phase, progress: Callable[[TrainingProgress], None] | None

@@ -22,7 +22,7 @@ from ofa_deploy.bundle import Bundle, new_bundle_folder
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.pipeline import Specializer
-from ofa_deploy.profiling import table_name
+from ofa_deploy.profiling import NETWORK_COUNT, table_name
 from ofa_deploy.search.evolution import Evolution
 from profilers import LatencyTable
 from profilers.files import write_atomically
@@ -206,15 +206,15 @@ def test_what_a_new_bundle_folder_holds_vanishes_with_an_error(
 
 
 def test_an_empty_current_folder_becomes_the_bundle(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    session: Specializer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = home / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    with new_bundle_folder(Path()) as folder:
-        (folder / "model.onnx").write_bytes(b"whole")
-    monkeypatch.chdir(home)  # the old folder is gone
-    assert [file.name for file in here.iterdir()] == ["model.onnx"]
+    with session.specialize(GENEROUS_MS, out=".") as bundle:
+        monkeypatch.chdir(home)  # the old folder is gone
+        assert bundle.path == here.resolve()
+        bundle.check()
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def test_a_disk_that_is_full_after_profiling_leaves_the_journal_and_no_table(
     ):
         Specializer("onnxruntime-cpu", supernet=session.supernet, cache=cache)
     (left,) = content(cache)
-    assert left == (cache / name).with_suffix(".journal")
+    assert left == (cache / name).with_suffix(f".{NETWORK_COUNT}.journal")
     assert left.read_text() == "all visits"
 
 

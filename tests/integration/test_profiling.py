@@ -100,20 +100,25 @@ def test_a_profile_broken_off_goes_on_to_the_same_networks(
         assert len(entry.visits) == SETTINGS.visits
 
 
-def test_a_block_that_fails_is_named_and_tried_again_by_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = min(all_blocks(tiny.SPACE))
+def damaging(key: str) -> Callable[[TimedModels, str, Path], Path]:
+    """A `write_model` that writes one model so that no runtime loads it."""
     write = TimedModels.write_model
 
     def write_damaged(self: TimedModels, name: str, folder: Path) -> Path:
         path = write(self, name, folder)
-        if name.endswith(bad):
+        if name.endswith(key):
             path.write_bytes(b"damaged")
         return path
 
+    return write_damaged
+
+
+def test_a_block_that_fails_is_named_and_tried_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = min(all_blocks(tiny.SPACE))
     with monkeypatch.context() as patch:
-        patch.setattr(TimedModels, "write_model", write_damaged)
+        patch.setattr(TimedModels, "write_model", damaging(bad))
         with pytest.raises(MeasurementError, match="1 blocks could not be measured"):
             profile(tmp_path)
     kept = (tmp_path / "journal").read_bytes()
@@ -121,6 +126,17 @@ def test_a_block_that_fails_is_named_and_tried_again_by_the_next_call(
     assert (tmp_path / "journal").read_bytes().startswith(kept)
     assert bad in table.blocks
     assert table.failures == {}
+
+
+def test_a_network_that_fails_is_named_as_the_table_names_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tiny.SPACE.largest().id
+    monkeypatch.setattr(TimedModels, "write_model", damaging(bad))
+    table = profile(tmp_path)
+    assert set(table.failures) == {bad}
+    assert bad not in table.networks
+    assert len(table.networks) == NETWORKS - 1
 
 
 def test_the_command_profiles_a_space_without_a_supernet(

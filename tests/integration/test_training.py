@@ -298,7 +298,10 @@ def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, resume=True) == f"{tmp_path} holds no run to resume"
+    assert refusal(tmp_path, resume=True) == (
+        f"{tmp_path} holds no run to resume; start it without --resume, in a new or "
+        "empty folder"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "text", "one byte of header"])

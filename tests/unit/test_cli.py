@@ -470,7 +470,11 @@ def test_resuming_nothing_is_refused(
     outcome = train(
         run, data, out, "--resume", "--space", space_file, "--batch-size", "12"
     )
-    assert_refused(outcome, f"{out} holds no run to resume")
+    assert_refused(
+        outcome,
+        f"{out} holds no run to resume; start it without --resume, in a new or empty "
+        "folder",
+    )
 
 
 @pytest.mark.slow
