@@ -10,7 +10,7 @@ def supernet_loss(
     logits: Tensor,
     targets: Tensor,
     *,
-    teacher_logits: Tensor | None,
+    soft_targets: Tensor | None,
     label_smoothing: float,
     distillation_ratio: float,
 ) -> Tensor:
@@ -21,12 +21,11 @@ def supernet_loss(
     Args:
         logits: `(N, classes)`.
         targets: Class probabilities of the labels, `(N, classes)`.
-        teacher_logits: `(N, classes)` or None for no teacher.
+        soft_targets: The teacher's class probabilities, `(N, classes)`; None for none.
         label_smoothing: Share of the label spread over all classes.
         distillation_ratio: Weight of the teacher's term.
     """
     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    if teacher_logits is None:
+    if soft_targets is None:
         return loss
-    soft = F.softmax(teacher_logits, dim=1)
-    return loss + distillation_ratio * F.cross_entropy(logits, soft)
+    return loss + distillation_ratio * F.cross_entropy(logits, soft_targets)

@@ -176,7 +176,7 @@ class ProgressiveTraining:
         self._started_s = clock()
         torch.manual_seed(recipe.seed)
         self.supernet = new_supernet(space)
-        self._teacher: Supernet | None = None
+        self._teachers: tuple[Supernet, ...] = ()
         self._phase_index = 0
         self._step = 0
         self._accuracies: dict[str, float] = {}
@@ -250,8 +250,7 @@ class ProgressiveTraining:
         self._elapsed_before_s = position.elapsed_s
         self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
         self._optimizer.restore_momentum(checkpoint.momentum)
-        if self._phase_index > 0:
-            self._load_teacher()
+        self._teachers = self._load_teachers()
 
     def _position(self) -> Position:
         return Position(
@@ -272,12 +271,23 @@ class ProgressiveTraining:
             ),
         )
 
-    def _load_teacher(self) -> None:
-        teacher = read_checkpoint(self.settings.phase_result(self.recipe.phases[0]))
-        self._teacher = new_supernet(self.space)
-        self._teacher.load_state_dict(teacher.weights)
+    def _load_teachers(self) -> tuple[Supernet, ...]:
+        """Of the current phase; once all are done, of the last."""
+        if not self._phase_index:
+            return ()
+        named = self.recipe.phases[: self._phase_index + 1][-1].teachers
+        return tuple(
+            self._load_teacher(phase)
+            for phase in self.recipe.phases
+            if phase.name in (named or (self.recipe.phases[0].name,))
+        )
+
+    def _load_teacher(self, phase: Phase) -> Supernet:
+        teacher = new_supernet(self.space)
+        state = read_checkpoint(self.settings.phase_result(phase))
+        teacher.load_state_dict(state.weights)
         # Batch statistics, as published: they suit every resolution.
-        self._teacher.train()
+        return teacher.train()
 
     # -- phases ----------------------------------------------------------------
 
@@ -314,8 +324,7 @@ class ProgressiveTraining:
     def _enter_phase(self, index: int) -> None:
         """Do what happens once before a phase's first step, and save."""
         self._phase_index, self._step = index, 0
-        if index > 0 and self._teacher is None:
-            self._load_teacher()
+        self._teachers = self._load_teachers()
         self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
         if index < len(self.recipe.phases):
             phase = self.recipe.phases[index]
@@ -390,7 +399,7 @@ class ProgressiveTraining:
         inputs, targets = self.images.batch(
             self._phase_index, step, resolution=resolution, rng=rng
         )
-        teacher_logits = self._teach(inputs, resolution) if phase.distill else None
+        soft_targets = self._teach(inputs, resolution) if phase.distill else None
         rate = _learning_rate(phase, step / self.steps_per_epoch)
         self._optimizer.set_learning_rate(rate)
         self._optimizer.zero_grad()
@@ -400,7 +409,7 @@ class ProgressiveTraining:
             loss = supernet_loss(
                 self._logits(self.supernet, inputs, plan),
                 targets,
-                teacher_logits=teacher_logits,
+                soft_targets=soft_targets,
                 label_smoothing=self.recipe.label_smoothing,
                 distillation_ratio=self.recipe.distillation_ratio,
             )
@@ -416,9 +425,11 @@ class ProgressiveTraining:
 
     @torch.no_grad()
     def _teach(self, inputs: Tensor, resolution: int) -> Tensor:
-        assert self._teacher is not None
+        """Class probabilities `(n, classes)`, the mean of the teachers'."""
         config = replace(self.space.largest(), resolution=resolution)
-        return self._logits(self._teacher, inputs, lower(self.space, config))
+        plan = lower(self.space, config)
+        told = [self._logits(teacher, inputs, plan) for teacher in self._teachers]
+        return torch.stack(told).softmax(2).mean(0)
 
     def _logits(self, network: Supernet, inputs: Tensor, plan: NetworkPlan) -> Tensor:
         network.train()

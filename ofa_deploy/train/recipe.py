@@ -32,7 +32,9 @@ class Phase:
         kernel_choices: How many of the largest kernel sizes are sampled.
         depth_choices: How many of the largest depths are sampled.
         expand_choices: How many of the largest expand ratios are sampled.
-        distill: Whether the full network of the first phase teaches.
+        distill: Whether full networks of earlier phases teach.
+        teachers: Names of the phases whose full networks teach, by the mean of their
+            class probabilities; empty for the first phase's alone.
         cutmix_share: Share of the batches whose images are mixed, 0..1.
         sorted_expands: Sort channels before the phase, keeping the prefixes of this
             many of the largest expand ratios; None for no sorting.
@@ -48,6 +50,7 @@ class Phase:
     depth_choices: int = 1
     expand_choices: int = 1
     distill: bool = True
+    teachers: tuple[str, ...] = ()
     cutmix_share: float = 0.0
     sorted_expands: int | None = None
 
@@ -101,6 +104,14 @@ class Recipe:
             raise TrainingError(
                 "the first phase trains the teacher and cannot have one itself"
             )
+        for index, phase in enumerate(self.phases):
+            earlier = [other.name for other in self.phases[:index]]
+            unknown = [name for name in phase.teachers if name not in earlier]
+            if unknown:
+                raise TrainingError(
+                    f"phase {phase.name}: teachers {', '.join(unknown)} are no earlier "
+                    f"phases; there are {', '.join(earlier) or 'none'}"
+                )
 
     def sha256(self, phase_index: int) -> str:
         """Digest of what decides a run up to the end of a phase.
@@ -108,7 +119,11 @@ class Recipe:
         Later phases are no part of it: they may still change.
         """
         past = replace(self, phases=self.phases[: phase_index + 1])
-        text = json.dumps(asdict(past), sort_keys=True)
+        content = asdict(past)
+        for phase in content["phases"]:
+            if not phase["teachers"]:
+                del phase["teachers"]  # runs from before there were any stay the same
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def scaled(self, factor: float) -> Recipe:
@@ -130,7 +145,10 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """Progressive shrinking in 68 epochs, 42 of them on the full network alone."""
+    """Progressive shrinking in 76 epochs, 42 of them on the full network alone.
+
+    The last phase has two teachers: the full network has long come past the first one.
+    """
     return Recipe(
         phases=(
             Phase(
@@ -191,6 +209,19 @@ def default_recipe() -> Recipe:
                 depth_choices=3,
                 expand_choices=3,
                 sorted_expands=2,
+                cutmix_share=0.25,
+            ),
+            Phase(
+                name="width3",
+                epochs=8,
+                warmup_epochs=0.5,
+                peak_learning_rate=0.012,
+                subnet_count=3,
+                sandwich=True,
+                kernel_choices=3,
+                depth_choices=3,
+                expand_choices=3,
+                teachers=("full", "width2"),
                 cutmix_share=0.25,
             ),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.supernet import Supernet
+from ofa_deploy.nn.supernet import Supernet, new_supernet
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
@@ -45,6 +45,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     training(folder).run()
     return folder
+
+
+def seeded() -> np.random.Generator:
+    return np.random.default_rng(3)
 
 
 def state(folder: Path) -> Checkpoint:
@@ -432,6 +436,54 @@ def test_a_step_sums_the_gradients_of_its_networks(
     once, twice = gradients([config]), gradients([config, config])
     for name, gradient in once.items():
         torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def taught_twice() -> Recipe:
+    """The recipe with two teachers in its last phase."""
+    last = replace(RECIPE.phases[2], teachers=("full", "kernel"))
+    return replace(RECIPE, phases=(*RECIPE.phases[:2], last))
+
+
+def test_several_teachers_tell_the_mean_of_their_probabilities(tmp_path: Path) -> None:
+    recipe = taught_twice()
+    training(tmp_path, recipe=recipe, stop_after="kernel").run()
+    run = training(tmp_path, recipe=recipe, resume=True)
+    resolution = tiny.SPACE.resolutions[-1]
+    inputs, _ = run.images.batch(2, 0, resolution=resolution, rng=seeded())
+    plan = lower(tiny.SPACE, replace(tiny.SPACE.largest(), resolution=resolution))
+    told = []
+    for name in ("full", "kernel"):
+        teacher = new_supernet(tiny.SPACE)
+        weights = read_checkpoint(tmp_path / f"phase-{name}.safetensors").weights
+        teacher.load_state_dict(weights)
+        with torch.no_grad():
+            told.append(teacher.train()(inputs, plan).softmax(1))
+    assert not torch.equal(told[0], told[1])
+    torch.testing.assert_close(run._teach(inputs, resolution), (told[0] + told[1]) / 2)
+
+
+def test_a_run_with_two_teachers_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = taught_twice()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    training(whole, recipe=recipe).run()
+    training(parts, recipe=recipe, stop_after="kernel").run()
+    training(parts, recipe=recipe, resume=True).run()
+    assert_same_weights(parts, whole)
+
+
+def test_teachers_are_part_of_a_phase_and_of_no_earlier_one() -> None:
+    one, two = RECIPE, taught_twice()
+    assert one.sha256(1) == two.sha256(1)
+    assert one.sha256(2) != two.sha256(2)
+
+
+def test_a_teacher_that_comes_later_is_refused() -> None:
+    early = replace(RECIPE.phases[1], teachers=("full", "width"))
+    with pytest.raises(TrainingError) as caught:
+        replace(RECIPE, phases=(RECIPE.phases[0], early, RECIPE.phases[2]))
+    assert str(caught.value) == (
+        "phase kernel: teachers width are no earlier phases; there are full"
+    )
 
 
 def test_a_sandwich_of_one_network_is_refused() -> None:
