@@ -93,7 +93,8 @@ def test_every_model_gets_its_visits_and_more_work_takes_longer(
     result = run(tmp_path, models)
     assert_visited(result, {"short", "long"})
     assert result.failures == {}
-    assert result.measurements["long"].quiet_ms > 5.0
+    # It sleeps, so the quiet state, which makes up for slow phases, may be below.
+    assert result.measurements["long"].median_ms > 5.0
     assert (
         result.measurements["long"].median_ms > result.measurements["short"].median_ms
     )
