@@ -33,7 +33,7 @@ from profilers.errors import (
 from profilers.fresh import STDERR_TAIL_CHARACTERS, describe_exit, package_environment
 from profilers.journal import Failure, Journal, VisitRecord
 from profilers.measure import EXTRA_PASS_SHARE
-from profilers.measurement import Measurement, Visit
+from profilers.measurement import Measurement
 from profilers.order import WorkOrder
 from profilers.summary import fit_visits, need_visits, summarize
 from profilers.worker import Assignment, Began, Refused, Visited, decode_report
@@ -179,7 +179,7 @@ class _Run:
         """Visit the models of a group until each has `target` visits or has failed."""
         while waiting := self._waiting(group, target):
             # Those that were interrupted need fewer passes than the rest.
-            counts = {name: len(self._visits(name)) for name in waiting}
+            counts = {name: self.journal.count_of(name) for name in waiting}
             least = min(counts.values())
             nearest = min([target, *(n for n in counts.values() if n > least)])
             self.visit(
@@ -197,7 +197,7 @@ class _Run:
                 passes=passes,
                 # Another order of visits each time, and the same after a kill.
                 seed=self.order.settings.seed
-                + sum(len(self._visits(name)) for name in self.order.names),
+                + sum(self.journal.count_of(name) for name in self.order.names),
                 models={name: self.write_model(name, Path(folder)) for name in names},
             )
             self._do(assignment)
@@ -233,20 +233,17 @@ class _Run:
         measured = _measured(self.order, self.journal)
         if not measured:
             return []
-        visits = [self._visits(name) for name in measured]
+        visits = [self.journal.visits_of(name) for name in measured]
         needy = need_visits(visits, fit_visits(visits), self.order.settings)
         share = math.ceil(len(measured) * EXTRA_PASS_SHARE)
         return [measured[i] for i in needy[: min(share, self.order.group_size)]]
-
-    def _visits(self, name: str) -> tuple[Visit, ...]:
-        return self.journal.visits_of(name)
 
     def _waiting(self, group: Sequence[str], target: int) -> list[str]:
         failed = self.journal.failures
         return [
             name
             for name in group
-            if name not in failed and len(self._visits(name)) < target
+            if name not in failed and self.journal.count_of(name) < target
         ]
 
     def _take_refusal(self, report: Refused) -> None:
