@@ -201,6 +201,7 @@ def _finish(
 ) -> None:
     """Make what specialising needs besides the weights."""
     from ofa_deploy.train.finish import finish_supernet
+    from ofa_deploy.train.precision import prefers_bf16
     from ofa_deploy.train.progressive import SUPERNET_FOLDER
 
     with StageBar(console) as bar:
@@ -211,6 +212,7 @@ def _finish(
             backend=_installed_backend(),
             threads=threads,
             seed=training.recipe.seed,
+            bf16=prefers_bf16(),
             progress=bar.advance_stage,
         )
     console.print(f"the supernet is complete: {out / SUPERNET_FOLDER}")

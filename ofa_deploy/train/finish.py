@@ -50,6 +50,7 @@ def finish_supernet(
     backend: Backend,
     threads: int,
     seed: int,
+    bf16: bool = False,
     calibration_count: int = CALIBRATION_COUNT,
     sample_count: int = SAMPLE_COUNT,
     progress: Progress | None = None,
@@ -64,6 +65,7 @@ def finish_supernet(
         backend: Runs the sub-networks.
         threads: Of the backend.
         seed: Of images, sampled networks and predictor.
+        bf16: Synthesise in bfloat16; worth it where the CPU has it.
         calibration_count: Images to synthesise.
         sample_count: Sub-networks to evaluate.
         progress: Called with a part's name, done and total.
@@ -72,7 +74,12 @@ def finish_supernet(
     supernet = read_supernet(target)
     if supernet.calibration is None:
         images = _synthesise(
-            supernet, training, count=calibration_count, seed=seed, progress=progress
+            supernet,
+            training,
+            count=calibration_count,
+            seed=seed,
+            bf16=bf16,
+            progress=progress,
         )
         supernet = replace(supernet, calibration=images)
         write_supernet(target, supernet)
@@ -112,6 +119,7 @@ def _synthesise(
     *,
     count: int,
     seed: int,
+    bf16: bool,
     progress: Progress | None,
 ) -> NDArray[np.uint8]:
     supernet = load_supernet_module(stored)
@@ -129,17 +137,21 @@ def _synthesise(
             )
 
     statistics = {}
-    for resolution in stored.space.resolutions:
+    resolutions = stored.space.resolutions
+    for number, resolution in enumerate(resolutions, 1):
         config = replace(stored.space.largest(), resolution=resolution)
         plan = lower(stored.space, config)
         recalibrate_supernet(supernet, plan, batches(resolution))
         statistics[resolution] = collect_statistics(supernet)
+        if progress:
+            progress("reading statistics", number, len(resolutions))
     return synthesise_images(
         supernet,
         statistics,
         normalisation=stored.normalisation,
         count=count,
         seed=seed,
+        bf16=bf16,
         progress=(
             None
             if progress is None
