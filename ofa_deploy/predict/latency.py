@@ -32,6 +32,9 @@ COVERAGE = 0.95
 # Strength of the prior that a block costs alone what it costs in a network, in units
 # of the squared relative error that one network's measurement carries.
 PRIOR_STRENGTH = 3e-4
+# What a fit misses of a network that was measured without error, as a share of its
+# latency. A measurement's own error counts against this.
+MODEL_ERROR_RATIO = 0.02
 # Networks priced at a time: their prices stay in the processor's cache.
 BATCH = 16_384
 
@@ -130,13 +133,15 @@ def fit_latency_predictor(space: SearchSpace, table: LatencyTable) -> LatencyPre
     blocks = look_up_blocks(space, {key: m.quiet_ms for key, m in table.blocks.items()})
     names = sorted(table.networks)
     genomes = np.stack([space.encode(SubnetConfig.from_id(name)) for name in names])
-    measured = np.array([table.networks[name].quiet_ms for name in names])
+    networks = [table.networks[name] for name in names]
+    measured = np.array([network.quiet_ms for network in networks])
+    errors = np.array([network.standard_error_ratio for network in networks])
     matrix = features(space, blocks, genomes)
     return price_list(
         space,
         blocks,
-        fit_weights(matrix, measured),
-        residuals=_conformal(left_out_ratios(matrix, measured)),
+        fit_weights(matrix, measured, errors),
+        residuals=_conformal(left_out_ratios(matrix, measured, errors)),
     )
 
 
@@ -166,31 +171,38 @@ def price_list(
     )
 
 
-def fit_weights(matrix: Floats, measured: Floats) -> Floats:
+def fit_weights(matrix: Floats, measured: Floats, errors: Floats) -> Floats:
     """Least relative squares, drawn towards plain sums of the blocks' milliseconds.
 
     Args:
         matrix: `features` of measured networks, `(n, features)`.
         measured: Their latencies in ms, `(n,)`.
+        errors: Standard errors of these, as shares of them: what could not be measured
+            well counts less.
     """
-    scaled = matrix / measured[:, None]
+    trust = 1 / np.sqrt(1 + (errors / MODEL_ERROR_RATIO) ** 2)
+    scaled = matrix * (trust / measured)[:, None]
     prior = np.ones(matrix.shape[1])
     prior[0] = 0.0
     prior[-(len(COSTS) - 1) :] = 0.0
     # A prior in the units of each feature's own share of a latency.
     strength = PRIOR_STRENGTH * (scaled**2).mean(axis=0) * len(matrix)
     gram = scaled.T @ scaled + np.diag(strength)
-    solution: Floats = prior + np.linalg.solve(gram, scaled.T @ (1 - scaled @ prior))
+    solution: Floats = prior + np.linalg.solve(
+        gram, scaled.T @ (trust - scaled @ prior)
+    )
     return solution
 
 
-def left_out_ratios(matrix: Floats, measured: Floats, *, folds: int = 10) -> Floats:
+def left_out_ratios(
+    matrix: Floats, measured: Floats, errors: Floats, *, folds: int = 10
+) -> Floats:
     """Measured over predicted, `(n,)`, each by a fit that had not seen it."""
     fold = np.arange(len(measured)) % min(folds, len(measured))
     ratios = np.empty(len(measured))
     for left_out in np.unique(fold):
         inside = fold != left_out
-        weights = fit_weights(matrix[inside], measured[inside])
+        weights = fit_weights(matrix[inside], measured[inside], errors[inside])
         ratios[~inside] = measured[~inside] / (matrix[~inside] @ weights)
     return ratios
 
