@@ -8,29 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from inputs import Journal as Rows
-from inputs import add_work, console, new_parser
+from inputs import Journal, add_work, console, new_parser
 from report import Section
 
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families import mbv3
-from ofa_deploy.plan import lower
-from ofa_deploy.predict.evaluation import PredictionQuality, judge
+from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
-    TimedModels,
     find_table,
     profile_space,
     table_name,
 )
-from ofa_deploy.space import SearchSpace, SubnetConfig
+from ofa_deploy.space import SearchSpace
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.execute import collect, execute
-from profilers.journal import Journal
-from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
-from profilers.order import WorkOrder
 from profilers.table import LatencyTable
 
 SEED = 5
@@ -49,26 +42,18 @@ class Row:
 
     Args:
         backend: Its name.
-        predicted: Against the mean of two measurements.
-        noise: One measurement against the other.
-        coverage: Share of measurements inside the 95 % interval.
-        below_upper: Share below the 95 % upper bound.
+        quality: On networks held out.
         networks: Measured to fit the predictor.
         blocks: Measured for it.
         minutes: That took, all in all; NaN where it was interrupted.
-        left_out: Held-out networks that could not be measured.
         created_at: When the table was made.
     """
 
     backend: str
-    predicted: PredictionQuality
-    noise: PredictionQuality
-    coverage: float
-    below_upper: float
+    quality: HeldOutQuality
     networks: int
     blocks: int
     minutes: float
-    left_out: int
     created_at: str
 
 
@@ -99,33 +84,23 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
 def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> Row:
     """Everything about one runtime."""
     table, minutes = table_of(space, backend_name, args)
-    predictor = fit_latency_predictor(space, table)
-    rng = np.random.default_rng(SEED)
-    drawn = np.unique(space.sample(2 * args.held_out, rng), axis=0)
-    unseen = [row for row in drawn if space.decode(row).id not in table.networks]
-    genomes = np.stack(unseen)[rng.permutation(len(unseen))[: args.held_out]]
-    names = [space.decode(row).id for row in genomes]
-    runs = [
-        measure_held_out(space, names, backend_name, args, table, number)
-        for number in (1, 2)
-    ]
-    both = np.array([all(name in run for run in runs) for name in names])
-    genomes, names = genomes[both], list(np.array(names)[both])
-    first, second = (np.array([run[name] for name in names]) for run in runs)
-    measured = np.sqrt(first * second)
-    predicted = predictor.predict_ms(genomes)
-    ratio = measured / predicted
-    residuals = predictor.residuals
+    # Of this table: its date is part of the name.
+    made = table.created_at.replace(":", "")
+    with StageBar(console) as bar:
+        quality = evaluate_predictor(
+            space,
+            table,
+            count=args.held_out,
+            settings=SETTINGS,
+            folder=folder_of(args) / f"held-out-{backend_name}-{made}",
+            reporter=bar,
+        )
     return Row(
         backend=backend_name,
-        predicted=judge(predicted, measured),
-        noise=judge(first, second),
-        coverage=float(((residuals.low <= ratio) & (ratio <= residuals.high)).mean()),
-        below_upper=float((ratio <= residuals.upper).mean()),
+        quality=quality,
         networks=len(table.networks),
         blocks=len(table.blocks),
         minutes=minutes,
-        left_out=int((~both).sum()),
         created_at=table.created_at,
     )
 
@@ -136,7 +111,7 @@ def table_of(
     """The table in the work folder, measured now if there is none; and its minutes."""
     backend = get_backend(backend_name)
     runtime = backend.runtime(threads=1)
-    rows = Rows(args.work / "latency_predictor.jsonl")
+    rows = Journal(args.work / "latency_predictor.jsonl")
     device = this_device(accelerator=backend.accelerator())
     folder = folder_of(args)
     found = find_table(space, device, runtime, folders=(folder,))
@@ -171,50 +146,6 @@ def folder_of(args: argparse.Namespace) -> Path:
     """Of the files that belong to this number of networks."""
     work: Path = args.work
     return work / f"{args.networks}-networks-{args.held_out}-held-out"
-
-
-def measure_held_out(
-    space: SearchSpace,
-    names: list[str],
-    backend_name: str,
-    args: argparse.Namespace,
-    table: LatencyTable,
-    number: int,
-) -> dict[str, float]:
-    """Quiet latencies in ms at the table's anchor level, in a run of their own."""
-    models = TimedModels(
-        backend_name=backend_name,
-        seed=SEED + number,
-        blocks={},
-        networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
-    )
-    # Of this table: its date is part of the name.
-    made = table.created_at.replace(":", "")
-    path = folder_of(args) / f"held-out-{backend_name}-{number}-{made}.journal"
-    subject: dict[str, Json] = {
-        "backend": backend_name,
-        "networks": [*names],
-        "run": number,
-        "table": table.created_at,
-    }
-    with Journal(path, subject=subject) as journal, StageBar(console) as bar:
-        bar.begin(f"held-out networks on {backend_name}, run {number}")
-        order = WorkOrder(
-            names=models.network_names,
-            backend=backend_name,
-            threads=1,
-            settings=SETTINGS,
-        )
-        execute(order, models.write_model, journal=journal, progress=bar.advance)
-        # Another run, another quiet level of the anchor: brought to the table's.
-        result = collect(
-            order, journal=journal, anchor_reference_ns=table.anchor_reference_ns
-        )
-    return {
-        name: result.measurements[known].quiet_ms
-        for name, known in zip(names, models.network_names, strict=True)
-        if known in result.measurements
-    }
 
 
 def time_predictions(space: SearchSpace, args: argparse.Namespace) -> float:
@@ -258,7 +189,7 @@ def publish(
         [line for row in rows for line in lines(row)],
     )
     for row in rows:
-        quality = row.predicted
+        quality = row.quality.predicted
         passed = quality.rmspe <= MAX_RMSPE and all(
             getattr(quality, field) >= least for field, least in LEAST.items()
         )
@@ -291,14 +222,17 @@ def lines(row: Row) -> list[list[str]]:
             f"{quality.within_5:.1%}",
             f"{quality.within_10:.1%}",
             f"{quality.kendall_tau:.3f}",
-            f"{row.coverage:.1%}" if what == "predicted" else "",
-            f"{row.below_upper:.1%}" if what == "predicted" else "",
+            f"{row.quality.coverage:.1%}" if what == "predicted" else "",
+            f"{row.quality.below_upper:.1%}" if what == "predicted" else "",
             f"{row.networks}, {row.blocks}" if what == "predicted" else "",
             f"{row.minutes:.1f}" if what == "predicted" else "",
-            f"{row.left_out}" if what == "predicted" else "",
+            f"{row.quality.left_out}" if what == "predicted" else "",
             row.created_at[:16] if what == "predicted" else "",
         ]
-        for what, quality in (("predicted", row.predicted), ("noise", row.noise))
+        for what, quality in (
+            ("predicted", row.quality.predicted),
+            ("noise", row.quality.noise),
+        )
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from ofa_deploy.cli.tables import (
     show_bundle_json,
     show_diagnosis,
     show_operators,
+    show_quality,
     show_range,
     show_table,
     show_table_json,
@@ -127,16 +129,20 @@ def profile(
     networks: Annotated[
         int, typer.Option(min=2, help="Whole networks to measure besides the blocks.")
     ] = NETWORK_COUNT,
+    evaluate: Annotated[
+        int, typer.Option(min=0, help="Random networks to judge the predictor by.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="File to save the table to as well.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the blocks of a space on this machine, and keep the table."""
-    from ofa_deploy.errors import SpaceError
+    from ofa_deploy.errors import MeasurementError, SpaceError
+    from ofa_deploy.held_out import evaluate_predictor
     from ofa_deploy.pipeline import DEFAULT_SUPERNET, reachable_range
     from ofa_deploy.predict.latency import fit_latency_predictor
-    from ofa_deploy.profiling import cache_folder, measure_table
+    from ofa_deploy.profiling import PROFILE_SETTINGS, cache_folder, measure_table
     from ofa_deploy.target import parse_target
     from ofa_deploy.zoo import open_supernet
     from profilers.backends import get_backend
@@ -146,6 +152,8 @@ def profile(
         raise SpaceError(
             f"--space {space} and --supernet {supernet} name two spaces; give one"
         )
+    if evaluate == 1:
+        raise MeasurementError("--evaluate 1: one network judges nothing; give 2, or 0")
     measured = (
         training.named_space(space)
         if space
@@ -160,14 +168,27 @@ def profile(
             network_count=networks,
             reporter=bar,
         )
-    if out is not None:
-        table.save(out)
+        if out is not None:
+            table.save(out)
+        quality = None
+        if evaluate:
+            with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+                quality = evaluate_predictor(
+                    measured,
+                    table,
+                    count=evaluate,
+                    settings=PROFILE_SETTINGS,
+                    folder=Path(folder),
+                    reporter=bar,
+                )
     predictor = fit_latency_predictor(measured, table)
     reachable = reachable_range(predictor)
     if as_json:
-        show_table_json(table, reachable)
+        show_table_json(table, reachable, quality)
     else:
         show_table(_console, table, predictor)
+        if quality is not None:
+            show_quality(_console, quality)
         show_range(_console, reachable)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ofa_deploy.bundle import Bundle
+from ofa_deploy.held_out import HeldOutQuality
 from ofa_deploy.pipeline import ReachableRange
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.probe import OperatorFact, WidthFact
@@ -121,7 +122,34 @@ def show_table(
         console.print("shared host: the figures are indicative")
 
 
-def show_table_json(table: LatencyTable, reachable: ReachableRange) -> None:
+def show_quality(console: Console, quality: HeldOutQuality) -> None:
+    """A predictor's errors on networks measured for this, beside the noise floor."""
+    table = Table("", "RMSPE", "±5 %", "±10 %", "Kendall tau", box=None)
+    told = {
+        "predicted against measured": quality.predicted,
+        "measured against measured again": quality.noise,
+    }
+    for name, found in told.items():
+        table.add_row(
+            name,
+            f"{found.rmspe:.1%}",
+            f"{found.within_5:.0%}",
+            f"{found.within_10:.0%}",
+            f"{found.kendall_tau:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"{quality.predicted.count} networks that the predictor had not seen: "
+        f"{quality.coverage:.0%} of them in its 95 % interval, "
+        f"{quality.below_upper:.0%} below its 95 % upper bound"
+    )
+    if quality.left_out:
+        console.print(f"{quality.left_out} more could not be measured")
+
+
+def show_table_json(
+    table: LatencyTable, reachable: ReachableRange, quality: HeldOutQuality | None
+) -> None:
     """What is reachable and what is to be known of the table, on standard output."""
     measurements = [*table.blocks.values(), *table.networks.values()]
     content = {
@@ -135,6 +163,7 @@ def show_table_json(table: LatencyTable, reachable: ReachableRange) -> None:
             if m.stability.verdict == "unstable"
         },
         "indicative": table.conditions.shared_host,
+        "held_out": None if quality is None else asdict(quality),
     }
     print(json.dumps(content, indent=2, sort_keys=True))
 

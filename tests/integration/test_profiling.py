@@ -12,8 +12,10 @@ import pytest
 from ofa_deploy import profiling
 from ofa_deploy.cli import main
 from ofa_deploy.errors import MeasurementError
+from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor, unseen_networks
 from ofa_deploy.plan import all_blocks
 from ofa_deploy.profiling import TimedModels, profile_space
+from ofa_deploy.reporting import Silent
 from ofa_deploy.space_file import encode_space, space_sha256
 from profilers import LatencyTable, MeasureSettings, measurement
 from profilers.backends import get_backend
@@ -149,7 +151,8 @@ def test_the_command_profiles_a_space_without_a_supernet(
     monkeypatch.setattr(profiling, "PROFILE_SETTINGS", SETTINGS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["profile", "--device", "onnxruntime-cpu", "--space", str(space)]
-    words += ["--networks", str(NETWORKS), "--out", str(out), "--json"]
+    words += ["--networks", str(NETWORKS), "--evaluate", "5"]
+    words += ["--out", str(out), "--json"]
     monkeypatch.setattr(sys, "argv", ["ofa-deploy", *words])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -160,5 +163,68 @@ def test_the_command_profiles_a_space_without_a_supernet(
     assert told["block_count"] == len(table.blocks)
     assert told["network_count"] == len(table.networks) == NETWORKS
     assert told["fastest_ms"] <= told["median_ms"] <= told["slowest_ms"]
+    assert told["held_out"]["predicted"]["count"] == 5
     (kept,) = (tmp_path / "cache").rglob("*.json")
     assert LatencyTable.load(kept).networks == table.networks
+
+
+def held_out(
+    folder: Path, table: LatencyTable, *, stop: bool = False
+) -> HeldOutQuality:
+    class Stopping(Silent):
+        def advance(self, done: int, total: int) -> None:
+            if stop and done > total // 2:
+                raise KeyboardInterrupt
+
+    return evaluate_predictor(
+        tiny.SPACE,
+        table,
+        count=6,
+        settings=SETTINGS,
+        folder=folder,
+        reporter=Stopping(),
+    )
+
+
+def test_held_out_networks_are_different_and_not_in_the_table(
+    whole: LatencyTable,
+) -> None:
+    genomes = unseen_networks(tiny.SPACE, whole, count=100, seed=1)
+    names = {tiny.SPACE.decode(row).id for row in genomes}
+    assert len(names) == len(genomes) == 100
+    assert not names & set(whole.networks)
+
+
+def test_judging_a_predictor_goes_on_after_a_kill_and_repeats_nothing(
+    whole: LatencyTable, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        held_out(tmp_path, whole, stop=True)
+    (journal,) = tmp_path.iterdir()
+    kept = journal.read_bytes()
+    quality = held_out(tmp_path, whole)
+    assert journal.read_bytes().startswith(kept)
+    assert quality.predicted.count == quality.noise.count == 6
+    assert quality.left_out == 0
+    assert 0 <= quality.coverage <= 1
+    assert 0 <= quality.below_upper <= 1
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(files) == 2
+    assert held_out(tmp_path, whole) == quality
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_predictor_is_not_judged_by_less_than_two_networks(
+    whole: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = tiny.SPACE.decode(
+        unseen_networks(tiny.SPACE, whole, count=6, seed=SETTINGS.seed)[0]
+    )
+    spoil, write = damaging(""), TimedModels.write_model
+
+    def write_one(self: TimedModels, name: str, folder: Path) -> Path:
+        return (write if name.endswith(good.id) else spoil)(self, name, folder)
+
+    monkeypatch.setattr(TimedModels, "write_model", write_one)
+    with pytest.raises(MeasurementError, match="1 of 6 held-out networks"):
+        held_out(tmp_path, whole)

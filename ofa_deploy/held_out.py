@@ -1,0 +1,157 @@
+"""A latency predictor against networks that it has not seen, measured for the purpose.
+
+Every network is measured twice, in runs of their own, so that the noise floor stands
+beside the predictor's error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.errors import MeasurementError
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.evaluation import PredictionQuality, judge
+from ofa_deploy.predict.latency import fit_latency_predictor
+from ofa_deploy.profiling import TimedModels
+from ofa_deploy.reporting import Reporter
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
+from profilers.execute import collect, execute
+from profilers.journal import Journal
+from profilers.json_reader import Json
+from profilers.measurement import MeasureSettings
+from profilers.order import WorkOrder
+from profilers.table import LatencyTable
+
+RUNS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutQuality:
+    """How good a table's predictor is.
+
+    Args:
+        predicted: Against the geometric mean of both measurements.
+        noise: One measurement against the other; a perfect predictor would show half
+            of its squared error.
+        coverage: Share of measurements inside the 95 % interval, 0..1.
+        below_upper: Share below the 95 % upper bound.
+        left_out: Networks that could not be measured.
+    """
+
+    predicted: PredictionQuality
+    noise: PredictionQuality
+    coverage: float
+    below_upper: float
+    left_out: int
+
+
+def evaluate_predictor(
+    space: SearchSpace,
+    table: LatencyTable,
+    *,
+    count: int,
+    settings: MeasureSettings,
+    folder: Path,
+    reporter: Reporter,
+) -> HeldOutQuality:
+    """Measure random networks that are not in a table, and judge its predictor.
+
+    Args:
+        space: The table's.
+        table: Of this machine.
+        count: Networks to measure, at least 2.
+        settings: How carefully; its seed also draws the networks.
+        folder: Of the journals. The same call after a kill goes on where it stopped,
+            and one after the end measures nothing again.
+        reporter: Told of progress.
+
+    Raises:
+        MeasurementError: Fewer than two networks are left to be judged.
+    """
+    genomes = unseen_networks(space, table, count=count, seed=settings.seed)
+    names = [space.decode(row).id for row in genomes]
+    runs = [
+        _measure(space, names, table, settings, folder, run, reporter)
+        for run in range(1, RUNS + 1)
+    ]
+    both = np.array([all(name in run for run in runs) for name in names], dtype=bool)
+    if both.sum() < 2:
+        raise MeasurementError(
+            f"{both.sum()} of {count} held-out networks could be measured; at least 2 "
+            "are needed to judge a predictor"
+        )
+    kept = [name for name, known in zip(names, both, strict=True) if known]
+    first, second = (np.array([run[name] for name in kept]) for run in runs)
+    measured = np.sqrt(first * second)
+    predictor = fit_latency_predictor(space, table)
+    predicted = predictor.predict_ms(genomes[both])
+    ratio, bounds = measured / predicted, predictor.residuals
+    return HeldOutQuality(
+        predicted=judge(predicted, measured),
+        noise=judge(first, second),
+        coverage=_share((bounds.low <= ratio) & (ratio <= bounds.high)),
+        below_upper=_share(ratio <= bounds.upper),
+        left_out=int((~both).sum()),
+    )
+
+
+def unseen_networks(
+    space: SearchSpace, table: LatencyTable, *, count: int, seed: int
+) -> Genomes:
+    """Different random networks `(count or fewer, genes)` that are not in a table."""
+    rng = np.random.default_rng(seed)
+    drawn = space.sample(2 * (count + len(table.networks)), rng)
+    _, first = np.unique(drawn, axis=0, return_index=True)
+    different = drawn[np.sort(first)]
+    known = np.array([space.decode(row).id in table.networks for row in different])
+    unseen: Genomes = different[~known][:count]
+    return unseen
+
+
+def _measure(
+    space: SearchSpace,
+    names: list[str],
+    table: LatencyTable,
+    settings: MeasureSettings,
+    folder: Path,
+    run: int,
+    reporter: Reporter,
+) -> dict[str, float]:
+    """Quiet latencies in ms at the table's anchor level."""
+    backend, threads = table.runtime.backend, table.runtime.threads
+    models = TimedModels(
+        backend_name=backend,
+        seed=settings.seed + run,
+        blocks={},
+        networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
+    )
+    order = WorkOrder(
+        names=models.network_names, backend=backend, threads=threads, settings=settings
+    )
+    subject: dict[str, Json] = {
+        "backend": backend,
+        "networks": [*names],
+        "run": run,
+        "table": table.created_at,
+    }
+    reporter.begin(f"measuring {len(names)} held-out networks, run {run} of {RUNS}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder / f"held-out-{run}.journal", subject=subject) as journal:
+        execute(order, models.write_model, journal=journal, progress=reporter.advance)
+        # Another run, another quiet level of the anchor: brought to the table's.
+        result = collect(
+            order, journal=journal, anchor_reference_ns=table.anchor_reference_ns
+        )
+    return {
+        name: result.measurements[known].quiet_ms
+        for name, known in zip(names, models.network_names, strict=True)
+        if known in result.measurements
+    }
+
+
+def _share(true: NDArray[np.bool_]) -> float:
+    return float(true.mean())
