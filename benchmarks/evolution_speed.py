@@ -77,7 +77,7 @@ def main() -> None:
         "one member and with as many as are shipped, random weights and block times, "
         "dominated widths left out as `specialize` does; "
         f"median of {REPEATS} seeds. The plain loop breeds and predicts one network "
-        "at a time, by the same rules."
+        "at a time, by the same rules, but for dropping copies."
     )
     section.table(["search", "seconds", "networks/s", "times as long"], rows)
     seconds = seconds_by_members[SHIPPED_MEMBERS]

@@ -18,7 +18,7 @@ from ofa_deploy.predict.evaluation import PredictionQuality, judge
 from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import TimedModels
 from ofa_deploy.reporting import Reporter
-from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
 from profilers.execute import collect, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
@@ -105,8 +105,7 @@ def unseen_networks(
     """Different random networks `(count or fewer, genes)` that are not in a table."""
     rng = np.random.default_rng(seed)
     drawn = space.sample(2 * (count + len(table.networks)), rng)
-    _, first = np.unique(drawn, axis=0, return_index=True)
-    different = drawn[np.sort(first)]
+    different = drawn[first_of_each(drawn)]
     known = np.array([space.decode(row).id in table.networks for row in different])
     unseen: Genomes = different[~known][:count]
     return unseen

@@ -3,8 +3,8 @@
 Source: the Once-for-All code's evolution finder (population 100, 500 generations,
 a quarter survives, half of the children are mutants, half crossovers). It rejects
 children until they fit, one by one and without bound; here a generation is drawn at
-once, children that do not fit lose to any that do, copies of a survivor do not survive
-beside it, and every loop is bounded.
+once, children that do not fit lose to any that do, copies of a survivor are dropped,
+and every loop is bounded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.search.dominance import Promotion
-from ofa_deploy.space import Genomes, SearchSpace
+from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 Objective = Callable[[Genomes], NDArray[np.float64]]
 
@@ -114,9 +114,9 @@ class Evolution:
         best = [float(archive.accuracy[0])]
         parent_count = max(2, round(self.population * self.parent_share))
         for _ in range(self.generations):
-            survivors = _best_different(population, fitness, parent_count)
+            survivors = np.argsort(-fitness, kind="stable")[:parent_count]
             parents, parent_fitness = population[survivors], fitness[survivors]
-            children = _promoted(problem, self._breed(space, parents, rng))
+            children = self._breed(problem, parents, rng)
             child_latency = problem.latency_ms(children)
             child_fitness = _fitness(problem, children, child_latency)
             evaluated += len(children)
@@ -152,19 +152,28 @@ class Evolution:
         # Any that fit, then those that exceed the budget least; where few fit, the
         # fastest one's neighbourhood fills up by breeding.
         order = np.argsort(np.maximum(latency - problem.budget_ms, 0), kind="stable")
-        chosen = drawn[order[: self.population - 1]]
-        return np.concatenate([fastest[None], chosen]), evaluated + len(drawn)
+        chosen = np.concatenate([fastest[None], drawn[order]])
+        chosen = chosen[first_of_each(chosen)[: self.population]]
+        return chosen, evaluated + len(drawn)
 
     def _breed(
-        self, space: SearchSpace, parents: Genomes, rng: np.random.Generator
+        self, problem: SearchProblem, parents: Genomes, rng: np.random.Generator
     ) -> Genomes:
+        """Children, at most a population of them, that differ from all others.
+
+        Copies would take a small population over, and the search stop at a local
+        optimum.
+        """
         mutant_count = round(self.population * self.mutant_share)
         first = parents[rng.integers(len(parents), size=self.population)]
         second = parents[rng.integers(len(parents), size=self.population)]
-        mutants = self._mutate(space, first[:mutant_count], rng)
+        mutants = self._mutate(problem.space, first[:mutant_count], rng)
         mother, father = first[mutant_count:], second[mutant_count:]
         crossed = np.where(rng.random(mother.shape) < 0.5, mother, father)
-        return space.canonical(np.concatenate([mutants, crossed]))
+        bred = problem.space.canonical(np.concatenate([mutants, crossed]))
+        family = np.concatenate([parents, _promoted(problem, bred)])
+        different = first_of_each(family)
+        return family[different[different >= len(parents)]]
 
     def _mutate(
         self, space: SearchSpace, genomes: Genomes, rng: np.random.Generator
@@ -229,19 +238,6 @@ def _fitness(
     return fitness
 
 
-def _best_different(
-    genomes: Genomes, fitness: NDArray[np.float64], count: int
-) -> NDArray[np.int64]:
-    """Indices of the fittest `count` different networks, best first.
-
-    Copies would take a small population over, and the search stop at a local optimum.
-    """
-    order = np.argsort(-fitness, kind="stable")
-    _, first = np.unique(genomes[order], axis=0, return_index=True)
-    best: NDArray[np.int64] = order[np.sort(first)[:count]]
-    return best
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Archive:
     """The best different networks within the budget so far."""
@@ -276,8 +272,7 @@ class _Archive:
         latency = np.concatenate([self.latency_ms, latency[fits]])
         # Best first; of equals, the faster.
         order = np.lexsort((latency, -accuracy))
-        _, first = np.unique(pool[order], axis=0, return_index=True)
-        kept = order[np.sort(first)[: self.keep]]
+        kept = order[first_of_each(pool[order])[: self.keep]]
         return _Archive(
             genomes=pool[kept],
             accuracy=accuracy[kept],

@@ -21,6 +21,7 @@ from ofa_deploy.evaluation import Evaluator
 from ofa_deploy.nn.supernet import Supernet, new_supernet
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.accuracy import AccuracySample, fit_accuracy_predictor
+from ofa_deploy.space import first_of_each
 from ofa_deploy.stored import (
     CALIBRATION_FILE,
     WEIGHTS_FILE,
@@ -181,8 +182,7 @@ def _sample_accuracies(
     # The extremes too: a predictor is asked about them, and they are rare draws.
     extremes = [space.encode(space.largest()), space.encode(space.smallest())]
     drawn = np.concatenate([np.stack(extremes), space.sample(2 * count, rng)])
-    _, first = np.unique(drawn, axis=0, return_index=True)
-    genomes = drawn[np.sort(first)[:count]]
+    genomes = drawn[first_of_each(drawn)[:count]]
     done = _read_journal(journal, subject)
     evaluator = Evaluator(
         stored,

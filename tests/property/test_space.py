@@ -21,6 +21,7 @@ from ofa_deploy.space import (
     SearchSpace,
     StageSpace,
     SubnetConfig,
+    first_of_each,
 )
 from ofa_deploy.space_file import (
     MAX_CHANNELS,
@@ -460,3 +461,19 @@ def test_a_missing_key_in_a_space_is_refused_by_name(key: str) -> None:
         f"key {key!r} is missing; allowed are "
         "['head', 'name', 'resolutions', 'stages', 'stem']"
     )
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 60))
+def test_of_equal_genomes_the_first_is_kept_and_every_different_one(
+    seed: int, count: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    few = tiny.SPACE.sample(5, rng)
+    genomes = few[rng.integers(len(few), size=count)]
+    seen: set[tuple[int, ...]] = set()
+    expected = []
+    for index, row in enumerate(map(tuple, genomes.tolist())):
+        if row not in seen:
+            expected.append(index)
+        seen.add(row)
+    assert first_of_each(genomes).tolist() == expected
