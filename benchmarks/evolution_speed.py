@@ -77,7 +77,7 @@ def main() -> None:
         "one member and with as many as are shipped, random weights and block times, "
         "dominated widths left out as `specialize` does; "
         f"median of {REPEATS} seeds. The plain loop breeds and predicts one network "
-        "at a time, by the same rules, but for dropping copies."
+        "at a time, by the same rules."
     )
     section.table(["search", "seconds", "networks/s", "times as long"], rows)
     seconds = seconds_by_members[SHIPPED_MEMBERS]
@@ -160,7 +160,7 @@ class PlainSearch:
     def first_population(self) -> list[Individual]:
         """Random networks."""
         drawn = self._problem.space.sample(self._settings.population, self._rng)
-        return [self._judge(genome) for genome in drawn.tolist()]
+        return [self._judge(row) for row in drawn[:, None]]
 
     def next_generation(self, population: list[Individual]) -> list[Individual]:
         """Survivors and their children."""
@@ -169,6 +169,7 @@ class PlainSearch:
         parents = ordered[: round(settings.population * settings.parent_share)]
         mutant_count = round(settings.population * settings.mutant_share)
         children = []
+        known = {tuple(genome) for _, genome in parents}
         for index in range(settings.population):
             child = self._pick(parents)
             if index < mutant_count:
@@ -177,7 +178,10 @@ class PlainSearch:
                 other = self._pick(parents)
                 pairs = zip(child, other, strict=True)
                 child = [a if self._rng.random() < 0.5 else b for a, b in pairs]
-            children.append(self._judge(child))
+            row = self._canonical(child)
+            if tuple(row[0].tolist()) not in known:
+                known.add(tuple(row[0].tolist()))
+                children.append(self._judge(row))
         return parents + children
 
     def _pick(self, parents: list[Individual]) -> list[int]:
@@ -199,9 +203,11 @@ class PlainSearch:
     def _draw(self, gene: int) -> int:
         return int(self._rng.integers(self._counts[gene]))
 
-    def _judge(self, genome: list[int]) -> Individual:
+    def _canonical(self, genome: list[int]) -> Genomes:
+        return self._problem.space.canonical(np.array([genome], dtype=np.int64))
+
+    def _judge(self, row: Genomes) -> Individual:
         problem = self._problem
-        row: Genomes = problem.space.canonical(np.array([genome], dtype=np.int64))
         excess = float(problem.latency_ms(row)[0]) - problem.budget_ms
         accuracy = float(problem.accuracy(row)[0])
         fitness = accuracy if excess <= 0 else -1.0 - excess / problem.budget_ms

@@ -70,7 +70,7 @@ def draw(points: list[Point], out: Path) -> None:
         label="budget asked for",
     )
     axes.set_xscale("log")
-    ticks = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5]
+    ticks = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
     low, high = min(measured) * 0.9, max(p.budget_ms for p in points) * 1.1
     axes.set_xlim(low, high)
     axes.set_xticks([tick for tick in ticks if low < tick < high])
@@ -87,6 +87,8 @@ def draw(points: list[Point], out: Path) -> None:
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
+    lines = out.read_text(encoding="utf-8").splitlines()
+    out.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:

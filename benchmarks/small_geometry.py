@@ -67,6 +67,13 @@ def candidates() -> dict[str, SearchSpace]:
             replace(last, out_channels=128, expands=(1, 2, 3)),
             last,
         ),
+        "the stem downsamples, not the first stage": replace(
+            rival(replace(first, stride=1), second, last),
+            stem=replace(chosen.stem, stride=2),
+        ),
+        "no squeeze-and-excite, ReLU": rival(
+            first, second, replace(last, squeeze_excite=False, activation="relu")
+        ),
         "depthwise 24-48-96, expand 4-4-6": rival(
             _depthwise(24, (2, 3, 4), "relu", squeeze_excite=False),
             _depthwise(48, (2, 3, 4), "relu", squeeze_excite=True),

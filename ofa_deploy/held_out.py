@@ -19,6 +19,7 @@ from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import TimedModels
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
+from profilers.codec import encode_flat
 from profilers.execute import collect, execute
 from profilers.journal import Journal
 from profilers.json_reader import Json
@@ -36,7 +37,7 @@ class HeldOutQuality:
     Args:
         predicted: Against the geometric mean of both measurements.
         noise: One measurement against the other; a perfect predictor would show half
-            of its squared error.
+            of its RMSPE.
         coverage: Share of measurements inside the 95 % interval, 0..1.
         below_upper: Share below the 95 % upper bound.
         left_out: Networks that could not be measured.
@@ -63,7 +64,7 @@ def evaluate_predictor(
     Args:
         space: The table's.
         table: Of this machine.
-        count: Networks to measure, at least 2.
+        count: Networks to measure, at least 2; fewer where there are fewer.
         settings: How carefully; its seed also draws the networks.
         folder: Of the journals. The same call after a kill goes on where it stopped,
             and one after the end measures nothing again.
@@ -73,16 +74,29 @@ def evaluate_predictor(
         MeasurementError: Fewer than two networks are left to be judged.
     """
     genomes = unseen_networks(space, table, count=count, seed=settings.seed)
+    if len(genomes) < 2:
+        raise MeasurementError(
+            f"{len(genomes)} networks of space {space.name} are not in the table; at "
+            "least 2 are needed to judge a predictor"
+        )
     names = [space.decode(row).id for row in genomes]
     runs = [
-        _measure(space, names, table, settings, folder, run, reporter)
+        _measure(
+            space,
+            table,
+            names=names,
+            settings=settings,
+            folder=folder,
+            run=run,
+            reporter=reporter,
+        )
         for run in range(1, RUNS + 1)
     ]
     both = np.array([all(name in run for run in runs) for name in names], dtype=bool)
     if both.sum() < 2:
         raise MeasurementError(
-            f"{both.sum()} of {count} held-out networks could be measured; at least 2 "
-            "are needed to judge a predictor"
+            f"{both.sum()} of {len(names)} held-out networks could be measured; at "
+            "least 2 are needed to judge a predictor"
         )
     kept = [name for name, known in zip(names, both, strict=True) if known]
     first, second = (np.array([run[name] for name in kept]) for run in runs)
@@ -113,8 +127,9 @@ def unseen_networks(
 
 def _measure(
     space: SearchSpace,
-    names: list[str],
     table: LatencyTable,
+    *,
+    names: list[str],
     settings: MeasureSettings,
     folder: Path,
     run: int,
@@ -135,6 +150,7 @@ def _measure(
         "backend": backend,
         "networks": [*names],
         "run": run,
+        "settings": encode_flat(settings),
         "table": table.created_at,
     }
     reporter.begin(f"measuring {len(names)} held-out networks, run {run} of {RUNS}")

@@ -316,8 +316,8 @@ def _require_choice(label: str, value: int, choices: tuple[int, ...]) -> None:
 def first_of_each(genomes: Genomes) -> NDArray[np.int64]:
     """Rows `(different,)` of genomes `(n, genes)`, ascending, that none before equals.
 
-    Rows are compared as strings of bytes, which is 18 times as fast as
-    `numpy.unique(axis=0)`.
+    Rows are compared as strings of bytes: `numpy.unique(axis=0)` compares field by
+    field, which took the search as long as its predictors. Genes are below 65,536.
     """
     packed = np.ascontiguousarray(genomes, dtype=np.uint16)
     rows = packed.view(f"V{packed.shape[1] * packed.itemsize}")[:, 0]

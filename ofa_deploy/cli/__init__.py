@@ -130,7 +130,10 @@ def profile(
         int, typer.Option(min=2, help="Whole networks to measure besides the blocks.")
     ] = NETWORK_COUNT,
     evaluate: Annotated[
-        int, typer.Option(min=0, help="Random networks to judge the predictor by.")
+        int,
+        typer.Option(
+            min=0, help="Random networks to judge the predictor by; not resumed."
+        ),
     ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="File to save the table to as well.")

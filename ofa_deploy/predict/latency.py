@@ -32,8 +32,8 @@ COVERAGE = 0.95
 # Strength of the prior that a block costs alone what it costs in a network, in units
 # of the squared relative error that one network's measurement carries.
 PRIOR_STRENGTH = 3e-4
-# What a fit misses of a network that was measured without error, as a share of its
-# latency. A measurement's own error counts against this.
+# A measurement with a standard error of this share of its latency counts half as much
+# as an exact one: about what the fit misses of networks that were measured well.
 MODEL_ERROR_RATIO = 0.02
 # Networks priced at a time: their prices stay in the processor's cache.
 BATCH = 16_384
@@ -134,14 +134,14 @@ def fit_latency_predictor(space: SearchSpace, table: LatencyTable) -> LatencyPre
     names = sorted(table.networks)
     genomes = np.stack([space.encode(SubnetConfig.from_id(name)) for name in names])
     networks = [table.networks[name] for name in names]
-    measured = np.array([network.quiet_ms for network in networks])
+    measured_ms = np.array([network.quiet_ms for network in networks])
     errors = np.array([network.standard_error_ratio for network in networks])
     matrix = features(space, blocks, genomes)
     return price_list(
         space,
         blocks,
-        fit_weights(matrix, measured, errors),
-        residuals=_conformal(left_out_ratios(matrix, measured, errors)),
+        fit_weights(matrix, measured_ms, error_ratios=errors),
+        residuals=_conformal(left_out_ratios(matrix, measured_ms, error_ratios=errors)),
     )
 
 
@@ -171,17 +171,17 @@ def price_list(
     )
 
 
-def fit_weights(matrix: Floats, measured: Floats, errors: Floats) -> Floats:
+def fit_weights(matrix: Floats, measured_ms: Floats, *, error_ratios: Floats) -> Floats:
     """Least relative squares, drawn towards plain sums of the blocks' milliseconds.
 
     Args:
         matrix: `features` of measured networks, `(n, features)`.
-        measured: Their latencies in ms, `(n,)`.
-        errors: Standard errors of these, as shares of them: what could not be measured
-            well counts less.
+        measured_ms: Their latencies, `(n,)`.
+        error_ratios: Standard errors of these, as shares of them: what could not be
+            measured well counts less.
     """
-    trust = 1 / np.sqrt(1 + (errors / MODEL_ERROR_RATIO) ** 2)
-    scaled = matrix * (trust / measured)[:, None]
+    trust = 1 / np.sqrt(1 + (error_ratios / MODEL_ERROR_RATIO) ** 2)
+    scaled = matrix * (trust / measured_ms)[:, None]
     prior = np.ones(matrix.shape[1])
     prior[0] = 0.0
     prior[-(len(COSTS) - 1) :] = 0.0
@@ -195,15 +195,17 @@ def fit_weights(matrix: Floats, measured: Floats, errors: Floats) -> Floats:
 
 
 def left_out_ratios(
-    matrix: Floats, measured: Floats, errors: Floats, *, folds: int = 10
+    matrix: Floats, measured_ms: Floats, *, error_ratios: Floats, folds: int = 10
 ) -> Floats:
     """Measured over predicted, `(n,)`, each by a fit that had not seen it."""
-    fold = np.arange(len(measured)) % min(folds, len(measured))
-    ratios = np.empty(len(measured))
+    fold = np.arange(len(measured_ms)) % min(folds, len(measured_ms))
+    ratios = np.empty(len(measured_ms))
     for left_out in np.unique(fold):
         inside = fold != left_out
-        weights = fit_weights(matrix[inside], measured[inside], errors[inside])
-        ratios[~inside] = measured[~inside] / (matrix[~inside] @ weights)
+        weights = fit_weights(
+            matrix[inside], measured_ms[inside], error_ratios=error_ratios[inside]
+        )
+        ratios[~inside] = measured_ms[~inside] / (matrix[~inside] @ weights)
     return ratios
 
 

@@ -117,6 +117,10 @@ class Evolution:
             survivors = np.argsort(-fitness, kind="stable")[:parent_count]
             parents, parent_fitness = population[survivors], fitness[survivors]
             children = self._breed(problem, parents, rng)
+            if not len(children):  # a space of few networks is soon known
+                best.append(best[-1])
+                population, fitness = parents, parent_fitness
+                continue
             child_latency = problem.latency_ms(children)
             child_fitness = _fitness(problem, children, child_latency)
             evaluated += len(children)
@@ -159,7 +163,7 @@ class Evolution:
     def _breed(
         self, problem: SearchProblem, parents: Genomes, rng: np.random.Generator
     ) -> Genomes:
-        """Children, at most a population of them, that differ from all others.
+        """At most a population of children, unlike the parents and each other.
 
         Copies would take a small population over, and the search stop at a local
         optimum.

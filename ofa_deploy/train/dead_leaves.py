@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+# Enough to cover the canvas. Count, sizes and colours were chosen by eye and by the
+# power spectrum of CIFAR-10's training images.
 LEAVES_PER_IMAGE = 200
 # Radii, in image sides. Between them the density falls with the third power, with
 # which a picture looks the same at every scale.

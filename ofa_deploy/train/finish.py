@@ -97,6 +97,8 @@ def finish_supernet(
         seed=seed,
         progress=progress,
     )
+    if progress:
+        progress("fitting the accuracy predictor", 0, 1)
     predictor, _ = fit_accuracy_predictor(
         supernet.space, sample, rng=np.random.default_rng(seed)
     )

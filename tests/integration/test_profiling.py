@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor, unseen_netwo
 from ofa_deploy.plan import all_blocks
 from ofa_deploy.profiling import TimedModels, profile_space
 from ofa_deploy.reporting import Silent
+from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space_file import encode_space, space_sha256
 from profilers import LatencyTable, MeasureSettings, measurement
 from profilers.backends import get_backend
@@ -228,3 +230,29 @@ def test_a_predictor_is_not_judged_by_less_than_two_networks(
     monkeypatch.setattr(TimedModels, "write_model", write_one)
     with pytest.raises(MeasurementError, match="1 of 6 held-out networks"):
         held_out(tmp_path, whole)
+
+
+def test_a_space_that_the_table_knows_whole_judges_nothing(
+    whole: LatencyTable, tmp_path: Path
+) -> None:
+    every = [tiny.SPACE.decode(row).id for row in enumerate_genomes(tiny.SPACE)]
+    one = next(iter(whole.networks.values()))
+    full = replace(whole, networks={name: replace(one, name=name) for name in every})
+    with pytest.raises(MeasurementError) as caught:
+        held_out(tmp_path, full)
+    assert str(caught.value) == (
+        "0 networks of space tiny are not in the table; at least 2 are needed to judge "
+        "a predictor"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_to_judge_by_one_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ofa-deploy", "profile", "--evaluate", "1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert told == ("error: --evaluate 1: one network judges nothing; give 2, or 0")

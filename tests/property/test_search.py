@@ -27,7 +27,7 @@ from ofa_deploy.search.evolution import (
     require_budget,
 )
 from ofa_deploy.search.exhaustive import enumerate_genomes
-from ofa_deploy.space import Genomes, SearchSpace
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
 from tests.support import tiny
 
 SPACE = tiny.SPACE
@@ -265,3 +265,39 @@ def test_an_ensemble_predicts_the_mean_of_its_members() -> None:
         replace(ensemble, weights=(member,)).predict(ALL) for member in ensemble.weights
     ]
     np.testing.assert_allclose(ensemble.predict(ALL), np.mean(members, axis=0))
+
+
+def only(config: SubnetConfig) -> SearchSpace:
+    """The space of one network."""
+    stages = tuple(
+        replace(
+            stage,
+            kernels=(blocks[0].kernel,),
+            expands=(blocks[0].expand,),
+            depths=(len(blocks),),
+        )
+        for stage, blocks in zip(SPACE.stages, config.stages, strict=True)
+    )
+    return replace(SPACE, resolutions=(config.resolution,), stages=stages)
+
+
+def test_a_space_of_one_network_is_searched_to_its_end() -> None:
+    space = only(SPACE.largest())
+    assert space.count() == 1
+    asked: list[int] = []
+
+    def ones(genomes: Genomes) -> NDArray[np.float64]:
+        asked.append(len(genomes))
+        return np.ones(len(genomes))
+
+    whole = SearchProblem(space=space, accuracy=ones, latency_ms=ones, budget_ms=1.0)
+    result = QUICK.search(whole, np.random.default_rng(0))
+    assert len(result.genomes) == 1
+    assert len(result.best_by_generation) == QUICK.generations + 1
+    assert min(asked) >= 1
+
+
+def test_a_population_of_one_still_finds_a_network() -> None:
+    lonely = Evolution(population=1, generations=5)
+    result = lonely.search(problem(budget_at(0.5)), np.random.default_rng(0))
+    assert (result.latency_ms <= budget_at(0.5)).all()
