@@ -88,9 +88,10 @@ def sweep(step: int, noise: float, seed: int) -> list[WidthFact]:
 
 
 @pytest.mark.parametrize("step", [8, 16, 32])
-@given(seed=st.integers(0, 1000))
-def test_a_staircase_is_told_through_the_noise(step: int, seed: int) -> None:
-    assert channel_step(sweep(step, noise=0.01, seed=seed)) == step
+def test_a_staircase_is_told_through_the_noise(step: int) -> None:
+    # With a percent of noise two sweeps in a thousand hide the smallest step.
+    told = [channel_step(sweep(step, noise=0.01, seed=s)) == step for s in range(300)]
+    assert np.mean(told) >= 0.99
 
 
 @given(seed=st.integers(0, 1000))
