@@ -16,12 +16,11 @@ from rich.progress import track
 
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families import mbv3
-from ofa_deploy.profiling import open_table, profile_space
+from ofa_deploy.profiling import anchor_network, open_table, profile_space
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.measurement import Measurement
-from profilers.summary import fit_visits
 from profilers.table import LatencyTable
 
 APART_S = 3600
@@ -49,7 +48,7 @@ def main() -> None:
         again(space, backend, args, first)
         for backend, first in zip(args.backends, firsts, strict=True)
     ]
-    publish(section, firsts, seconds)
+    publish(section, space, firsts, seconds)
 
 
 def again(
@@ -95,23 +94,27 @@ def wait_until(end_s: float) -> None:
 
 
 def publish(
-    section: Section, firsts: list[LatencyTable], seconds: list[LatencyTable]
+    section: Section,
+    space: SearchSpace,
+    firsts: list[LatencyTable],
+    seconds: list[LatencyTable],
 ) -> None:
     """Differences of the quiet-state latencies, beside those of plain medians."""
     section.text(
-        f"Two full profiles of `{firsts[0].space_name}`, 1 thread, the second at least "
+        f"Two full profiles of `{space.name}`, 1 thread, the second at least "
         f"{APART_S // 60} minutes after the first. *quiet state*: as the tables give "
-        "it, each at its own run's quiet level of the anchor; *at one level*: the "
-        "second brought to the first one's level; *plain median*: of all runs."
+        "it, each at its own run's quiet level; *at one level*: the second brought to "
+        "the first one's level of the anchor model; *plain median*: of all runs."
     )
     section.table(
-        ["runtime", "profile", "measured at", "anchor's quiet level, ms"],
+        ["runtime", "profile", "measured at", "anchor, ms", "anchor model, ms"],
         [
             [
                 table.runtime.backend,
                 number,
                 table.created_at[:16],
                 f"{table.anchor_reference_ns / 1e6:.4f}",
+                f"{table.networks[anchor_network(space)].quiet_ms:.4f}",
             ]
             for pair in zip(firsts, seconds, strict=True)
             for number, table in zip(("first", "second"), pair, strict=True)
@@ -120,13 +123,13 @@ def publish(
     rows, bars = [], []
     for first, second in zip(firsts, seconds, strict=True):
         backend = first.runtime.backend
+        anchor = anchor_network(space)
+        shift = first.networks[anchor].quiet_ms / second.networks[anchor].quiet_ms
         for kind, ones, others in (
             ("blocks", first.blocks, second.blocks),
             ("networks", first.networks, second.networks),
         ):
             names = sorted(ones.keys() & others.keys())
-            beta = fit_visits([entry.visits for entry in others.values()]).beta
-            shift = (first.anchor_reference_ns / second.anchor_reference_ns) ** beta
             for what, field, factor in (
                 ("quiet state", "quiet_ms", 1.0),
                 ("at one level", "quiet_ms", shift),

@@ -16,7 +16,7 @@ from ofa_deploy.errors import MeasurementError
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.evaluation import PredictionQuality, judge
 from ofa_deploy.predict.latency import fit_latency_predictor
-from ofa_deploy.profiling import TimedModels
+from ofa_deploy.profiling import TimedModels, anchor_network
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
 from profilers.codec import encode_flat
@@ -120,7 +120,8 @@ def unseen_networks(
     rng = np.random.default_rng(seed)
     drawn = space.sample(2 * (count + len(table.networks)), rng)
     different = drawn[first_of_each(drawn)]
-    known = np.array([space.decode(row).id in table.networks for row in different])
+    taken = {*table.networks, anchor_network(space)}
+    known = np.array([space.decode(row).id in taken for row in different])
     unseen: Genomes = different[~known][:count]
     return unseen
 
@@ -137,14 +138,23 @@ def _measure(
 ) -> dict[str, float]:
     """Quiet latencies in ms at the table's anchor level."""
     backend, threads = table.runtime.backend, table.runtime.threads
+    # The table's anchor model, which tells how this run's level lies to the table's.
+    anchor = anchor_network(space)
+    known = table.networks.get(anchor)
     models = TimedModels(
         backend_name=backend,
         seed=settings.seed + run,
         blocks={},
-        networks={name: lower(space, SubnetConfig.from_id(name)) for name in names},
+        networks={
+            name: lower(space, SubnetConfig.from_id(name)) for name in (*names, anchor)
+        },
     )
     order = WorkOrder(
-        names=models.network_names, backend=backend, threads=threads, settings=settings
+        names=models.network_names,
+        backend=backend,
+        threads=threads,
+        settings=settings,
+        anchor_name=models.network_names[-1],
     )
     subject: dict[str, Json] = {
         "backend": backend,
@@ -157,14 +167,17 @@ def _measure(
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f"held-out-{run}.journal", subject=subject) as journal:
         execute(order, models.write_model, journal=journal, progress=reporter.advance)
-        # Another run, another quiet level of the anchor: brought to the table's.
+        # Another run, another quiet level: brought to the table's.
         result = collect(
-            order, journal=journal, anchor_reference_ns=table.anchor_reference_ns
+            order,
+            journal=journal,
+            anchor_reference_ns=table.anchor_reference_ns,
+            anchor_model_ms=None if known is None else known.quiet_ms,
         )
     return {
-        name: result.measurements[known].quiet_ms
-        for name, known in zip(names, models.network_names, strict=True)
-        if known in result.measurements
+        name: result.measurements[key].quiet_ms
+        for name, key in zip((*names, anchor), models.network_names, strict=True)
+        if name != anchor and key in result.measurements
     }
 
 

@@ -7,6 +7,7 @@ the channels that the runtime's kernels work in.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +19,19 @@ import numpy.typing as npt
 from ofa_deploy.export.runtime_format import Precision, timed_block, write_timed
 from ofa_deploy.families.mbv3 import pointwise, squeeze_excite
 from ofa_deploy.layers import BlockPlan, ConvLayer, Layer
+from ofa_deploy.reporting import Reporter, Silent
 from profilers.backends.base import Backend, LayerProfiler
+from profilers.errors import RunFailed
 from profilers.execute import OrderResult, execute
 from profilers.journal import Journal
+from profilers.layers import profile_layers_in_fresh_process
 from profilers.measurement import Measurement, MeasureSettings
 from profilers.order import WorkOrder
 
+_logger = logging.getLogger(__name__)
+
 CHANNELS = 64
 SIZE = 28
-PROFILE_RUNS = 20
 # An operator that moves data at less than this share of the rate of the 1x1
 # convolution beside it would better be avoided.
 SLOW_RATE_SHARE = 0.1
@@ -197,21 +202,26 @@ class Prober:
         self,
         probes: Sequence[OperatorProbe] | None = None,
         *,
-        progress: Progress | None = None,
+        reporter: Reporter | None = None,
     ) -> list[OperatorFact]:
         """Measure what each operator adds to a block.
 
         Args:
             probes: None takes `operator_probes()`.
-            progress: Called with visits made and visits known to be made.
+            reporter: Told of progress; None tells nobody.
         """
         probes = operator_probes() if probes is None else probes
+        reporter = reporter or Silent()
         models = {model.name: model for probe in probes for model in probe.models}
-        result = self._measure(models, progress)
+        reporter.begin("probing operators")
+        result = self._measure(models, reporter.advance)
+        measured = [models[name] for name in models if name in result.measurements]
+        reporter.begin("counting layers")
+        counts = self._count_layers(measured, reporter.advance)
         return [
             _refused(probe, problem)
             if (problem := _problem(probe, result))
-            else _judge(probe, result, fused=self._is_fused(probe))
+            else _judge(probe, result, fused=_is_fused(probe, counts))
             for probe in probes
         ]
 
@@ -220,14 +230,14 @@ class Prober:
         widths: Sequence[int] = tuple(range(8, 137, 4)),
         *,
         size: int = 14,
-        progress: Progress | None = None,
+        reporter: Reporter | None = None,
     ) -> list[WidthFact]:
         """Measure a 1x1 convolution at many output widths.
 
         Args:
             widths: Output channels, ascending.
             size: Height and width of the maps.
-            progress: Called with visits made and visits known to be made.
+            reporter: Told of progress; None tells nobody.
 
         Raises:
             MeasurementError: Not one width could be measured.
@@ -238,7 +248,9 @@ class Prober:
             )
             for width in widths
         }
-        result = self._measure(models, progress)
+        reporter = reporter or Silent()
+        reporter.begin("sweeping widths")
+        result = self._measure(models, reporter.advance)
         measured = {
             width: result.measurements[str(width)]
             for width in widths
@@ -255,7 +267,7 @@ class Prober:
         ]
 
     def _measure(
-        self, models: Mapping[str, TimedBlock], progress: Progress | None
+        self, models: Mapping[str, TimedBlock], progress: Progress
     ) -> OrderResult:
         """Measure in worker processes: a probe is what a runtime may crash on."""
         backend_name = self.backend.name
@@ -276,24 +288,43 @@ class Prober:
         ):
             return execute(order, write_model, journal=journal, progress=progress)
 
-    def _is_fused(self, probe: OperatorProbe) -> bool | None:
-        """Whether the runtime executes no more layers with the operator than without.
+    def _count_layers(
+        self, models: Sequence[TimedBlock], progress: Progress
+    ) -> dict[str, int]:
+        """Layers that the runtime executes, by model; without those it is silent on.
 
-        None if it does not tell.
+        In a process for each: a runtime that runs a model may crash on profiling it.
         """
         if not isinstance(self.backend, LayerProfiler):
-            return None
-        counts = [
-            len(
-                self.backend.profile_layers(
-                    model.emit(self.backend.name),
-                    threads=self.threads,
-                    runs=PROFILE_RUNS,
-                )
+            return {}
+        counts = {}
+        for number, model in enumerate(models, start=1):
+            try:
+                counts[model.name] = self._layer_count(model)
+            except RunFailed as error:
+                _logger.warning("layers of %s are not known: %s", model.name, error)
+            progress(number, len(models))
+        return counts
+
+    def _layer_count(self, model: TimedBlock) -> int:
+        name = self.backend.name
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+            file = write_timed(
+                Path(folder), model.name, model.emit(name), backend_name=name
             )
-            for model in probe.models
-        ]
-        return counts[0] <= counts[1]
+            layers = profile_layers_in_fresh_process(
+                file, backend_name=name, threads=self.threads
+            )
+        return len(layers)
+
+
+def _is_fused(probe: OperatorProbe, counts: Mapping[str, int]) -> bool | None:
+    """Whether the runtime executes no more layers with the operator than without.
+
+    None if it does not tell.
+    """
+    whole, base = (counts.get(model.name) for model in probe.models)
+    return None if whole is None or base is None else whole <= base
 
 
 def _problem(probe: OperatorProbe, result: OrderResult) -> str:

@@ -23,7 +23,7 @@ from ofa_deploy.plan import NetworkPlan, all_blocks, lower
 from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
 from ofa_deploy.predict.design import choose_informative
 from ofa_deploy.reporting import Reporter
-from ofa_deploy.space import SearchSpace, SubnetConfig
+from ofa_deploy.space import SearchSpace, SubnetConfig, first_of_each
 from ofa_deploy.space_file import space_sha256
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
@@ -51,10 +51,11 @@ _BLOCK, _NETWORK = "block:", "network:"
 def calibration_networks(
     space: SearchSpace, costs: BlockCosts, *, count: int, rng: np.random.Generator
 ) -> list[SubnetConfig]:
-    """Networks that calibrate a predictor: the extremes, a spread, the informative.
+    """Networks that calibrate a predictor: landmarks, a spread, the informative.
 
-    Uniform sampling crowds around the middle, so a third of them is a large sample
-    ordered by its expected latency and thinned evenly; the rest are those whose
+    The landmarks are the smallest, the largest and the middle one, which is the anchor
+    model. Uniform sampling crowds around the middle, so a third of them is a large
+    sample ordered by its expected latency and thinned evenly; the rest are those whose
     prediction would be the least certain otherwise.
 
     Args:
@@ -63,16 +64,19 @@ def calibration_networks(
         count: How many, at least 2.
         rng: Of the sample.
     """
-    extremes = np.stack([space.encode(space.smallest()), space.encode(space.largest())])
+    configs = (space.smallest(), space.largest(), space.middle())
+    landmarks = np.stack([space.encode(config) for config in configs])
+    landmarks = landmarks[first_of_each(landmarks)]
     drawn = space.sample(CANDIDATES_PER_NETWORK * count, rng)
-    pool = np.unique(np.concatenate([extremes, drawn]), axis=0)
+    pool = np.concatenate([landmarks, drawn])
+    pool = pool[first_of_each(pool)]
     matrix = features(space, costs, pool)
     expected_ms = matrix[:, 1 : 2 + len(space.stages)].sum(axis=1)
-    extreme_rows = (pool[:, None] == extremes).all(axis=2).any(axis=1).nonzero()[0]
     count = min(count, len(pool))
     places = np.linspace(0, len(pool) - 1, max(2, count // 3)).astype(int)
     spread = np.argsort(expected_ms, kind="stable")[places]
-    taken = np.union1d(extreme_rows, spread)[:count]
+    begun = np.arange(len(landmarks))  # the pool's first rows
+    taken = np.concatenate([begun, spread[spread >= len(begun)]])[:count]
     informative = choose_informative(
         matrix / expected_ms[:, None], count=count - len(taken), taken=taken
     )
@@ -203,6 +207,7 @@ def profile_space(
         network_count = len(networks)
     device = this_device(accelerator=backend.accelerator())
     runtime = backend.runtime(threads=threads)
+    anchor = anchor_network(space)
     subject: dict[str, Json] = {
         "device": device.fingerprint,
         "runtime": encode_flat(runtime),
@@ -214,16 +219,17 @@ def profile_space(
         backend_name=backend.name,
         seed=settings.seed,
         blocks=dict(sorted(all_blocks(space).items())),
-        networks={},
+        networks={anchor: lower(space, space.middle())},
     )
     block_order = WorkOrder(
-        names=models.block_names,
+        names=(*models.block_names, *models.network_names),
         backend=backend.name,
         threads=threads,
         settings=settings,
         group_size=BLOCK_GROUP_SIZE,
+        anchor_name=models.network_names[0],
     )
-    coming = network_count * settings.visits
+    coming = (network_count - 1) * settings.visits
     with Journal(journal_path, subject=subject) as journal:
         for name in sorted(journal.failures):
             journal.add(Retry(name=name))  # the cause may be gone since the last call
@@ -234,7 +240,7 @@ def profile_space(
             progress=_shifted(progress, later=coming),
         )
         _require_blocks(blocks)
-        visited = sum(len(entry.visits) for entry in blocks.measurements.values())
+        visited = sum(journal.count_of(name) for name in models.block_names)
         configs = networks or calibration_networks(
             space,
             look_up_blocks(space, _planned_latencies(models, journal, settings)),
@@ -242,7 +248,7 @@ def profile_space(
             rng=np.random.default_rng(settings.seed),
         )
         plans = {config.id: lower(space, config) for config in configs}
-        models = replace(models, networks=plans)
+        models = replace(models, networks={**models.networks, **plans})
         result = execute(
             replace(block_order, names=models.network_names, group_size=GROUP_SIZE),
             models.write_model,
@@ -250,11 +256,12 @@ def profile_space(
             progress=_shifted(progress, before=visited),
         )
         # Small blocks and networks share the anchor's slowdown to another degree; all
-        # are to speak of one level of it.
+        # are to speak of one level of it, and of the anchor model.
         blocks = collect(
             block_order,
             journal=journal,
             anchor_reference_ns=result.anchor_reference_ns,
+            anchor_model_ms=_anchor_ms(result, models.network_names[0]),
         )
     return LatencyTable(
         origin="measured",
@@ -263,7 +270,9 @@ def profile_space(
         device=device,
         runtime=runtime,
         settings=settings,
-        conditions=result.conditions,
+        conditions_before=blocks.conditions_before,
+        conditions_after=result.conditions_after,
+        drift=result.drift,
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
@@ -274,6 +283,11 @@ def profile_space(
             for name, reason in result.failures.items()
         },
     )
+
+
+def anchor_network(space: SearchSpace) -> str:
+    """Id of the anchor model of a space: neither small nor large, always the same."""
+    return space.middle().id
 
 
 def _shifted(
@@ -299,6 +313,11 @@ def _planned_latencies(
         name.removeprefix(_BLOCK): float(np.exp(effect)) / 1e6
         for name, effect in zip(names, fit.effect_log, strict=True)
     }
+
+
+def _anchor_ms(result: OrderResult, name: str) -> float | None:
+    measured = result.measurements.get(name)
+    return None if measured is None else measured.quiet_ms
 
 
 def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:

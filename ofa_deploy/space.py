@@ -296,6 +296,10 @@ class SearchSpace:
         """The network with every choice at its minimum."""
         return self.decode(np.zeros_like(self.choice_counts))
 
+    def middle(self) -> SubnetConfig:
+        """The middle one of all choices, the larger of two."""
+        return self.decode(self.choice_counts // 2)
+
     def count(self) -> int:
         """How many different networks the space holds."""
         total = len(self.resolutions)

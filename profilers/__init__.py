@@ -20,6 +20,7 @@ from profilers.errors import DeployError
 from profilers.fresh import FreshMeasurement, measure_in_fresh_process
 from profilers.measure import measure_models
 from profilers.measurement import (
+    Drift,
     Measurement,
     MeasurementRun,
     MeasureSettings,
@@ -37,6 +38,7 @@ __all__ = [
     "DeployError",
     "DeviceSpec",
     "Diagnosis",
+    "Drift",
     "Finding",
     "FreshMeasurement",
     "LatencyTable",

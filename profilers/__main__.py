@@ -1,7 +1,8 @@
-"""Command line of the device's side: `python -m profilers {time,doctor,measure,work}`.
+"""Command line of the device's side: `python -m profilers COMMAND`.
 
-`time` and `doctor` are for people. `measure` is what `profilers.fresh` starts; it
-writes one line of JSON to stdout. `work` is what `profilers.execute` starts.
+`time`, `layers` and `doctor` are for people. `measure` is what `profilers.fresh`
+starts; it writes one line of JSON to stdout, as `layers --json` does. `work` is what
+`profilers.execute` starts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from profilers.doctor import examine
 from profilers.errors import DeployError
 from profilers.fresh import ProcessReport
 from profilers.json_reader import Json, parse_json
+from profilers.layers import LAYER_RUNS, encode_layers, profile_layers
 from profilers.measure import ModelUnderTest, measure_models
 from profilers.timing import TIERS, Timing, time_models
 from profilers.worker import work
@@ -40,14 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure = commands.add_parser("measure", help="time one model, report as JSON")
     measure.add_argument("model", type=Path)
     measure.add_argument("--backend", required=True)
-    measure.add_argument("--threads", type=int, required=True)
+    measure.add_argument("--threads", type=_count, required=True)
     measure.add_argument("--settings", required=True, help="MeasureSettings as JSON")
     timing = commands.add_parser("time", help="time model files, show a table")
     timing.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     timing.add_argument("--backend", required=True, choices=backend_names())
-    timing.add_argument("--threads", type=int, default=1)
+    timing.add_argument("--threads", type=_count, default=1)
     timing.add_argument("--tier", choices=list(TIERS), default="confirm")
     timing.add_argument("--json", action="store_true", help="with the raw samples")
+    layers = commands.add_parser("layers", help="time a model's layers, show a table")
+    layers.add_argument("model", type=Path)
+    layers.add_argument("--backend", required=True, choices=backend_names())
+    layers.add_argument("--threads", type=_count, default=1)
+    layers.add_argument("--runs", type=_count, default=LAYER_RUNS)
+    layers.add_argument("--json", action="store_true")
     commands.add_parser("work", help="do the assignment on stdin; for execute()")
     commands.add_parser("doctor", help="say what disturbs measuring on this device")
     parsed = parser.parse_args(arguments)
@@ -58,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _doctor()
         if parsed.command == "time":
             return _time(parsed)
+        if parsed.command == "layers":
+            return _layers(parsed)
         report = _measure(
             parsed.model,
             backend_name=parsed.backend,
@@ -69,6 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_REFUSED
     print(report.to_json())
     return 0
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; give a whole number from 1 on")
+    return count
 
 
 def _measure(
@@ -148,6 +168,28 @@ def _show_timings(timings: Sequence[Timing]) -> None:
         print(f"{name}  {timing.quiet_ms:8.4f}  {error}  {shown}  {verdict}")
     if read_conditions().shared_host:
         print("shared host: the figures are indicative")
+
+
+def _layers(parsed: argparse.Namespace) -> int:
+    layers = profile_layers(
+        parsed.model,
+        backend_name=parsed.backend,
+        threads=parsed.threads,
+        runs=parsed.runs,
+    )
+    if parsed.json:
+        print(encode_layers(layers))
+        return 0
+    total_ms = sum(layer.median_ms for layer in layers)
+    width = max(len(layer.name) for layer in layers)
+    print(f"{'layer':{width}}        ms  share  kind")
+    for layer in layers:
+        share = layer.median_ms / total_ms if total_ms else 0.0
+        print(
+            f"{layer.name:{width}}  {layer.median_ms:8.4f}  {share:5.1%}  {layer.kind}"
+        )
+    print("profiling costs time itself: compare layers with each other")
+    return 0
 
 
 def _doctor() -> int:

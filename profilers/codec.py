@@ -11,6 +11,7 @@ from typing import cast, get_args
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.json_reader import Json, JsonNode
 from profilers.measurement import (
+    Drift,
     Measurement,
     MeasurementRun,
     MeasureSettings,
@@ -22,6 +23,7 @@ from profilers.measurement import (
 __all__ = [
     "decode_conditions",
     "decode_device",
+    "decode_drift",
     "decode_measurement",
     "decode_run",
     "decode_runtime",
@@ -33,7 +35,7 @@ __all__ = [
     "encode_visit",
 ]
 
-Flat = DeviceSpec | RuntimeSpec | Conditions | MeasureSettings
+Flat = DeviceSpec | RuntimeSpec | Conditions | MeasureSettings | Drift
 
 
 def encode_flat(value: Flat) -> dict[str, Json]:
@@ -98,6 +100,19 @@ def decode_settings(node: JsonNode) -> MeasureSettings:
     )
 
 
+def decode_drift(node: JsonNode) -> Drift:
+    """Decode a `Drift`."""
+    fields = node.fields(*_names(Drift))
+    return node.build(
+        lambda: Drift(
+            window_count=fields["window_count"].integer(minimum=1),
+            flagged_count=fields["flagged_count"].integer(minimum=0),
+            discarded_count=fields["discarded_count"].integer(minimum=0),
+            largest_ratio=fields["largest_ratio"].number(minimum=0),
+        )
+    )
+
+
 def encode_measurement(measurement: Measurement) -> dict[str, Json]:
     """Encode a `Measurement`; its name is a field like the others."""
     fields = cast("dict[str, Json]", _with_lists(dataclasses.asdict(measurement)))
@@ -138,6 +153,7 @@ def decode_visit(node: JsonNode) -> Visit:
                 sample.integer(minimum=1) for sample in fields["samples_ns"].items()
             ),
             fallback=fields["fallback"].optional(JsonNode.text),
+            session=fields["session"].integer(minimum=0),
         )
     )
 

@@ -30,12 +30,17 @@ from profilers.errors import (
     RunFailed,
     UnstableMeasurement,
 )
-from profilers.fresh import STDERR_TAIL_CHARACTERS, describe_exit, package_environment
-from profilers.journal import Failure, Journal, VisitRecord
+from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
 from profilers.measure import EXTRA_PASS_SHARE
-from profilers.measurement import Measurement
+from profilers.measurement import Drift, Measurement
 from profilers.order import WorkOrder
-from profilers.summary import fit_visits, need_visits, summarize
+from profilers.process import describe_exit, last_words, package_environment
+from profilers.summary import (
+    fit_visits,
+    need_visits,
+    summarize,
+    summarize_drift,
+)
 from profilers.worker import Assignment, Began, Refused, Visited, decode_report
 
 __all__ = ["OrderResult", "collect", "execute"]
@@ -58,7 +63,9 @@ class OrderResult:
         failures: Reasons by name, of the others.
         beta: Share of the anchor's slowdown that the models have.
         anchor_reference_ns: The anchor's quiet level.
-        conditions: Of the device, read at the end.
+        conditions_before: Of the device, at the first visits.
+        conditions_after: Of the device, read at the end.
+        drift: What the anchor did not see.
         damaged_count: Journal lines that were damaged, and measured again.
     """
 
@@ -66,7 +73,9 @@ class OrderResult:
     failures: Mapping[str, str]
     beta: float
     anchor_reference_ns: float
-    conditions: Conditions
+    conditions_before: Conditions
+    conditions_after: Conditions
+    drift: Drift
     damaged_count: int
 
 
@@ -86,7 +95,8 @@ def execute(
             measured; returns its file. The folder is removed afterwards: hundreds of
             models need not be on the disk together.
         journal: Open; what it holds is not measured again.
-        progress: Called after each visit with visits made and visits known to be made.
+        progress: Called after each visit with visits made and visits known to be made,
+            without those of the anchor model.
         command: Starts a worker.
 
     Raises:
@@ -111,7 +121,11 @@ def execute(
 
 
 def collect(
-    order: WorkOrder, *, journal: Journal, anchor_reference_ns: float | None = None
+    order: WorkOrder,
+    *,
+    journal: Journal,
+    anchor_reference_ns: float | None = None,
+    anchor_model_ms: float | None = None,
 ) -> OrderResult:
     """What a journal tells of a work order, all visits fitted together.
 
@@ -120,6 +134,8 @@ def collect(
         journal: That `execute` filled.
         anchor_reference_ns: The anchor's level that latencies are to speak of; None
             for the quiet level of this order's own visits.
+        anchor_model_ms: The anchor model's latency as another run found it, which all
+            latencies are brought to the level of; None for what these visits say.
 
     Raises:
         UnstableMeasurement: Not one model could be measured.
@@ -135,13 +151,21 @@ def collect(
         )
     visits = [journal.visits_of(name) for name in measured]
     fit = fit_visits(visits, anchor_reference_ns=anchor_reference_ns)
+    if anchor_model_ms is not None and order.anchor_name in measured:
+        found = fit.effect_log[measured.index(order.anchor_name)]
+        fit = replace(
+            fit, effect_log=fit.effect_log + math.log(anchor_model_ms * 1e6) - found
+        )
+    after = read_conditions()
     measurements = summarize(measured, visits, fit, order.settings)
     return OrderResult(
         measurements={entry.name: entry for entry in measurements},
         failures=failures,
         beta=fit.beta,
         anchor_reference_ns=math.exp(fit.reference_log_anchor),
-        conditions=read_conditions(),
+        conditions_before=(*journal.sessions, after)[0],
+        conditions_after=after,
+        drift=summarize_drift(fit),
         damaged_count=journal.damaged_count,
     )
 
@@ -167,7 +191,7 @@ class _Run:
 
     def visit_as_planned(self) -> None:
         """Give every model the planned visits."""
-        names, settings = self.order.names, self.order.settings
+        names, settings = self.order.grouped_names, self.order.settings
         rounds = 1 if len(names) <= self.order.group_size else ROUNDS
         rng = np.random.default_rng(settings.seed)
         for number in range(1, rounds + 1):
@@ -188,7 +212,10 @@ class _Run:
             )
 
     def visit(self, names: Sequence[str], *, passes: int) -> None:
-        """Start a worker on some models, and take down what it tells."""
+        """Start a worker on some models and the anchor model; keep what it tells."""
+        anchor = self.order.anchor_name
+        if anchor is not None and anchor not in {*names, *self.journal.failures}:
+            names = [*names, anchor]
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
             assignment = Assignment(
                 backend=self.order.backend,
@@ -203,6 +230,8 @@ class _Run:
             self._do(assignment)
 
     def _do(self, assignment: Assignment) -> None:
+        session = len(self.journal.sessions)
+        self.journal.add(SessionBegan(conditions=read_conditions()))
         current: str | None = None
         left = assignment.passes * len(assignment.models)
         with _worker(self.command, assignment) as worker:
@@ -211,7 +240,8 @@ class _Run:
                 if isinstance(report, Began):
                     current = report.name
                 elif isinstance(report, Visited):
-                    self.journal.add(VisitRecord(name=report.name, visit=report.visit))
+                    visit = replace(report.visit, session=session)
+                    self.journal.add(VisitRecord(name=report.name, visit=visit))
                     left -= 1
                     if left:
                         worker.go_on()
@@ -260,7 +290,7 @@ class _Run:
         failed = self.journal.failures
         counts = [
             self.journal.count_of(name)
-            for name in self.order.names
+            for name in self.order.grouped_names
             if name not in failed
         ]
         planned = sum(max(self.order.settings.visits, count) for count in counts)
@@ -337,9 +367,8 @@ class _Worker:
         if code == 0:
             return None
         self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace")
-        tail = words[-STDERR_TAIL_CHARACTERS:].strip() or "none"
-        return f"ended {describe_exit(code)}; its last words: {tail}"
+        words = last_words(self._errors.read().decode(errors="replace"))
+        return f"ended {describe_exit(code)}; its last words: {words}"
 
 
 @contextmanager

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -30,11 +26,10 @@ from profilers.measurement import (
     Visit,
     percentile_of,
 )
+from profilers.process import run_for_line
 from profilers.summary import fit_visits, summarize_model
 
 __all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
-
-STDERR_TAIL_CHARACTERS = 2000
 
 # Beside the measuring itself: starting an interpreter, importing, compiling.
 STARTUP_ALLOWANCE_S = 120.0
@@ -181,10 +176,13 @@ def measure_in_fresh_process(
     reports = []
     for number in range(processes):
         seeded = {**encode_flat(settings), "seed": settings.seed + number}
-        command = [interpreter or sys.executable, "-m", "profilers", "measure"]
-        command += [str(model_path), "--backend", backend_name]
-        command += ["--threads", str(threads), "--settings", json.dumps(seeded)]
-        reports.append(_run_process(command, timeout_s=timeout_s))
+        arguments = ["--backend", backend_name, "--threads", str(threads)]
+        arguments += ["--settings", json.dumps(seeded)]
+        reports.append(
+            _run_process(
+                model_path, arguments, timeout_s=timeout_s, interpreter=interpreter
+            )
+        )
         if progress is not None:
             progress(number + 1, processes)
     return pool_reports(
@@ -210,7 +208,10 @@ def pool_reports(
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
     """
-    visits_by_process = [report.run.measurements[0].visits for report in reports]
+    visits_by_process = [
+        [replace(visit, session=number) for visit in report.run.measurements[0].visits]
+        for number, report in enumerate(reports)
+    ]
     visits = tuple(visit for process in visits_by_process for visit in process)
     pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
     # With the pooled slope: a single process hardly sees the anchor vary.
@@ -253,61 +254,22 @@ def pool_reports(
     )
 
 
-def _run_process(command: Sequence[str], *, timeout_s: float) -> ProcessReport:
-    label = f"the process measuring {command[4]}"
+def _run_process(
+    model: Path, arguments: Sequence[str], *, timeout_s: float, interpreter: str | None
+) -> ProcessReport:
+    label = f"the process measuring {model}"
+    line = run_for_line(
+        ["measure", str(model), *arguments],
+        label=label,
+        timeout_s=timeout_s,
+        cure="allow more time or measure fewer visits",
+        interpreter=interpreter,
+    )
     try:
-        finished = subprocess.run(
-            command,
-            capture_output=True,
-            check=False,
-            encoding="utf-8",
-            env=package_environment(),
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RunFailed(
-            f"{label} took more than {timeout_s:g} s and was stopped; allow more time "
-            "or measure fewer visits"
-        ) from error
-    except OSError as error:
-        raise RunFailed(
-            f"{label} could not be started: {error}; check {command[0]}"
-        ) from error
-    if finished.returncode != 0:
-        raise RunFailed(
-            f"{label} ended {describe_exit(finished.returncode)}; its last words: "
-            f"{finished.stderr[-STDERR_TAIL_CHARACTERS:].strip() or 'none'}"
-        )
-    # A runtime may print its own lines before ours.
-    lines = finished.stdout.splitlines()
-    try:
-        return ProcessReport.from_json(lines[-1] if lines else "")
+        return ProcessReport.from_json(line)
     except FormatError as error:
         raise RunFailed(
             f"{label} gave no report ({error}); use the same version of this package "
-            f"for both, and check that {command[0]} is a Python interpreter"
+            f"for both, and check that {interpreter or sys.executable} is a Python "
+            "interpreter"
         ) from error
-
-
-def describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"with exit code {code}"
-    # Signals of the system that have no name in Python stay numbers.
-    try:
-        return f"by signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"by signal {-code}"
-
-
-def package_environment() -> dict[str, str]:
-    """The environment, with this package importable wherever it was imported from."""
-    environment = dict(os.environ)
-    home = str(Path(__file__).resolve().parent.parent)
-    # The installed packages' directory is searched anyway; named in PYTHONPATH it
-    # would come before the standard library.
-    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        given = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{home}{os.pathsep}{given}" if given else home
-    return environment

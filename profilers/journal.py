@@ -17,15 +17,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from profilers.closing import Closing
-from profilers.codec import decode_visit, encode_visit
+from profilers.codec import (
+    decode_conditions,
+    decode_visit,
+    encode_flat,
+    encode_visit,
+)
+from profilers.device import Conditions
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.files import sync_folder
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Visit
 
-__all__ = ["Failure", "Journal", "Retry", "VisitRecord"]
+__all__ = ["Failure", "Journal", "Retry", "SessionBegan", "VisitRecord"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CHECKSUM_DIGITS = 8
 _LOCKED_BYTE = 2**40
 
@@ -57,6 +63,17 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionBegan:
+    """A process begins to measure; the visits that follow are its own.
+
+    Attributes:
+        conditions: Of the device.
+    """
+
+    conditions: Conditions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """A failed model is to be tried again.
 
@@ -67,7 +84,7 @@ class Retry:
     name: str
 
 
-Record = VisitRecord | Failure | Retry
+Record = VisitRecord | Failure | Retry | SessionBegan
 
 
 class Journal(Closing):
@@ -89,6 +106,7 @@ class Journal(Closing):
         self._file = _open_alone(path)
         self._visits: dict[str, list[Visit]] = {}
         self._failures: dict[str, str] = {}
+        self._sessions: list[Conditions] = []
         self.damaged_count = 0
         try:
             self._read(subject)
@@ -103,6 +121,11 @@ class Journal(Closing):
     def count_of(self, name: str) -> int:
         """How many visits a model has so far."""
         return len(self._visits.get(name, ()))
+
+    @property
+    def sessions(self) -> tuple[Conditions, ...]:
+        """The device's conditions at the beginning of every session so far."""
+        return tuple(self._sessions)
 
     @property
     def failures(self) -> dict[str, str]:
@@ -120,6 +143,8 @@ class Journal(Closing):
             content = {"visit": {"name": record.name, **encode_visit(record.visit)}}
         elif isinstance(record, Retry):
             content = {"retry": {"name": record.name}}
+        elif isinstance(record, SessionBegan):
+            content = {"session": encode_flat(record.conditions)}
         else:
             content = {"failure": {"name": record.name, "reason": record.reason}}
         self._append(content)
@@ -172,6 +197,8 @@ class Journal(Closing):
             self._visits.setdefault(record.name, []).append(record.visit)
         elif isinstance(record, Retry):
             self._failures.pop(record.name, None)
+        elif isinstance(record, SessionBegan):
+            self._sessions.append(record.conditions)
         else:
             self._failures[record.name] = record.reason
 
@@ -253,6 +280,8 @@ def _decode_record(node: JsonNode) -> Record:
     entries = node.entries()
     if set(entries) == {"retry"}:
         return Retry(name=entries["retry"].fields("name")["name"].text())
+    if set(entries) == {"session"}:
+        return SessionBegan(conditions=decode_conditions(entries["session"]))
     if set(entries) == {"failure"}:
         fields = entries["failure"].fields("name", "reason")
         return Failure(name=fields["name"].text(), reason=fields["reason"].text())

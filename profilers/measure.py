@@ -39,7 +39,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
-from profilers.stats import QuietStateFit
+from profilers.quiet import QuietStateFit
 from profilers.summary import fit_visits, need_visits, summarize
 
 __all__ = [

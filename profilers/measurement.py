@@ -12,6 +12,7 @@ from profilers import stats
 from profilers.device import Conditions
 
 __all__ = [
+    "Drift",
     "MeasureSettings",
     "Measurement",
     "MeasurementRun",
@@ -129,7 +130,7 @@ class Visit:
     """One stay at a model: anchor, runs, anchor. Raw, for better estimators to come.
 
     Attributes:
-        time_ns: When the visit began, counted from the start of the measuring.
+        time_ns: When the visit began, counted from the start of its session.
         anchor_before_ns: The anchor's time just before the runs.
         anchor_after_ns: The anchor's time just after the runs.
         inner_loops: Runs that one sample is the mean of; more than one where a
@@ -137,6 +138,7 @@ class Visit:
         samples_ns: Time of one run, per sample.
         fallback: Why the model ran in another way than the runtime's fastest; None
             if it did not.
+        session: Which of the processes that measured made it, from 0 on.
     """
 
     time_ns: int
@@ -145,10 +147,12 @@ class Visit:
     inner_loops: int
     samples_ns: tuple[int, ...]
     fallback: str | None = None
+    session: int = 0
 
     def __post_init__(self) -> None:
-        if self.time_ns < 0:
-            raise ValueError(f"time_ns={self.time_ns}; give at least 0")
+        for field in ("time_ns", "session"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)}; give at least 0")
         for field in ("anchor_before_ns", "anchor_after_ns", "inner_loops"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}; give at least 1")
@@ -191,6 +195,38 @@ class Stability:
             raise ValueError(
                 f"verdict={self.verdict!r} with {len(self.reasons)} reasons; an "
                 "unstable measurement has at least one, a stable one none"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """What slowed all models of a window of time alike, and the anchor not.
+
+    It is taken out of every latency.
+
+    Attributes:
+        window_count: Windows, of a few seconds each; 1 if the models are too few to
+            tell.
+        flagged_count: Of which drifted by more than 2 %.
+        discarded_count: Of which drifted by more than 5 %, and whose models were
+            visited again.
+        largest_ratio: Of all, either way.
+    """
+
+    window_count: int
+    flagged_count: int
+    discarded_count: int
+    largest_ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discarded_count <= self.flagged_count <= self.window_count:
+            raise ValueError(
+                f"{self.discarded_count} discarded of {self.flagged_count} flagged of "
+                f"{self.window_count} windows; each is a part of the next"
+            )
+        if not (math.isfinite(self.largest_ratio) and self.largest_ratio >= 0):
+            raise ValueError(
+                f"largest_ratio={self.largest_ratio}; give a finite number, at least 0"
             )
 
 

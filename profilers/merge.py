@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from profilers.errors import IncompatibleTables
 from profilers.measurement import Measurement, MeasureSettings, Visit
-from profilers.summary import fit_visits, summarize
+from profilers.summary import fit_visits, summarize, summarize_drift
 from profilers.table import LatencyTable, require_compatible
 
 __all__ = ["merge_tables"]
@@ -24,7 +24,7 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
         tables: At least one; of the same space, device, runtime, settings and origin.
 
     Returns:
-        A table with the last one's conditions and date.
+        A table with the last one's date.
 
     Raises:
         IncompatibleTables: They differ in something that latency depends on.
@@ -35,6 +35,7 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
     first, *others = tables
     for other in others:
         _require_mergeable(first, other)
+    tables = _with_own_sessions(tables)
     settings, last = first.settings, tables[-1]
     networks = _pooled([table.networks for table in tables])
     fit = fit_visits(list((networks or _pooled([t.blocks for t in tables])).values()))
@@ -42,6 +43,8 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
     return replace(
         last,
         beta=fit.beta,
+        conditions_before=tables[0].conditions_before,
+        drift=summarize_drift(fit),
         anchor_reference_ns=reference_ns,
         networks=_measured(networks, settings, reference_ns),
         blocks=_measured(
@@ -65,6 +68,26 @@ def _require_mergeable(first: LatencyTable, other: LatencyTable) -> None:
                 f"the tables differ in {field}: {one} and {two}; only measurements of "
                 "the same things taken in the same way can be put together"
             )
+
+
+def _with_own_sessions(tables: Sequence[LatencyTable]) -> list[LatencyTable]:
+    """The tables, their sessions numbered on: no two of them were one process."""
+    numbered, start = [], 0
+    for table in tables:
+        blocks, networks = (
+            {name: _numbered(entry, start) for name, entry in part.items()}
+            for part in (table.blocks, table.networks)
+        )
+        numbered.append(replace(table, blocks=blocks, networks=networks))
+        measured = [*blocks.values(), *networks.values()]
+        sessions = [visit.session for entry in measured for visit in entry.visits]
+        start = max(sessions, default=start - 1) + 1
+    return numbered
+
+
+def _numbered(measurement: Measurement, start: int) -> Measurement:
+    visits = (replace(v, session=v.session + start) for v in measurement.visits)
+    return replace(measurement, visits=tuple(visits))
 
 
 def _pooled(

@@ -27,6 +27,9 @@ class WorkOrder:
         settings: How carefully; `max_seconds` bounds the extra visits of one execution.
         limit_s: Time after which a silent worker is stopped, and its model failed.
         group_size: Models open at a time.
+        anchor_name: The anchor model, one of `names`: it is with every group, in every
+            pass, and ties what was measured at different times together. None to have
+            none.
     """
 
     names: tuple[str, ...]
@@ -35,12 +38,23 @@ class WorkOrder:
     settings: MeasureSettings
     limit_s: float = DEFAULT_LIMIT_S
     group_size: int = GROUP_SIZE
+    anchor_name: str | None = None
+
+    @property
+    def grouped_names(self) -> tuple[str, ...]:
+        """The models that take turns: all but the anchor model, if there are others."""
+        others = tuple(name for name in self.names if name != self.anchor_name)
+        return others or self.names
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(
                 f"{len(self.names)} models with {len(set(self.names))} different "
                 "names; give at least one model, and each its own name"
+            )
+        if self.anchor_name is not None and self.anchor_name not in self.names:
+            raise ValueError(
+                f"anchor_name={self.anchor_name!r} is none of the models; name one"
             )
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}; give at least 1")

@@ -7,14 +7,28 @@ from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
-from profilers.measurement import Measurement, MeasureSettings, Stability, Visit
-from profilers.stats import TRIMMED_SHARE, QuietStateFit, quiet_state
+from profilers.measurement import Drift, Measurement, MeasureSettings, Stability, Visit
+from profilers.quiet import MAX_DRIFT_LOG, TRIMMED_SHARE, QuietStateFit, quiet_state
 
-__all__ = ["fit_visits", "need_visits", "summarize", "summarize_model"]
+__all__ = [
+    "fit_visits",
+    "need_visits",
+    "summarize",
+    "summarize_drift",
+    "summarize_model",
+]
 
 # The planned visits and this many times more; beyond, more visits show no more.
 MAX_VISITS_FACTOR = 4
+
+# Visits of one window: enough to tell its drift to half a percent, and over in seconds.
+WINDOW_VISITS = 32
+# Fewer models than this cannot tell what is common to them all.
+MIN_DRIFT_MODELS = 16
+# Larger ones are told of.
+FLAGGED_DRIFT_LOG = 0.02
 
 
 def fit_visits(
@@ -29,26 +43,40 @@ def fit_visits(
         visits: `visits[m]` are those of model `m`; at least one each.
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
+
+    Returns:
+        The fit; its visits are those of the first model, then those of the second, and
+        so on.
     """
-    latency, anchors, models = [], [], []
-    for index, of_model in enumerate(visits):
-        for visit in of_model:
-            latency.append(math.log(median(visit.samples_ns)))
-            anchors.append(
-                0.5
-                * (math.log(visit.anchor_before_ns) + math.log(visit.anchor_after_ns))
-            )
-            models.append(index)
+    flat = [visit for of_model in visits for visit in of_model]
+    counts = [len(of_model) for of_model in visits]
     return quiet_state(
-        np.array(latency),
-        np.array(anchors),
-        np.array(models, dtype=np.intp),
+        np.log([median(visit.samples_ns) for visit in flat]),
+        0.5
+        * np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat]).sum(axis=1),
+        np.repeat(np.arange(len(visits)), counts),
         model_count=len(visits),
+        window_index=_windows(flat) if len(visits) >= MIN_DRIFT_MODELS else None,
         beta=beta,
         reference_log_anchor=(
             None if anchor_reference_ns is None else math.log(anchor_reference_ns)
         ),
     )
+
+
+def _windows(visits: Sequence[Visit]) -> NDArray[np.intp]:
+    """Number the stretches of time that visits were made in."""
+    sessions = np.array([visit.session for visit in visits])
+    order = np.lexsort((np.array([visit.time_ns for visit in visits]), sessions))
+    windows = np.empty(len(visits), dtype=np.intp)
+    number = 0
+    for session in np.unique(sessions):
+        inside = order[sessions[order] == session]
+        parts = max(1, len(inside) // WINDOW_VISITS)
+        for part in np.array_split(inside, parts):
+            windows[part] = number
+            number += 1
+    return windows
 
 
 def need_visits(
@@ -58,8 +86,8 @@ def need_visits(
 ) -> list[int]:
     """Which models most need another visit, those with the largest errors first.
 
-    They are not precise enough, or too many of their visits were disturbed; and the
-    most that a model can have are not made.
+    They are not precise enough, too many of their visits were disturbed, or too few
+    count; and the most that a model can have are not made.
 
     Args:
         visits: `visits[m]` are those of model `m`.
@@ -68,12 +96,16 @@ def need_visits(
     """
     target_log = math.log1p(settings.target_relative_error)
     most = settings.visits * MAX_VISITS_FACTOR
+    model = np.repeat(np.arange(len(visits)), [len(of_model) for of_model in visits])
+    counted = np.bincount(model, weights=fit.counted, minlength=len(visits))
     return [
         int(index)
         for index in np.argsort(-fit.standard_error_log, kind="stable")
         if len(visits[index]) < most
         and (
-            fit.standard_error_log[index] > target_log or _too_disturbed(visits[index])
+            fit.standard_error_log[index] > target_log
+            or counted[index] < settings.visits
+            or _too_disturbed(visits[index])
         )
     ]
 
@@ -85,6 +117,17 @@ def _too_disturbed(visits: Sequence[Visit]) -> bool:
 
 def _disturbed_count(visits: Sequence[Visit]) -> int:
     return sum(visit.disturbed for visit in visits)
+
+
+def summarize_drift(fit: QuietStateFit) -> Drift:
+    """Say how far the windows of a fit drifted."""
+    drift = np.abs(fit.drift_log)
+    return Drift(
+        window_count=len(drift),
+        flagged_count=int((drift > FLAGGED_DRIFT_LOG).sum()),
+        discarded_count=int((drift > MAX_DRIFT_LOG).sum()),
+        largest_ratio=math.expm1(float(drift.max())),
+    )
 
 
 def summarize(

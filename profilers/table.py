@@ -21,6 +21,7 @@ from typing import Literal, get_args
 from profilers.codec import (
     decode_conditions,
     decode_device,
+    decode_drift,
     decode_measurement,
     decode_runtime,
     decode_settings,
@@ -31,11 +32,11 @@ from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.errors import IncompatibleTables
 from profilers.files import write_atomically
 from profilers.json_reader import Json, JsonNode, read_json
-from profilers.measurement import Measurement, MeasureSettings
+from profilers.measurement import Drift, Measurement, MeasureSettings
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
@@ -58,7 +59,9 @@ class LatencyTable:
         device: Hardware.
         runtime: Software.
         settings: How it was measured.
-        conditions: State of the device while measuring.
+        conditions_before: State of the device when measuring began.
+        conditions_after: When it ended.
+        drift: Of the windows in which the networks were measured.
         beta: Of the quiet-state fit to the networks.
         anchor_reference_ns: The anchor's quiet level, which all latencies speak of.
         created_at: ISO 8601 date and time.
@@ -74,7 +77,9 @@ class LatencyTable:
     device: DeviceSpec
     runtime: RuntimeSpec
     settings: MeasureSettings
-    conditions: Conditions
+    conditions_before: Conditions
+    conditions_after: Conditions
+    drift: Drift
     beta: float
     anchor_reference_ns: float
     created_at: str
@@ -189,7 +194,9 @@ def _encode(table: LatencyTable) -> dict[str, Json]:
         "device": encode_flat(table.device),
         "runtime": encode_flat(table.runtime),
         "settings": encode_flat(table.settings),
-        "conditions": encode_flat(table.conditions),
+        "conditions_before": encode_flat(table.conditions_before),
+        "conditions_after": encode_flat(table.conditions_after),
+        "drift": encode_flat(table.drift),
         "beta": table.beta,
         "anchor_reference_ns": table.anchor_reference_ns,
         "created_at": table.created_at,
@@ -224,7 +231,9 @@ def _decode(node: JsonNode) -> LatencyTable:
             device=decode_device(entries["device"]),
             runtime=decode_runtime(entries["runtime"]),
             settings=decode_settings(entries["settings"]),
-            conditions=decode_conditions(entries["conditions"]),
+            conditions_before=decode_conditions(entries["conditions_before"]),
+            conditions_after=decode_conditions(entries["conditions_after"]),
+            drift=decode_drift(entries["drift"]),
             beta=entries["beta"].number(minimum=0),
             anchor_reference_ns=entries["anchor_reference_ns"].positive(),
             created_at=entries["created_at"].text(),

@@ -95,10 +95,8 @@ def probe(
         backend=backend, threads=target.threads, settings=MeasureSettings.screen()
     )
     with StageBar(_no_console if as_json else _console) as bar:
-        bar.begin("probing operators")
-        operators = prober.probe_operators(progress=bar.advance)
-        bar.begin("sweeping widths")
-        widths = prober.sweep_widths(progress=bar.advance)
+        operators = prober.probe_operators(reporter=bar)
+        widths = prober.sweep_widths(reporter=bar)
     step = channel_step(widths)
     if as_json:
         content = {

@@ -116,9 +116,15 @@ def show_table(
         f"predictor error on networks it had not seen: {predictor.residual_ratio:.1%}; "
         f"{len(unstable)} of {len(measurements)} measurements are not stable"
     )
+    drift = table.drift
+    console.print(
+        f"drift: {drift.flagged_count} of {drift.window_count} windows by more than "
+        f"2 %, {drift.largest_ratio:.1%} at most; taken out of the latencies, and the "
+        f"models of {drift.discarded_count} windows beyond 5 % visited again"
+    )
     for name, reason in table.failures.items():
         console.print(f"could not be measured: {name}: {reason}")
-    if table.conditions.shared_host:
+    if table.conditions_after.shared_host:
         console.print("shared host: the figures are indicative")
 
 
@@ -162,7 +168,8 @@ def show_table_json(
             for m in measurements
             if m.stability.verdict == "unstable"
         },
-        "indicative": table.conditions.shared_host,
+        "drift": asdict(table.drift),
+        "indicative": table.conditions_after.shared_host,
         "held_out": None if quality is None else asdict(quality),
     }
     print(json.dumps(content, indent=2, sort_keys=True))

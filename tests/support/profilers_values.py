@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from profilers import (
     Conditions,
     DeviceSpec,
+    Drift,
     LatencyTable,
     Measurement,
     MeasureSettings,
@@ -68,6 +69,7 @@ visits = st.builds(
     inner_loops=st.integers(1, 1024),
     samples_ns=st.lists(nanoseconds, min_size=1, max_size=4).map(tuple),
     fallback=st.none() | words,
+    session=st.integers(0, 2**31),
 )
 stabilities = st.lists(words, max_size=2).map(
     lambda reasons: Stability(
@@ -86,6 +88,14 @@ measurements = st.builds(
 by_name = st.lists(measurements, max_size=2).map(
     lambda found: {measurement.name: measurement for measurement in found}
 )
+drifts = st.tuples(*[st.integers(0, 99)] * 3, at_least_zero).map(
+    lambda found: Drift(
+        window_count=sum(found[:3]) + 1,
+        flagged_count=sum(found[:2]),
+        discarded_count=found[0],
+        largest_ratio=found[3],
+    )
+)
 tables = st.builds(
     LatencyTable,
     origin=st.sampled_from(["measured", "emulated", "synthetic"]),
@@ -94,7 +104,9 @@ tables = st.builds(
     device=devices,
     runtime=runtimes,
     settings=settings,
-    conditions=conditions,
+    conditions_before=conditions,
+    conditions_after=conditions,
+    drift=drifts,
     beta=at_least_zero,
     anchor_reference_ns=positive,
     created_at=st.datetimes().map(lambda moment: moment.isoformat()),

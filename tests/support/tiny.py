@@ -39,6 +39,7 @@ from ofa_deploy.stored import StoredSupernet
 from profilers import (
     Conditions,
     DeviceSpec,
+    Drift,
     LatencyTable,
     Measurement,
     MeasureSettings,
@@ -227,6 +228,17 @@ RUNTIME = RuntimeSpec(
 )
 
 
+CONDITIONS = Conditions(
+    governor=None,
+    frequency_mhz=None,
+    temperature_c=None,
+    load_average=None,
+    affinity_core_count=4,
+    cgroup_quota_cores=None,
+    shared_host=False,
+)
+
+
 def measurement(name: str, quiet_ms: float) -> Measurement:
     """A measurement of one sample, that says `quiet_ms`."""
     visit = Visit(
@@ -271,14 +283,10 @@ def latency_table(
         device=device,
         runtime=runtime,
         settings=MeasureSettings.screen(),
-        conditions=Conditions(
-            governor=None,
-            frequency_mhz=None,
-            temperature_c=None,
-            load_average=None,
-            affinity_core_count=4,
-            cgroup_quota_cores=None,
-            shared_host=False,
+        conditions_before=CONDITIONS,
+        conditions_after=CONDITIONS,
+        drift=Drift(
+            window_count=1, flagged_count=0, discarded_count=0, largest_ratio=0.0
         ),
         beta=1.0,
         anchor_reference_ns=anchor_reference_ns,

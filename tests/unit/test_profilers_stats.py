@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from profilers.stats import (
-    QuietStateFit,
-    mad,
-    median_interval,
-    percentile_floor,
-    percentile_ms,
-    quiet_state,
-)
+from profilers.quiet import QuietStateFit, quiet_state
+from profilers.stats import mad, median_interval, percentile_floor, percentile_ms
 
 QUIET_ANCHOR_LOG = np.log(250_000)
 SLOW_ANCHOR_LOG = np.log(1.6)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from profilers import (
     Conditions,
     DeviceSpec,
+    Drift,
     LatencyTable,
     Measurement,
     MeasureSettings,
@@ -55,6 +56,15 @@ NET = Measurement(
     median_ms=0.71,
     stability=Stability(verdict="stable"),
 )
+CONDITIONS = Conditions(
+    governor="performance",
+    frequency_mhz=2400.0,
+    temperature_c=None,
+    load_average=0.1,
+    affinity_core_count=4,
+    cgroup_quota_cores=None,
+    shared_host=False,
+)
 TABLE = LatencyTable(
     origin="synthetic",
     space_name="tiny",
@@ -62,14 +72,10 @@ TABLE = LatencyTable(
     device=DEVICE,
     runtime=RUNTIME,
     settings=MeasureSettings.screen(),
-    conditions=Conditions(
-        governor="performance",
-        frequency_mhz=2400.0,
-        temperature_c=None,
-        load_average=0.1,
-        affinity_core_count=4,
-        cgroup_quota_cores=None,
-        shared_host=False,
+    conditions_before=CONDITIONS,
+    conditions_after=replace(CONDITIONS, load_average=0.9),
+    drift=Drift(
+        window_count=40, flagged_count=6, discarded_count=1, largest_ratio=0.06
     ),
     beta=0.72,
     anchor_reference_ns=250_000.0,
@@ -203,8 +209,8 @@ VISIT_PATH = 'networks["net"].visits[0]'
         (put("device", "name", value=""), "device.name", "empty"),
         (put("device", "core_count", value=1.5), "device.core_count", "whole number"),
         (
-            put("conditions", "shared_host", value=0),
-            "conditions.shared_host",
+            put("conditions_after", "shared_host", value=0),
+            "conditions_after.shared_host",
             "true or false belongs",
         ),
         (put("created_at", value="yesterday"), "", "give ISO 8601"),

@@ -1,0 +1,97 @@
+"""Interpreters that this package starts for itself, and how they ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from profilers.errors import RunFailed
+
+__all__ = ["describe_exit", "last_words", "package_environment", "run_for_line"]
+
+STDERR_TAIL_CHARACTERS = 2000
+
+
+def run_for_line(
+    arguments: Sequence[str],
+    *,
+    label: str,
+    timeout_s: float,
+    cure: str,
+    interpreter: str | None = None,
+) -> str:
+    """Run `python -m profilers` with arguments; return the last line it printed.
+
+    Args:
+        arguments: Of the command line, the subcommand first.
+        label: What the process does, for messages.
+        timeout_s: After which it is stopped.
+        cure: What to do if that is not enough, for the message.
+        interpreter: Python to run; None takes this one.
+
+    Returns:
+        The line; empty if there is none. A runtime may print lines before ours.
+
+    Raises:
+        RunFailed: The process did not start, failed, crashed, or took too long.
+    """
+    command = [interpreter or sys.executable, "-m", "profilers", *arguments]
+    try:
+        finished = subprocess.run(
+            command,
+            capture_output=True,
+            check=False,
+            encoding="utf-8",
+            env=package_environment(),
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(
+            f"{label} took more than {timeout_s:g} s and was stopped; {cure}"
+        ) from error
+    except OSError as error:
+        raise RunFailed(
+            f"{label} could not be started: {error}; check {command[0]}"
+        ) from error
+    if finished.returncode != 0:
+        raise RunFailed(
+            f"{label} ended {describe_exit(finished.returncode)}; its last words: "
+            f"{last_words(finished.stderr)}"
+        )
+    lines = finished.stdout.splitlines()
+    return lines[-1] if lines else ""
+
+
+def last_words(errors: str) -> str:
+    """The end of what a process wrote to its error output."""
+    return errors[-STDERR_TAIL_CHARACTERS:].strip() or "none"
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words, to be read after "ended"."""
+    if code >= 0:
+        return f"with exit code {code}"
+    # Signals of the system that have no name in Python stay numbers.
+    try:
+        return f"by signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"
+
+
+def package_environment() -> dict[str, str]:
+    """The environment, with this package importable wherever it was imported from."""
+    environment = dict(os.environ)
+    home = str(Path(__file__).resolve().parent.parent)
+    # The installed packages' directory is searched anyway; named in PYTHONPATH it
+    # would come before the standard library.
+    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        given = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{home}{os.pathsep}{given}" if given else home
+    return environment
