@@ -6,6 +6,8 @@ beside the predictor's error.
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,20 @@ from ofa_deploy.errors import MeasurementError
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.evaluation import PredictionQuality, judge
 from ofa_deploy.predict.latency import fit_latency_predictor
-from ofa_deploy.profiling import TimedModels, anchor_network
+from ofa_deploy.profiling import (
+    TimedModels,
+    anchor_network,
+    measure_table,
+    open_table,
+    table_name,
+)
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
+from profilers.backends.base import Backend
 from profilers.codec import encode_flat
+from profilers.device import this_device
 from profilers.execute import collect, execute
+from profilers.files import write_atomically
 from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
@@ -48,6 +59,76 @@ class HeldOutQuality:
     coverage: float
     below_upper: float
     left_out: int
+
+
+def measure_and_judge(
+    space: SearchSpace,
+    *,
+    backend: Backend,
+    threads: int,
+    folder: Path,
+    network_count: int,
+    count: int,
+    reporter: Reporter,
+) -> tuple[LatencyTable, HeldOutQuality]:
+    """Measure a table as `measure_table` does, then judge its predictor.
+
+    After a kill the same call goes on where it stopped, in the judging too: a table
+    that is finished is not measured again.
+
+    Args:
+        space: What to measure.
+        backend: Where.
+        threads: Of one inference.
+        folder: Of the table, and of the journals until then.
+        network_count: Whole networks in the table.
+        count: Networks to judge by, as for `evaluate_predictor`.
+        reporter: Told of progress.
+
+    Raises:
+        MeasurementError: A block, or all but one of the networks to judge by, could
+            not be measured, or the disk is full.
+    """
+    device = this_device(accelerator=backend.accelerator())
+    runtime = backend.runtime(threads=threads)
+    path = folder / table_name(space, device, runtime)
+    judging = path.with_suffix(f".{network_count}-{count}.judging")
+    before = judging / "table-before"
+    try:
+        if not before.is_file():
+            judging.mkdir(parents=True, exist_ok=True)
+            write_atomically(before, _digest(path))
+        if before.read_bytes() == _digest(path):
+            measure_table(
+                space,
+                backend=backend,
+                threads=threads,
+                folder=folder,
+                network_count=network_count,
+                reporter=reporter,
+            )
+    except OSError as error:
+        raise MeasurementError(
+            f"{judging} cannot be written: {error}; free space and run this again"
+        ) from error
+    table = open_table(path, space, device, runtime)
+    quality = evaluate_predictor(
+        space,
+        table,
+        count=count,
+        settings=table.settings,
+        # Another table's journals, from a run that was never finished, do not count.
+        folder=judging / _digest(path).decode()[:16],
+        reporter=reporter,
+    )
+    shutil.rmtree(judging)
+    return table, quality
+
+
+def _digest(path: Path) -> bytes:
+    """Of a file; of nothing where there is none."""
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def evaluate_predictor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -130,7 +130,7 @@ def profile(
     evaluate: Annotated[
         int,
         typer.Option(
-            min=0, help="Random networks to judge the predictor by; not resumed."
+            min=0, help="Random networks to measure and judge the predictor by."
         ),
     ] = 0,
     out: Annotated[
@@ -140,10 +140,10 @@ def profile(
 ) -> None:
     """Measure the blocks of a space on this machine, and keep the table."""
     from ofa_deploy.errors import MeasurementError, SpaceError
-    from ofa_deploy.held_out import evaluate_predictor
+    from ofa_deploy.held_out import measure_and_judge
     from ofa_deploy.pipeline import DEFAULT_SUPERNET, reachable_range
     from ofa_deploy.predict.latency import fit_latency_predictor
-    from ofa_deploy.profiling import PROFILE_SETTINGS, cache_folder, measure_table
+    from ofa_deploy.profiling import cache_folder, measure_table
     from ofa_deploy.target import parse_target
     from ofa_deploy.zoo import open_supernet
     from profilers.backends import get_backend
@@ -160,34 +160,37 @@ def profile(
         if space
         else open_supernet(supernet or DEFAULT_SUPERNET).space
     )
+    backend, folder, quality = get_backend(target.backend), cache_folder(), None
+    start_s = time.monotonic()
     with StageBar(_no_console if as_json else _console) as bar:
-        table = measure_table(
-            measured,
-            backend=get_backend(target.backend),
-            threads=target.threads,
-            folder=cache_folder(),
-            network_count=networks,
-            reporter=bar,
-        )
-        if out is not None:
-            table.save(out)
-        quality = None
         if evaluate:
-            with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
-                quality = evaluate_predictor(
-                    measured,
-                    table,
-                    count=evaluate,
-                    settings=PROFILE_SETTINGS,
-                    folder=Path(folder),
-                    reporter=bar,
-                )
+            table, quality = measure_and_judge(
+                measured,
+                backend=backend,
+                threads=target.threads,
+                folder=folder,
+                network_count=networks,
+                count=evaluate,
+                reporter=bar,
+            )
+        else:
+            table = measure_table(
+                measured,
+                backend=backend,
+                threads=target.threads,
+                folder=folder,
+                network_count=networks,
+                reporter=bar,
+            )
+    minutes = (time.monotonic() - start_s) / 60
+    if out is not None:
+        table.save(out)
     predictor = fit_latency_predictor(measured, table)
     reachable = reachable_range(predictor)
     if as_json:
-        show_table_json(table, reachable, quality)
+        show_table_json(table, reachable, quality, minutes=minutes)
     else:
-        show_table(_console, table, predictor)
+        show_table(_console, table, predictor, minutes=minutes)
         if quality is not None:
             show_quality(_console, quality)
         show_range(_console, reachable)

@@ -102,9 +102,13 @@ def show_range(console: Console, reachable: ReachableRange) -> None:
 
 
 def show_table(
-    console: Console, table: LatencyTable, predictor: LatencyPredictor
+    console: Console,
+    table: LatencyTable,
+    predictor: LatencyPredictor,
+    *,
+    minutes: float,
 ) -> None:
-    """A latency table in short."""
+    """A latency table in short, and the minutes that the command took."""
     measurements = [*table.blocks.values(), *table.networks.values()]
     unstable = [m.name for m in measurements if m.stability.verdict == "unstable"]
     console.print(
@@ -122,6 +126,7 @@ def show_table(
         f"2 %, {drift.largest_ratio:.1%} at most; taken out of the latencies, and the "
         f"models of {drift.discarded_count} windows beyond 5 % visited again"
     )
+    console.print(f"this command took {minutes:.1f} minutes")
     for name, reason in table.failures.items():
         console.print(f"could not be measured: {name}: {reason}")
     if table.conditions_after.shared_host:
@@ -154,7 +159,11 @@ def show_quality(console: Console, quality: HeldOutQuality) -> None:
 
 
 def show_table_json(
-    table: LatencyTable, reachable: ReachableRange, quality: HeldOutQuality | None
+    table: LatencyTable,
+    reachable: ReachableRange,
+    quality: HeldOutQuality | None,
+    *,
+    minutes: float,
 ) -> None:
     """What is reachable and what is to be known of the table, on standard output."""
     measurements = [*table.blocks.values(), *table.networks.values()]
@@ -162,6 +171,7 @@ def show_table_json(
         **asdict(reachable),
         "block_count": len(table.blocks),
         "network_count": len(table.networks),
+        "minutes": minutes,
         "failures": dict(table.failures),
         "unstable": {
             m.name: list(m.stability.reasons)

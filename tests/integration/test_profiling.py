@@ -13,7 +13,12 @@ import pytest
 from ofa_deploy import profiling
 from ofa_deploy.cli import main
 from ofa_deploy.errors import MeasurementError
-from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor, unseen_networks
+from ofa_deploy.held_out import (
+    HeldOutQuality,
+    evaluate_predictor,
+    measure_and_judge,
+    unseen_networks,
+)
 from ofa_deploy.plan import all_blocks
 from ofa_deploy.profiling import TimedModels, anchor_network, profile_space
 from ofa_deploy.reporting import Silent
@@ -222,6 +227,54 @@ def test_judging_a_predictor_goes_on_after_a_kill_and_repeats_nothing(
     assert len(files) == 2
     assert held_out(tmp_path, whole) == quality
     assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("stop_in", ["profiling", "held-out networks, run 2"])
+def test_measuring_and_judging_broken_off_goes_on_and_measures_no_table_twice(
+    stop_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "PROFILE_SETTINGS", SETTINGS)
+
+    class Stopping(Silent):
+        stage = ""
+
+        def begin(self, stage: str) -> None:
+            self.stage = stage
+
+        def advance(self, done: int, total: int) -> None:
+            if stop_in in self.stage and done > total // 2:
+                raise KeyboardInterrupt
+
+    def judge(reporter: Silent) -> HeldOutQuality:
+        _, quality = measure_and_judge(
+            tiny.SPACE,
+            backend=get_backend("onnxruntime-cpu"),
+            threads=1,
+            folder=tmp_path,
+            network_count=NETWORKS,
+            count=5,
+            reporter=reporter,
+        )
+        return quality
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(Stopping())
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.journal")}
+    tables = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert len(kept) == (1 if stop_in == "profiling" else 2)
+    seen = {}
+
+    class Watching(Silent):
+        def advance(self, done: int, total: int) -> None:
+            found = {path: path.read_bytes() for path in tmp_path.rglob("*.journal")}
+            seen.update(found)
+
+    assert judge(Watching()).predicted.count == 5
+    for path, content in kept.items():
+        assert seen[path].startswith(content)
+    for path, content in tables.items():
+        assert path.read_bytes() == content
+    assert [path.suffix for path in tmp_path.rglob("*")] == [".json"]
 
 
 def test_a_predictor_is_not_judged_by_less_than_two_networks(
