@@ -21,22 +21,24 @@ from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import (
     TimedModels,
     anchor_network,
+    journal_of,
     measure_table,
     open_table,
     table_name,
 )
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
+from profilers.backends import get_backend
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import collect, execute
 from profilers.files import write_atomically
-from profilers.journal import Journal
+from profilers.journal import Journal, Retry
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
-from profilers.table import LatencyTable
+from profilers.table import LatencyTable, require_compatible
 
 RUNS = 2
 
@@ -93,12 +95,13 @@ def measure_and_judge(
     runtime = backend.runtime(threads=threads)
     path = folder / table_name(space, device, runtime)
     judging = path.with_suffix(f".{network_count}-{count}.judging")
-    before = judging / "table-before"
+    # Names the table that was made, and not one that anybody has put there since.
+    made = judging / "table"
     try:
-        if not before.is_file():
-            judging.mkdir(parents=True, exist_ok=True)
-            write_atomically(before, _digest(path))
-        if before.read_bytes() == _digest(path):
+        judging.mkdir(parents=True, exist_ok=True)
+        if not (
+            path.is_file() and made.is_file() and made.read_text() == _sha256(path)
+        ):
             measure_table(
                 space,
                 backend=backend,
@@ -106,29 +109,30 @@ def measure_and_judge(
                 folder=folder,
                 network_count=network_count,
                 reporter=reporter,
+                saved=lambda table: write_atomically(made, _sha256(table).encode()),
             )
+        journal_of(path, network_count).unlink(missing_ok=True)
+        table = open_table(path, space, device, runtime)
+        quality = evaluate_predictor(
+            space,
+            table,
+            count=count,
+            settings=table.settings,
+            # Another table's journals, of a run that was never finished, do not count.
+            folder=judging / made.read_text()[:16],
+            reporter=reporter,
+        )
+        shutil.rmtree(judging)
     except OSError as error:
         raise MeasurementError(
-            f"{judging} cannot be written: {error}; free space and run this again"
+            f"{judging} cannot be written: {error}; free space and run this again, it "
+            "goes on from here"
         ) from error
-    table = open_table(path, space, device, runtime)
-    quality = evaluate_predictor(
-        space,
-        table,
-        count=count,
-        settings=table.settings,
-        # Another table's journals, from a run that was never finished, do not count.
-        folder=judging / _digest(path).decode()[:16],
-        reporter=reporter,
-    )
-    shutil.rmtree(judging)
     return table, quality
 
 
-def _digest(path: Path) -> bytes:
-    """Of a file; of nothing where there is none."""
-    content = path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(content).hexdigest().encode()
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def evaluate_predictor(
@@ -153,7 +157,14 @@ def evaluate_predictor(
 
     Raises:
         MeasurementError: Fewer than two networks are left to be judged.
+        IncompatibleTables: The table is of another device or runtime.
     """
+    backend = get_backend(table.runtime.backend)
+    require_compatible(
+        table,
+        this_device(accelerator=backend.accelerator()),
+        backend.runtime(threads=table.runtime.threads),
+    )
     genomes = unseen_networks(space, table, count=count, seed=settings.seed)
     if len(genomes) < 2:
         raise MeasurementError(
@@ -238,15 +249,18 @@ def _measure(
         anchor_name=models.network_names[-1],
     )
     subject: dict[str, Json] = {
-        "backend": backend,
+        "device": table.device.fingerprint,
         "networks": [*names],
         "run": run,
+        "runtime": encode_flat(table.runtime),
         "settings": encode_flat(settings),
         "table": table.created_at,
     }
     reporter.begin(f"measuring {len(names)} held-out networks, run {run} of {RUNS}")
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f"held-out-{run}.journal", subject=subject) as journal:
+        for name in sorted(journal.failures):
+            journal.add(Retry(name=name))  # the cause may be gone since the last call
         execute(order, models.write_model, journal=journal, progress=reporter.advance)
         # Another run, another quiet level: brought to the table's.
         result = collect(

@@ -111,7 +111,10 @@ class OperatorFact:
         giga_macs_per_s: Rate of its own multiply-accumulates; None if it has none, or
             costs nothing that could be measured.
         fused: Whether it runs inside another layer; None if the runtime does not tell.
-        slow: Whether its rate is below `SLOW_RATE_SHARE` of the 1x1 convolution's.
+        slow: Whether its rate is below `SLOW_RATE_SHARE` of the 1x1 convolution's, or,
+            where it has no multiply-accumulates, it costs more than all the rest.
+        fallback: In what way the runtime ran it instead of its fastest; empty if it
+            did not.
     """
 
     name: str
@@ -121,6 +124,7 @@ class OperatorFact:
     giga_macs_per_s: float | None
     fused: bool | None
     slow: bool
+    fallback: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +346,7 @@ def _refused(probe: OperatorProbe, problem: str) -> OperatorFact:
         giga_macs_per_s=None,
         fused=None,
         slow=False,
+        fallback="",
     )
 
 
@@ -359,6 +364,12 @@ def _judge(
     macs = probe.block.mac_count - probe.without.mac_count
     rate = macs / extra_ms / 1e6 if macs and extra_ms > error_ms else None
     base_rate = probe.without.mac_count / base.quiet_ms / 1e6
+    slow = (
+        rate is not None and rate < SLOW_RATE_SHARE * base_rate
+        if macs
+        else extra_ms - error_ms > base.quiet_ms
+    )
+    fallbacks = (visit.fallback for visit in whole.visits if visit.fallback)
     return OperatorFact(
         name=probe.name,
         problem="",
@@ -366,7 +377,8 @@ def _judge(
         error_ms=error_ms,
         giga_macs_per_s=rate,
         fused=fused,
-        slow=rate is not None and rate < SLOW_RATE_SHARE * base_rate,
+        slow=slow,
+        fallback=next(fallbacks, ""),
     )
 
 

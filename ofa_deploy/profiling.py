@@ -133,6 +133,7 @@ def measure_table(
     folder: Path,
     network_count: int = NETWORK_COUNT,
     reporter: Reporter,
+    saved: Callable[[Path], None] = lambda path: None,
 ) -> LatencyTable:
     """Profile a space, and keep the table in a folder under its own name.
 
@@ -145,14 +146,14 @@ def measure_table(
         folder: Of the table, and of the journal until then.
         network_count: Whole networks to measure besides the blocks.
         reporter: Told of progress.
+        saved: Called with the table's file, before the journal is removed.
 
     Raises:
         MeasurementError: A block could not be measured, or the disk is full.
     """
     device = this_device(accelerator=backend.accelerator())
     path = folder / table_name(space, device, backend.runtime(threads=threads))
-    # Another number of networks is another order: neither blocks the other.
-    journal_path = path.with_suffix(f".{network_count}.journal")
+    journal_path = journal_of(path, network_count)
     block_count = len(all_blocks(space))
     reporter.begin(f"profiling {block_count} blocks and {network_count} networks")
     try:
@@ -166,14 +167,23 @@ def measure_table(
             progress=reporter.advance,
         )
         table.save(path)
+        saved(path)
+        journal_path.unlink(missing_ok=True)
     except OSError as error:
         raise MeasurementError(
             f"the latency table cannot be written to {path}, or its models to "
             f"{tempfile.gettempdir()}: {error}. What was measured is kept in "
             f"{journal_path.name}; free space and run this again"
         ) from error
-    journal_path.unlink()
     return table
+
+
+def journal_of(table_path: Path, network_count: int) -> Path:
+    """The journal of a table in the making.
+
+    Another number of networks is another order: neither blocks the other.
+    """
+    return table_path.with_suffix(f".{network_count}.journal")
 
 
 def profile_space(

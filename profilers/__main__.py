@@ -1,14 +1,16 @@
 """Command line of the device's side: `python -m profilers COMMAND`.
 
 `time`, `layers` and `doctor` are for people. `measure` is what `profilers.fresh`
-starts; it writes one line of JSON to stdout, as `layers --json` does. `work` is what
-`profilers.execute` starts.
+starts; it writes one line of JSON to stdout, as `layers --json` does. `backend` is what
+`profilers.doctor` starts, and `work` what `profilers.execute` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +20,9 @@ import numpy as np
 
 from profilers.backends import backend_names, get_backend
 from profilers.backends.base import random_inputs
-from profilers.codec import decode_settings, encode_visit
-from profilers.device import read_conditions
-from profilers.doctor import examine
+from profilers.codec import decode_settings, encode_flat, encode_visit
+from profilers.device import read_conditions, this_device
+from profilers.doctor import examine, start_backend
 from profilers.errors import DeployError
 from profilers.fresh import ProcessReport
 from profilers.json_reader import Json, parse_json
@@ -49,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing.add_argument("--backend", required=True, choices=backend_names())
     timing.add_argument("--threads", type=_count, default=1)
     timing.add_argument("--tier", choices=list(TIERS), default="confirm")
+    timing.add_argument(
+        "--limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help="after which a process that gives no sign of life is stopped",
+    )
     timing.add_argument("--json", action="store_true", help="with the raw samples")
     layers = commands.add_parser("layers", help="time a model's layers, show a table")
     layers.add_argument("model", type=Path)
@@ -56,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layers.add_argument("--threads", type=_count, default=1)
     layers.add_argument("--runs", type=_count, default=LAYER_RUNS)
     layers.add_argument("--json", action="store_true")
+    backend = commands.add_parser("backend", help="start a runtime, say its version")
+    backend.add_argument("name", choices=backend_names())
     commands.add_parser("work", help="do the assignment on stdin; for execute()")
     commands.add_parser("doctor", help="say what disturbs measuring on this device")
     parsed = parser.parse_args(arguments)
@@ -64,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "doctor":
             return _doctor()
+        if parsed.command == "backend":
+            print(json.dumps(dataclasses.asdict(start_backend(parsed.name))))
+            return 0
         if parsed.command == "time":
             return _time(parsed)
         if parsed.command == "layers":
@@ -74,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=parsed.threads,
             settings_text=parsed.settings,
         )
-    except DeployError as error:
+    except (DeployError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     print(report.to_json())
@@ -89,6 +102,16 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; give a whole number from 1 on")
     return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise argparse.ArgumentTypeError(f"{text!r}; give a number of seconds above 0")
+    return seconds
 
 
 def _measure(
@@ -126,15 +149,29 @@ def _time(parsed: argparse.Namespace) -> int:
         backend=parsed.backend,
         threads=parsed.threads,
         tier=parsed.tier,
+        limit_s=parsed.limit,
         progress=_show_progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if parsed.json:
-        print(json.dumps([_as_json(timing) for timing in timings], indent=2))
+        print(json.dumps(_report(parsed, timings), indent=2))
     else:
         _show_timings(timings)
     return EXIT_REFUSED if any(timing.problem for timing in timings) else 0
+
+
+def _report(parsed: argparse.Namespace, timings: Sequence[Timing]) -> dict[str, Json]:
+    conditions = read_conditions()
+    runtime = get_backend(parsed.backend).runtime(threads=parsed.threads)
+    return {
+        "runtime": encode_flat(runtime),
+        "device": encode_flat(this_device()),
+        "conditions": encode_flat(conditions),
+        "indicative": conditions.shared_host,
+        "tier": parsed.tier,
+        "models": [_as_json(timing) for timing in timings],
+    }
 
 
 def _as_json(timing: Timing) -> dict[str, Json]:

@@ -13,10 +13,19 @@ from profilers.device import (
     read_conditions,
     this_device,
 )
-from profilers.errors import DeployError
+from profilers.errors import DeployError, FormatError, RunFailed
+from profilers.json_reader import JsonNode, parse_json
+from profilers.process import run_for_line
 from profilers.steadiness import Steadiness, watch
 
-__all__ = ["BackendStatus", "Diagnosis", "Finding", "Severity", "examine"]
+__all__ = [
+    "BackendStatus",
+    "Diagnosis",
+    "Finding",
+    "Severity",
+    "examine",
+    "start_backend",
+]
 
 Severity = Literal["ok", "warning", "error"]
 
@@ -28,6 +37,10 @@ STEADY_GOVERNORS = ("performance",)
 # Between the 10th and the 90th percentile of one piece of work repeated: a quiet
 # machine stays within 2 or 3 %.
 STEADY_SPREAD_RATIO = 0.05
+
+
+# Importing a runtime; the largest takes seconds on a slow board.
+START_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +98,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at this device for two seconds. Imports every runtime that is installed."""
+    """Look at this device for a few seconds, and start every runtime there is."""
     conditions = read_conditions()
     cores = available_cores()
     backends = tuple(_backend_status(name) for name in backend_names())
@@ -223,7 +236,8 @@ def _judge_backends(backends: tuple[BackendStatus, ...]) -> Finding:
     )
 
 
-def _backend_status(name: str) -> BackendStatus:
+def start_backend(name: str) -> BackendStatus:
+    """Start a runtime in this process, and say its version or what is wrong."""
     try:
         version = get_backend(name).runtime(threads=1).version
     except DeployError as error:
@@ -235,3 +249,22 @@ def _backend_status(name: str) -> BackendStatus:
             problem=f"it fails to start ({error}); reinstall its package",
         )
     return BackendStatus(name=name, version=version, problem=None)
+
+
+def _backend_status(name: str) -> BackendStatus:
+    """Start a runtime in a process of its own, where it may crash or hang."""
+    try:
+        line = run_for_line(
+            ["backend", name],
+            label=f"starting {name}",
+            timeout_s=START_LIMIT_S,
+            cure="reinstall its package",
+        )
+        fields = parse_json(line).fields("name", "version", "problem")
+    except (RunFailed, FormatError) as error:
+        return BackendStatus(name=name, version=None, problem=str(error))
+    return BackendStatus(
+        name=name,
+        version=fields["version"].optional(JsonNode.text),
+        problem=fields["problem"].optional(JsonNode.text),
+    )

@@ -26,6 +26,7 @@ import numpy as np
 from profilers.device import Conditions, read_conditions
 from profilers.errors import (
     DeviceUnfit,
+    MeasurementError,
     MissingDependency,
     RunFailed,
     UnstableMeasurement,
@@ -36,6 +37,7 @@ from profilers.measurement import Drift, Measurement
 from profilers.order import WorkOrder
 from profilers.process import describe_exit, last_words, package_environment
 from profilers.summary import (
+    at_level,
     fit_visits,
     need_visits,
     summarize,
@@ -103,7 +105,7 @@ def execute(
         DeviceUnfit: The order's threads are more than the cores that can be used.
         RunFailed: The backend cannot be used at all, or workers fail without a model.
         UnstableMeasurement: Not one model could be measured.
-        MeasurementError: The journal cannot be written.
+        MeasurementError: The journal, or a model, cannot be written.
     """
     run = _Run(
         # Sorted, so that nothing depends on the order in which they were named.
@@ -152,10 +154,8 @@ def collect(
     visits = [journal.visits_of(name) for name in measured]
     fit = fit_visits(visits, anchor_reference_ns=anchor_reference_ns)
     if anchor_model_ms is not None and order.anchor_name in measured:
-        found = fit.effect_log[measured.index(order.anchor_name)]
-        fit = replace(
-            fit, effect_log=fit.effect_log + math.log(anchor_model_ms * 1e6) - found
-        )
+        model = measured.index(order.anchor_name)
+        fit = at_level(fit, model=model, latency_ms=anchor_model_ms)
     after = read_conditions()
     measurements = summarize(measured, visits, fit, order.settings)
     return OrderResult(
@@ -225,12 +225,22 @@ class _Run:
                 # Another order of visits each time, and the same after a kill.
                 seed=self.order.settings.seed
                 + sum(self.journal.count_of(name) for name in self.order.names),
-                models={name: self.write_model(name, Path(folder)) for name in names},
+                models=self._write_models(names, Path(folder)),
             )
             self._do(assignment)
 
+    def _write_models(self, names: Sequence[str], folder: Path) -> dict[str, Path]:
+        try:
+            return {name: self.write_model(name, folder) for name in names}
+        except OSError as error:
+            raise MeasurementError(
+                f"the models to time cannot be written to {tempfile.gettempdir()}: "
+                f"{error}; free space there, or set TMPDIR to another folder, and run "
+                "this again"
+            ) from error
+
     def _do(self, assignment: Assignment) -> None:
-        session = len(self.journal.sessions)
+        session = self.journal.next_session
         self.journal.add(SessionBegan(conditions=read_conditions()))
         current: str | None = None
         left = assignment.passes * len(assignment.models)
@@ -252,8 +262,6 @@ class _Run:
                     self._take_refusal(report)
                     return
             reason = worker.describe_end()
-        if reason is None:
-            return
         if current is None:
             raise RunFailed(f"a worker {reason} before its first model")
         self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
@@ -359,13 +367,11 @@ class _Worker:
             self._process.kill()
             return None
 
-    def describe_end(self) -> str | None:
-        """How it ended, with its last words; None if it did what it was to do."""
+    def describe_end(self) -> str:
+        """How it ended before its work was done, with its last words."""
         code = self._process.wait()
         if self._hung_s is not None:
             return f"gave no sign of life for {self._hung_s:g} s and was stopped"
-        if code == 0:
-            return None
         self._errors.seek(0)
         words = last_words(self._errors.read().decode(errors="replace"))
         return f"ended {describe_exit(code)}; its last words: {words}"

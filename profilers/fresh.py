@@ -171,16 +171,17 @@ def measure_in_fresh_process(
     """
     if processes < 1:
         raise ValueError(f"processes={processes}; give at least 1")
-    if timeout_s is None:
-        timeout_s = settings.max_seconds + STARTUP_ALLOWANCE_S
     reports = []
     for number in range(processes):
-        seeded = {**encode_flat(settings), "seed": settings.seed + number}
-        arguments = ["--backend", backend_name, "--threads", str(threads)]
-        arguments += ["--settings", json.dumps(seeded)]
         reports.append(
-            _run_process(
-                model_path, arguments, timeout_s=timeout_s, interpreter=interpreter
+            report_of_fresh_process(
+                model_path,
+                backend_name=backend_name,
+                threads=threads,
+                settings=settings,
+                number=number,
+                timeout_s=timeout_s,
+                interpreter=interpreter,
             )
         )
         if progress is not None:
@@ -191,6 +192,62 @@ def measure_in_fresh_process(
         beta=beta,
         anchor_reference_ns=anchor_reference_ns,
     )
+
+
+def report_of_fresh_process(
+    model_path: Path,
+    *,
+    backend_name: str,
+    threads: int,
+    settings: MeasureSettings,
+    number: int,
+    timeout_s: float | None = None,
+    interpreter: str | None = None,
+) -> ProcessReport:
+    """Time a model file in one fresh interpreter process.
+
+    Args:
+        model_path: The exported file.
+        backend_name: As `get_backend` takes it.
+        threads: Threads of one inference.
+        settings: How carefully.
+        number: Of the process, from 0 on; changes the seed.
+        timeout_s: For the process; None allows for `settings` and the start.
+        interpreter: Python to run; None takes this one.
+
+    Raises:
+        RunFailed: The process failed, crashed, or took too long.
+    """
+    if timeout_s is None:
+        timeout_s = settings.max_seconds + STARTUP_ALLOWANCE_S
+    seeded = {**encode_flat(settings), "seed": settings.seed + number}
+    label = f"the process measuring {model_path}"
+    line = run_for_line(
+        [
+            *("measure", str(model_path), "--backend", backend_name),
+            *("--threads", str(threads), "--settings", json.dumps(seeded)),
+        ],
+        label=label,
+        timeout_s=timeout_s,
+        cure="allow more time or measure fewer visits",
+        interpreter=interpreter,
+    )
+    try:
+        return ProcessReport.from_json(line)
+    except FormatError as error:
+        raise RunFailed(
+            f"{label} gave no report ({error}); use the same version of this package "
+            f"for both, and check that {interpreter or sys.executable} is a Python "
+            "interpreter"
+        ) from error
+
+
+def visits_by_process(reports: Sequence[ProcessReport]) -> list[list[Visit]]:
+    """The visits of each process, a session of its own."""
+    return [
+        [replace(visit, session=number) for visit in report.run.measurements[0].visits]
+        for number, report in enumerate(reports)
+    ]
 
 
 def pool_reports(
@@ -208,15 +265,12 @@ def pool_reports(
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
     """
-    visits_by_process = [
-        [replace(visit, session=number) for visit in report.run.measurements[0].visits]
-        for number, report in enumerate(reports)
-    ]
-    visits = tuple(visit for process in visits_by_process for visit in process)
+    by_process = visits_by_process(reports)
+    visits = tuple(visit for process in by_process for visit in process)
     pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
     # With the pooled slope: a single process hardly sees the anchor vary.
     effects = fit_visits(
-        visits_by_process,
+        by_process,
         beta=pooled.beta,
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
     ).effect_log
@@ -252,24 +306,3 @@ def pool_reports(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),
     )
-
-
-def _run_process(
-    model: Path, arguments: Sequence[str], *, timeout_s: float, interpreter: str | None
-) -> ProcessReport:
-    label = f"the process measuring {model}"
-    line = run_for_line(
-        ["measure", str(model), *arguments],
-        label=label,
-        timeout_s=timeout_s,
-        cure="allow more time or measure fewer visits",
-        interpreter=interpreter,
-    )
-    try:
-        return ProcessReport.from_json(line)
-    except FormatError as error:
-        raise RunFailed(
-            f"{label} gave no report ({error}); use the same version of this package "
-            f"for both, and check that {interpreter or sys.executable} is a Python "
-            "interpreter"
-        ) from error

@@ -9,6 +9,7 @@ rather than believed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import zlib
@@ -31,7 +32,11 @@ from profilers.measurement import Visit
 
 __all__ = ["Failure", "Journal", "Retry", "SessionBegan", "VisitRecord"]
 
+_logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 2
+# Of a value in a message.
+SHOWN_CHARACTERS = 80
 _CHECKSUM_DIGITS = 8
 _LOCKED_BYTE = 2**40
 
@@ -107,6 +112,7 @@ class Journal(Closing):
         self._visits: dict[str, list[Visit]] = {}
         self._failures: dict[str, str] = {}
         self._sessions: list[Conditions] = []
+        self._next_session = 0
         self.damaged_count = 0
         try:
             self._read(subject)
@@ -126,6 +132,11 @@ class Journal(Closing):
     def sessions(self) -> tuple[Conditions, ...]:
         """The device's conditions at the beginning of every session so far."""
         return tuple(self._sessions)
+
+    @property
+    def next_session(self) -> int:
+        """Number of the next session: larger than any before."""
+        return self._next_session
 
     @property
     def failures(self) -> dict[str, str]:
@@ -171,34 +182,51 @@ class Journal(Closing):
         content = self._file.read()
         whole, _, torn = content.rpartition(b"\n")
         lines = whole.split(b"\n") if whole else []
-        # What a kill or a full disk left of the last line.
-        self._file.truncate(len(content) - len(torn))
-        if not lines:
-            self._append({"format_version": FORMAT_VERSION, "subject": subject})
-            sync_folder(self._path.parent)
-            return
-        header = _decode_line(lines[0])
-        if header is None:
+        first: dict[str, Json] = {"format_version": FORMAT_VERSION, "subject": subject}
+        header = _decode_line(lines[0]) if lines else None
+        # A kill may have left a part of our own first line; anything else is not ours.
+        if header is None and (lines or not _encode_line(first).startswith(torn)):
             raise FormatError(
                 f"{self._path.name} is not a journal, or its first line is damaged; "
                 "name another file, or delete it to measure anew",
                 path="",
             )
-        _check_header(header, subject, str(self._path))
+        if header is not None:
+            _check_header(header, subject, str(self._path))
+        # What a kill or a full disk left of the last line.
+        self._file.truncate(len(content) - len(torn))
+        if header is None:
+            self._append(first)
+            sync_folder(self._path.parent)
         for line in lines[1:]:
-            node = _decode_line(line)
-            if node is None:
-                self.damaged_count += 1
-            else:
-                self._take(_decode_record(node))
+            self._read_record(line)
+        if self.damaged_count:
+            _logger.warning(
+                "%d damaged lines of %s are measured again",
+                self.damaged_count,
+                self._path,
+            )
+
+    def _read_record(self, line: bytes) -> None:
+        node = _decode_line(line)
+        if node is None:
+            self.damaged_count += 1
+            return
+        try:
+            self._take(_decode_record(node))
+        except FormatError as error:
+            raise error.in_file(self._path.name) from error
 
     def _take(self, record: Record) -> None:
         if isinstance(record, VisitRecord):
             self._visits.setdefault(record.name, []).append(record.visit)
+            # The line in which its session began may have been damaged.
+            self._next_session = max(self._next_session, record.visit.session + 1)
         elif isinstance(record, Retry):
             self._failures.pop(record.name, None)
         elif isinstance(record, SessionBegan):
             self._sessions.append(record.conditions)
+            self._next_session += 1
         else:
             self._failures[record.name] = record.reason
 
@@ -270,10 +298,19 @@ def _check_header(node: JsonNode, subject: dict[str, Json], name: str) -> None:
         key for key in found.keys() | subject if found.get(key) != subject.get(key)
     )
     if differing:
-        raise IncompatibleTables(
-            f"the journal {name} is of another {', '.join(differing)}; its visits "
-            "cannot be mixed with new ones. Name another journal, or delete it"
+        told = "; ".join(
+            f"{key}: {_shown(found.get(key))} there, {_shown(subject.get(key))} here"
+            for key in differing
         )
+        raise IncompatibleTables(
+            f"the journal {name} is of another {', '.join(differing)} ({told}); its "
+            "visits cannot be mixed with new ones. Name another journal, or delete it"
+        )
+
+
+def _shown(value: Json) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def _decode_record(node: JsonNode) -> Record:

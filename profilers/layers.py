@@ -11,6 +11,7 @@ from profilers.backends import get_backend
 from profilers.backends.base import LayerLatency, LayerProfiler
 from profilers.errors import DeviceError, FormatError, RunFailed
 from profilers.json_reader import JsonNode, parse_json
+from profilers.measure import check_cores
 from profilers.process import run_for_line
 
 __all__ = [
@@ -40,6 +41,7 @@ def profile_layers(
 
     Raises:
         DeviceError: The runtime does not tell what its layers take.
+        DeviceUnfit: `threads` is more than the cores that this process can use.
         BackendError: It cannot load or run the model.
     """
     backend = get_backend(backend_name)
@@ -47,7 +49,13 @@ def profile_layers(
         raise DeviceError(
             f"{backend_name} does not tell what its layers take; time the whole model"
         )
-    return backend.profile_layers(model, threads=threads, runs=runs)
+    check_cores(threads)
+    layers = backend.profile_layers(model, threads=threads, runs=runs)
+    if not layers:
+        raise RunFailed(
+            f"{backend_name} told of no layer of {model.name}; time the whole model"
+        )
+    return layers
 
 
 def profile_layers_in_fresh_process(

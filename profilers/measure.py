@@ -53,6 +53,7 @@ __all__ = [
     "Observer",
     "Stability",
     "Visit",
+    "check_cores",
     "measure_models",
     "visit_models",
 ]
@@ -170,14 +171,13 @@ def visit_models(
         RunFailed: A model cannot be run.
         MeasurementError: A model takes no time by this clock.
     """
-    _check_cores(threads)
+    check_cores(threads)
     if anchor is None:
         anchor = MatrixAnchor(repeats=settings.anchor_repeats, clock=clock)
     with ExitStack() as stack:
         benches = _load_all(models, backend, threads, stack, rng, begin=observer.begin)
         for bench in benches:
-            observer.begin(bench.name)
-            _warm_up(bench, settings, clock)
+            _warm_up(bench, settings, clock, begin=observer.begin)
         start_ns = clock()
         for number in range(passes):
             due_ns = start_ns + round(number * settings.pass_seconds * 1e9)
@@ -234,7 +234,7 @@ def measure_models(
             f"{len(names)} models with {len(set(names))} different names; "
             "give at least one model, and each its own name"
         )
-    _check_cores(threads)
+    check_cores(threads)
     start_ns = clock()
     if anchor is None:
         anchor = MatrixAnchor(repeats=settings.anchor_repeats, clock=clock)
@@ -255,7 +255,12 @@ def measure_models(
     )
 
 
-def _check_cores(threads: int) -> None:
+def check_cores(threads: int) -> None:
+    """Refuse more threads than can run.
+
+    Raises:
+        DeviceUnfit: `threads` is more than the cores that this process can use.
+    """
     cores = available_cores()
     if threads > cores:
         # They would wait for each other, and the latency would be the scheduler's.
@@ -307,10 +312,17 @@ def _inputs_for(
     return shared[key]
 
 
-def _warm_up(bench: _Bench, settings: MeasureSettings, clock: Clock) -> None:
+def _warm_up(
+    bench: _Bench,
+    settings: MeasureSettings,
+    clock: Clock,
+    *,
+    begin: Callable[[str], None] = lambda name: None,
+) -> None:
     """Run until it is steady, or long enough; then decide what one sample is."""
     windows: list[list[int]] = []
     while len(windows) < settings.warmup_windows and not _steady(windows):
+        begin(bench.name)  # a sign of life: all of them can take minutes
         windows.append([bench.sample_ns(clock) for _ in range(settings.warmup_runs)])
     # The least of all: the first runs still allocate.
     duration_ns = min(map(min, windows))

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from profilers.errors import IncompatibleTables
 from profilers.measurement import Measurement, MeasureSettings, Visit
-from profilers.summary import fit_visits, summarize, summarize_drift
-from profilers.table import LatencyTable, require_compatible
+from profilers.summary import at_level, fit_visits, summarize, summarize_drift
+from profilers.table import LatencyTable, describe_differences
 
 __all__ = ["merge_tables"]
 
@@ -35,20 +35,28 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
     first, *others = tables
     for other in others:
         _require_mergeable(first, other)
+    _require_different(tables)
     tables = _with_own_sessions(tables)
     settings, last = first.settings, tables[-1]
+    blocks = _pooled([table.blocks for table in tables])
     networks = _pooled([table.networks for table in tables])
-    fit = fit_visits(list((networks or _pooled([t.blocks for t in tables])).values()))
+    fit = fit_visits(list((networks or blocks).values()))
     reference_ns = math.exp(fit.reference_log_anchor)
+    measured = _measured(networks, settings, reference_ns)
+    anchor = _anchor_model(blocks, networks)
     return replace(
         last,
         beta=fit.beta,
         conditions_before=tables[0].conditions_before,
         drift=summarize_drift(fit),
         anchor_reference_ns=reference_ns,
-        networks=_measured(networks, settings, reference_ns),
+        networks=measured,
         blocks=_measured(
-            _pooled([table.blocks for table in tables]), settings, reference_ns
+            blocks,
+            settings,
+            reference_ns,
+            anchor_visits=networks[anchor] if anchor else (),
+            anchor_ms=measured[anchor].quiet_ms if anchor else None,
         ),
         failures={
             name: reason
@@ -60,7 +68,14 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
 
 
 def _require_mergeable(first: LatencyTable, other: LatencyTable) -> None:
-    require_compatible(first, other.device, other.runtime)
+    differences = describe_differences(
+        first, other.device, other.runtime, here="in another"
+    )
+    if differences:
+        raise IncompatibleTables(
+            f"the tables are not of one device and runtime: {differences}; only "
+            "measurements of the same things taken in the same way can be put together"
+        )
     for field in ("space_name", "space_sha256", "origin", "settings"):
         one, two = getattr(first, field), getattr(other, field)
         if one != two:
@@ -68,6 +83,28 @@ def _require_mergeable(first: LatencyTable, other: LatencyTable) -> None:
                 f"the tables differ in {field}: {one} and {two}; only measurements of "
                 "the same things taken in the same way can be put together"
             )
+
+
+def _require_different(tables: Sequence[LatencyTable]) -> None:
+    for number, table in enumerate(tables):
+        if table in tables[:number]:
+            raise IncompatibleTables(
+                f"the table of {table.created_at} is given twice; visits counted twice "
+                "would look more certain than they are; give each table once"
+            )
+
+
+def _anchor_model(
+    blocks: Mapping[str, Sequence[Visit]], networks: Mapping[str, Sequence[Visit]]
+) -> str | None:
+    """The network that was visited together with blocks; None if not just one was."""
+    sessions = {visit.session for visits in blocks.values() for visit in visits}
+    found = [
+        name
+        for name, visits in networks.items()
+        if any(visit.session in sessions for visit in visits)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _with_own_sessions(tables: Sequence[LatencyTable]) -> list[LatencyTable]:
@@ -106,9 +143,18 @@ def _measured(
     visits: Mapping[str, tuple[Visit, ...]],
     settings: MeasureSettings,
     reference_ns: float,
+    *,
+    anchor_visits: Sequence[Visit] = (),
+    anchor_ms: float | None = None,
 ) -> dict[str, Measurement]:
     if not visits:
         return {}
-    fit = fit_visits(list(visits.values()), anchor_reference_ns=reference_ns)
-    measured = summarize(list(visits), list(visits.values()), fit, settings)
+    names, found = list(visits), list(visits.values())
+    if anchor_ms is None:
+        fit = fit_visits(found, anchor_reference_ns=reference_ns)
+    else:
+        # Last, so that the others keep their places.
+        fit = fit_visits([*found, anchor_visits], anchor_reference_ns=reference_ns)
+        fit = at_level(fit, model=len(found), latency_ms=anchor_ms)
+    measured = summarize(names, found, fit, settings)
     return {measurement.name: measurement for measurement in measured}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from profilers.measurement import MeasureSettings
 
-__all__ = ["WorkOrder"]
+__all__ = ["DEFAULT_LIMIT_S", "WorkOrder"]
 
 # Models open at a time. Hundreds would not fit into a board's memory; far fewer would
 # be seen again and again within one phase of the machine.

@@ -64,6 +64,7 @@ class QuietStateFit:
             anchor; 0 on average over the visits.
         counted: `(visit_count,)`, whether a visit counts: not if its window drifted
             by more than 5 %, and its model has others.
+        discarded: `(window_count,)`, whether no visit of a window counts.
         residual_log: `(visit_count,)`, in the order of the visits given.
     """
 
@@ -73,6 +74,7 @@ class QuietStateFit:
     standard_error_log: FloatArray
     drift_log: FloatArray
     counted: NDArray[np.bool_]
+    discarded: NDArray[np.bool_]
     residual_log: FloatArray
 
 
@@ -143,6 +145,7 @@ def quiet_state(
         standard_error_log=standard_error,
         drift_log=drift,
         counted=counted,
+        discarded=windows.means(counted.astype(np.float64)) == 0,
         residual_log=quiet - effect[model_index],
     )
 
@@ -163,11 +166,11 @@ def _effects(
 
 def _centred_drift(drift: FloatArray, sizes: NDArray[np.intp]) -> FloatArray:
     """0 on average over the visits of the windows that will count."""
-    drift = drift - np.average(drift, weights=sizes)
-    steady = np.abs(drift) <= MAX_DRIFT_LOG
-    if steady.any():
-        drift = drift - np.average(drift[steady], weights=sizes[steady])
-    return np.asarray(drift)
+    # Those around the middle one: a mean of two states may lie far from both.
+    order = np.argsort(drift, kind="stable")
+    middle = np.searchsorted(np.cumsum(sizes[order]), sizes.sum() / 2)
+    steady = np.abs(drift - drift[order[middle]]) <= MAX_DRIFT_LOG
+    return np.asarray(drift - np.average(drift[steady], weights=sizes[steady]))
 
 
 def _counted(

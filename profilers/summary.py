@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from profilers.measurement import Drift, Measurement, MeasureSettings, Stability, Visit
-from profilers.quiet import MAX_DRIFT_LOG, TRIMMED_SHARE, QuietStateFit, quiet_state
+from profilers.quiet import TRIMMED_SHARE, QuietStateFit, quiet_state
 
 __all__ = [
+    "at_level",
     "fit_visits",
     "need_visits",
     "summarize",
@@ -36,6 +38,7 @@ def fit_visits(
     *,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
+    drift: bool = True,
 ) -> QuietStateFit:
     """Fit the quiet state to raw visits.
 
@@ -43,11 +46,13 @@ def fit_visits(
         visits: `visits[m]` are those of model `m`; at least one each.
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
+        drift: False where every process had one model, and cannot tell of it.
 
     Returns:
         The fit; its visits are those of the first model, then those of the second, and
         so on.
     """
+    tells = drift and len(visits) >= MIN_DRIFT_MODELS
     flat = [visit for of_model in visits for visit in of_model]
     counts = [len(of_model) for of_model in visits]
     return quiet_state(
@@ -56,12 +61,24 @@ def fit_visits(
         * np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat]).sum(axis=1),
         np.repeat(np.arange(len(visits)), counts),
         model_count=len(visits),
-        window_index=_windows(flat) if len(visits) >= MIN_DRIFT_MODELS else None,
+        window_index=_windows(flat) if tells else None,
         beta=beta,
         reference_log_anchor=(
             None if anchor_reference_ns is None else math.log(anchor_reference_ns)
         ),
     )
+
+
+def at_level(fit: QuietStateFit, *, model: int, latency_ms: float) -> QuietStateFit:
+    """The same fit, all latencies shifted alike so that one model has a given one.
+
+    Args:
+        fit: Any.
+        model: Number of the model.
+        latency_ms: What it is to have.
+    """
+    shift = math.log(latency_ms * 1e6) - fit.effect_log[model]
+    return replace(fit, effect_log=fit.effect_log + shift)
 
 
 def _windows(visits: Sequence[Visit]) -> NDArray[np.intp]:
@@ -96,8 +113,7 @@ def need_visits(
     """
     target_log = math.log1p(settings.target_relative_error)
     most = settings.visits * MAX_VISITS_FACTOR
-    model = np.repeat(np.arange(len(visits)), [len(of_model) for of_model in visits])
-    counted = np.bincount(model, weights=fit.counted, minlength=len(visits))
+    counted = _counted(visits, fit)
     return [
         int(index)
         for index in np.argsort(-fit.standard_error_log, kind="stable")
@@ -107,6 +123,16 @@ def need_visits(
             or counted[index] < settings.visits
             or _too_disturbed(visits[index])
         )
+    ]
+
+
+def _counted(visits: Sequence[Sequence[Visit]], fit: QuietStateFit) -> list[int]:
+    """How many of each model's visits count."""
+    counts = [len(of_model) for of_model in visits]
+    ends = np.cumsum(counts)
+    return [
+        int(fit.counted[end - count : end].sum())
+        for end, count in zip(ends, counts, strict=True)
     ]
 
 
@@ -124,8 +150,8 @@ def summarize_drift(fit: QuietStateFit) -> Drift:
     drift = np.abs(fit.drift_log)
     return Drift(
         window_count=len(drift),
-        flagged_count=int((drift > FLAGGED_DRIFT_LOG).sum()),
-        discarded_count=int((drift > MAX_DRIFT_LOG).sum()),
+        flagged_count=int(((drift > FLAGGED_DRIFT_LOG) | fit.discarded).sum()),
+        discarded_count=int(fit.discarded.sum()),
         largest_ratio=math.expm1(float(drift.max())),
     )
 
@@ -144,10 +170,12 @@ def summarize(
         fit: To these visits.
         settings: What was to be reached.
     """
+    counted = _counted(visits, fit)
     return tuple(
         summarize_model(
             name,
             visits[index],
+            counted=counted[index],
             effect_log=float(fit.effect_log[index]),
             standard_error_log=float(fit.standard_error_log[index]),
             settings=settings,
@@ -163,6 +191,7 @@ def summarize_model(
     effect_log: float,
     standard_error_log: float,
     settings: MeasureSettings,
+    counted: int | None = None,
 ) -> Measurement:
     """Make one model's measurement from its visits and its part of a fit.
 
@@ -172,6 +201,7 @@ def summarize_model(
         effect_log: Natural logarithm of its quiet latency in ns.
         standard_error_log: Standard error of that.
         settings: What was to be reached.
+        counted: How many of the visits count; None if all do.
     """
     error = math.expm1(standard_error_log)
     reasons = []
@@ -184,6 +214,11 @@ def summarize_model(
         reasons.append(
             f"only {len(visits)} of {settings.visits} planned visits fitted into "
             f"{settings.max_seconds:g} s"
+        )
+    elif counted is not None and counted < settings.visits:
+        reasons.append(
+            f"only {counted} of {len(visits)} visits count: the machine had drifted "
+            "too far during the others"
         )
     if _too_disturbed(visits):
         reasons.append(

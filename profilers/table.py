@@ -146,8 +146,30 @@ def require_compatible(
     Raises:
         IncompatibleTables: They differ in something that latency depends on.
     """
-    differences = [
-        f"{kind} {field.name} is {measured!r} in the table and {present!r} here"
+    differences = describe_differences(table, device, runtime, here="here")
+    if differences:
+        raise IncompatibleTables(
+            f"the table of {table.device.name!r} does not hold here: {differences}. "
+            "Run `ofa-deploy profile` on this device to measure a new one"
+        )
+
+
+def describe_differences(
+    table: LatencyTable, device: DeviceSpec, runtime: RuntimeSpec, *, here: str
+) -> str:
+    """Say in what that latency depends on a table differs from a device and runtime.
+
+    Args:
+        table: The table.
+        device: Another device.
+        runtime: Another runtime.
+        here: Where these are, for people.
+
+    Returns:
+        Every difference with both values; empty if there is none.
+    """
+    return "; ".join(
+        f"{kind} {field.name} is {measured!r} in the table and {present!r} {here}"
         for kind, then, now in (
             ("device", table.device, device),
             ("runtime", table.runtime, runtime),
@@ -161,13 +183,7 @@ def require_compatible(
             field.name == "memory_mb"
             and round(measured / 1024) == round(present / 1024)
         )
-    ]
-    if differences:
-        raise IncompatibleTables(
-            f"the table of {table.device.name!r} does not hold here: "
-            + "; ".join(differences)
-            + ". Run `ofa-deploy profile` on this device to measure a new one"
-        )
+    )
 
 
 def _check_sha256(digest: str) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from profilers.errors import MeasurementError, RunFailed
 from profilers.execute import execute
-from profilers.fresh import measure_in_fresh_process
+from profilers.fresh import (
+    ProcessReport,
+    pool_reports,
+    report_of_fresh_process,
+    visits_by_process,
+)
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings, Stability, Visit, percentile_of
-from profilers.order import WorkOrder
+from profilers.order import DEFAULT_LIMIT_S, WorkOrder
+from profilers.summary import fit_visits
 
 __all__ = ["CERTIFY_PROCESSES", "TIERS", "Tier", "Timing", "time_models"]
 
@@ -60,18 +69,21 @@ def time_models(
     backend: str,
     threads: int,
     tier: Tier,
+    limit_s: float | None = None,
     progress: Progress | None = None,
 ) -> list[Timing]:
     """Time model files.
 
     Screening and confirming compare them with each other, in worker processes that a
-    crash costs one model; certifying times each by itself in fresh processes.
+    crash costs one model; certifying times each in fresh processes, all in turn.
 
     Args:
         models: Files in the backend's format; all different.
         backend: As `get_backend` takes it.
         threads: Of one inference.
         tier: How carefully.
+        limit_s: Time after which a silent process is stopped, or, in the tier
+            `certify`, a process whatever it does; None takes the tier's own.
         progress: Called with work done and work known to be done.
 
     Raises:
@@ -83,10 +95,14 @@ def time_models(
     _check_files(models)
     settings = TIERS[tier]()
     if tier == "certify":
-        return _certify(models, backend, threads, settings, progress)
+        return _certify(models, backend, threads, settings, limit_s, progress)
     files = {str(model): model for model in models}
     order = WorkOrder(
-        names=tuple(files), backend=backend, threads=threads, settings=settings
+        names=tuple(files),
+        backend=backend,
+        threads=threads,
+        settings=settings,
+        limit_s=DEFAULT_LIMIT_S if limit_s is None else limit_s,
     )
     with (
         tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder,
@@ -117,29 +133,71 @@ def _certify(
     backend: str,
     threads: int,
     settings: MeasureSettings,
+    limit_s: float | None,
     progress: Progress | None,
 ) -> list[Timing]:
-    timings = []
-    for number, model in enumerate(models):
-        if progress is not None:
-            progress(number, len(models))
-        timings.append(_certify_one(model, backend, threads, settings))
-    return timings
+    """Time each file in fresh processes, all files in turn.
+
+    One file after the other would be timed in one phase of the machine each.
+    """
+    reports: dict[Path, list[ProcessReport]] = {model: [] for model in models}
+    problems: dict[Path, str] = {}
+    rng = np.random.default_rng(settings.seed)
+    for number in range(CERTIFY_PROCESSES):
+        for place, index in enumerate(rng.permutation(len(models))):
+            model = models[index]
+            if progress is not None:
+                done = number * len(models) + place
+                progress(done, CERTIFY_PROCESSES * len(models))
+            if model in problems:
+                continue
+            try:
+                report = report_of_fresh_process(
+                    model,
+                    backend_name=backend,
+                    threads=threads,
+                    settings=settings,
+                    number=number,
+                    timeout_s=limit_s,
+                )
+            except RunFailed as error:
+                problems[model] = str(error)
+            else:
+                reports[model].append(report)
+    timed = {model: found for model, found in reports.items() if model not in problems}
+    beta, reference_ns = _common_level(timed)
+    return [
+        Timing(model=model, problem=problems[model])
+        if model in problems
+        else _certified(model, timed[model], settings, beta, reference_ns)
+        for model in models
+    ]
 
 
-def _certify_one(
-    model: Path, backend: str, threads: int, settings: MeasureSettings
+def _common_level(
+    reports: Mapping[Path, Sequence[ProcessReport]],
+) -> tuple[float | None, float | None]:
+    """Slope and quiet level of the anchor over all files, so that they compare."""
+    if not reports:
+        return None, None
+    visits = [
+        [visit for process in visits_by_process(found) for visit in process]
+        for found in reports.values()
+    ]
+    fit = fit_visits(visits, drift=False)
+    return fit.beta, math.exp(fit.reference_log_anchor)
+
+
+def _certified(
+    model: Path,
+    reports: Sequence[ProcessReport],
+    settings: MeasureSettings,
+    beta: float | None,
+    anchor_reference_ns: float | None,
 ) -> Timing:
-    try:
-        found = measure_in_fresh_process(
-            model,
-            backend_name=backend,
-            threads=threads,
-            settings=settings,
-            processes=CERTIFY_PROCESSES,
-        )
-    except RunFailed as error:
-        return Timing(model=model, problem=str(error))
+    found = pool_reports(
+        reports, settings=settings, beta=beta, anchor_reference_ns=anchor_reference_ns
+    )
     return Timing(
         model=model,
         visits=found.visits,

@@ -91,6 +91,7 @@ def probe(
     runtime = backend.runtime(threads=target.threads)
     if plot is not None:
         require_plots()
+        _require_folder("--plot", plot)
     prober = Prober(
         backend=backend, threads=target.threads, settings=MeasureSettings.screen()
     )
@@ -153,6 +154,7 @@ def profile(
         raise SpaceError(
             f"--space {space} and --supernet {supernet} name two spaces; give one"
         )
+    _require_folder("--out", out)
     if evaluate == 1:
         raise MeasurementError("--evaluate 1: one network judges nothing; give 2, or 0")
     measured = (
@@ -311,6 +313,21 @@ def train(
         console=_no_console if as_json else _console,
         as_json=as_json,
     )
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written before minutes are spent on it."""
+    from ofa_deploy.errors import DeployError
+
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
+        raise DeployError(
+            f"{option} {file}: there is no folder {file.absolute().parent}; make it, "
+            "or name another file"
+        )
+    if file.is_dir():
+        raise DeployError(f"{option} {file} is a folder; name a file in it")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from ofa_deploy.held_out import HeldOutQuality
 from ofa_deploy.pipeline import ReachableRange
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.probe import OperatorFact, WidthFact
+from ofa_deploy.search.dominance import promotion
 from profilers.doctor import Diagnosis
 from profilers.table import LatencyTable
 
@@ -123,8 +124,13 @@ def show_table(
     drift = table.drift
     console.print(
         f"drift: {drift.flagged_count} of {drift.window_count} windows by more than "
-        f"2 %, {drift.largest_ratio:.1%} at most; taken out of the latencies, and the "
-        f"models of {drift.discarded_count} windows beyond 5 % visited again"
+        f"2 %, {drift.largest_ratio:.1%} at most; taken out of the latencies, and "
+        f"{drift.discarded_count} windows beyond 5 % do not count"
+    )
+    share = promotion(predictor.space, predictor.slot_ms).dominated_share
+    console.print(
+        f"{share:.0%} of the widths cost no less than a wider one, and are left out of "
+        "the search"
     )
     console.print(f"this command took {minutes:.1f} minutes")
     for name, reason in table.failures.items():
@@ -198,7 +204,7 @@ def show_operators(console: Console, facts: Sequence[OperatorFact]) -> None:
             f"{fact.extra_ms:.4f} ± {fact.error_ms:.4f}",
             "" if rate is None else f"{rate:.1f}",
             {True: "yes", False: "no", None: "not told"}[fact.fused],
-            "slow" if fact.slow else "",
+            "; ".join(filter(None, ("slow" if fact.slow else "", fact.fallback))),
         )
     console.print(table)
 

@@ -73,7 +73,7 @@ class LiteRtCpu:
         fallback = distribution == _FALLBACK
         return RuntimeSpec(
             backend=self.name,
-            version=importlib.metadata.version(distribution),
+            version=_version(distribution),
             provider=f"{_PROVIDER} in {_FALLBACK}" if fallback else _PROVIDER,
             threads=threads,
             precision="f32",
@@ -172,6 +172,13 @@ def _details(interpreter: Any, side: str) -> dict[str, Mapping[str, Any]]:
         return found
     listed = getattr(interpreter, f"get_{side}_details")()
     return {detail["name"]: detail for detail in listed}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # nightly builds and those of Linux distributions
 
 
 def _import_litert() -> tuple[Any, str]:

@@ -115,6 +115,7 @@ class OpenVinoSession(Closing):
             for name, port in zip(names, compiled.inputs, strict=True)
         }
         self._output_names = _port_names(compiled.outputs, "output")
+        self._held: Any = None
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Session.run`."""
@@ -138,11 +139,14 @@ class OpenVinoSession(Closing):
         )
         infer = self._request.infer
         try:
-            for index, array in enumerate(arrays):
-                tensor = self._openvino.Tensor(array, shared_memory=True)
+            tensors = [self._openvino.Tensor(a, shared_memory=True) for a in arrays]
+            for index, tensor in enumerate(tensors):
                 self._request.set_input_tensor(index, tensor)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise RunFailed(f"OpenVINO refused the inputs: {error}") from error
+
+        # The request has the tensors' memory, and keeps nothing of them alive.
+        self._held = (arrays, tensors)
 
         def step() -> None:
             # Views of the outputs: copying them is not part of the inference.
@@ -154,15 +158,18 @@ class OpenVinoSession(Closing):
         """Medians by layer; the model must have been compiled to count."""
         step = self.prepare(random_inputs(self, np.random.default_rng(0)))
         times_ms: dict[tuple[str, str], list[float]] = {}
-        for number in range(WARMUP_RUNS + runs):
-            step()
-            if number < WARMUP_RUNS:
-                continue
-            for layer in self._request.profiling_info:
-                if layer.status == layer.Status.EXECUTED:
-                    key = (layer.node_name, layer.node_type)
-                    elapsed_ms = layer.real_time.total_seconds() * 1e3
-                    times_ms.setdefault(key, []).append(elapsed_ms)
+        try:
+            for _ in range(WARMUP_RUNS):
+                step()
+            for _ in range(runs):
+                step()
+                for layer in self._request.profiling_info:
+                    if layer.status == layer.Status.EXECUTED:
+                        key = (layer.node_name, layer.node_type)
+                        elapsed_ms = layer.real_time.total_seconds() * 1e3
+                        times_ms.setdefault(key, []).append(elapsed_ms)
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
+            raise RunFailed(f"OpenVINO failed to run the model: {error}") from error
         return tuple(
             LayerLatency(name=name, kind=kind, median_ms=statistics.median(times))
             for (name, kind), times in times_ms.items()
@@ -171,6 +178,7 @@ class OpenVinoSession(Closing):
     def close(self) -> None:
         """See `Session.close`."""
         self._request = None
+        self._held = None
 
 
 def _port_names(ports: Any, kind: str) -> list[str]:

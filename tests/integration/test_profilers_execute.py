@@ -52,6 +52,7 @@ def run(
     limit_s: float = 60.0,
     group_size: int = 64,
     backend: str = NAME,
+    anchor_name: str | None = None,
 ) -> OrderResult:
     with Journal(folder / "journal", subject=SUBJECT) as journal:
         order = WorkOrder(
@@ -61,6 +62,7 @@ def run(
             settings=settings,
             limit_s=limit_s,
             group_size=group_size,
+            anchor_name=anchor_name,
         )
         return execute(
             order, lambda name, folder: models[name], journal=journal, command=COMMAND
@@ -113,6 +115,7 @@ def test_every_model_gets_its_visits_and_more_work_takes_longer(
             id="crashes in the third visit",
         ),
         pytest.param("raise", 5, "the model failed on purpose", id="raises"),
+        pytest.param("exit", 4, "ended with exit code 0", id="ends the process"),
     ],
 )
 def test_a_model_that_fails_costs_only_itself(
@@ -222,6 +225,66 @@ def test_a_reference_level_moves_all_latencies_alike(tmp_path: Path) -> None:
     for name, entry in given.measurements.items():
         ratio = entry.quiet_ms / own.measurements[name].quiet_ms
         assert ratio == pytest.approx(2**own.beta)
+
+
+def test_the_anchor_model_is_with_every_group_and_tells_it_by_its_session(
+    tmp_path: Path,
+) -> None:
+    models = good(tmp_path, 5)
+    result = run(tmp_path, models, group_size=2, anchor_name="good0")
+    sessions = {
+        name: {visit.session for visit in entry.visits}
+        for name, entry in result.measurements.items()
+    }
+    # Two groups of the four others, in two rounds.
+    assert sessions["good0"] == {0, 1, 2, 3}
+    assert len(result.measurements["good0"].visits) == 2 * SETTINGS.visits
+    for name in models.keys() - {"good0"}:
+        assert len(sessions[name]) == 2
+        assert len(result.measurements[name].visits) == SETTINGS.visits
+
+
+def test_an_anchor_model_by_itself_is_a_model_like_others(tmp_path: Path) -> None:
+    result = run(tmp_path, good(tmp_path, 1), anchor_name="good0")
+    assert_visited(result, {"good0"})
+
+
+def test_an_anchor_model_that_fails_costs_only_itself(tmp_path: Path) -> None:
+    models = good(tmp_path, 3)
+    models["bad"] = write_model(tmp_path / "bad", fault="crash")
+    result = run(tmp_path, models, group_size=2, anchor_name="bad")
+    assert set(result.failures) == {"bad"}
+    assert_visited(result, {"good0", "good1", "good2"})
+
+
+def test_all_latencies_are_brought_to_the_level_of_the_anchor_model(
+    tmp_path: Path,
+) -> None:
+    models = good(tmp_path, 3)
+    own = run(tmp_path, models, anchor_name="good1")
+    order = WorkOrder(
+        names=tuple(models),
+        backend=NAME,
+        threads=1,
+        settings=SETTINGS,
+        anchor_name="good1",
+    )
+    level_ms = 2 * own.measurements["good1"].quiet_ms
+    with Journal(tmp_path / "journal", subject=SUBJECT) as journal:
+        given = collect(order, journal=journal, anchor_model_ms=level_ms)
+    for name, entry in given.measurements.items():
+        assert entry.quiet_ms == pytest.approx(2 * own.measurements[name].quiet_ms)
+
+
+def test_an_anchor_model_must_be_one_of_the_models() -> None:
+    with pytest.raises(ValueError, match="anchor_name='other' is none of the models"):
+        WorkOrder(
+            names=("one",),
+            backend=NAME,
+            threads=1,
+            settings=SETTINGS,
+            anchor_name="other",
+        )
 
 
 def test_models_that_are_too_imprecise_get_more_visits(tmp_path: Path) -> None:

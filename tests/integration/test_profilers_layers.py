@@ -66,6 +66,14 @@ def test_a_runtime_that_does_not_tell_is_named(
     assert "litert-cpu does not tell what its layers take" in capsys.readouterr().err
 
 
+def test_more_threads_than_cores_are_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["layers", str(model), "--backend", BACKEND, "--threads", "4096"]
+    assert main(words) == 1
+    assert "ask for no more threads than that" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

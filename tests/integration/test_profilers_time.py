@@ -49,7 +49,11 @@ def test_files_are_timed_and_one_that_cannot_be_costs_only_itself(
     tier: str, model: Path, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, damaged, "--tier", tier, "--json") == 1
-    timed, failed = json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out)
+    assert told["runtime"]["backend"] == "onnxruntime-cpu"
+    assert told["tier"] == tier
+    assert told["indicative"] == told["conditions"]["shared_host"]
+    timed, failed = told["models"]
     assert timed["model"] == str(model)
     assert timed["quiet_ms"] > 0
     visits = [decode_visit(JsonNode(visit, "")) for visit in timed["visits"]]
@@ -65,6 +69,33 @@ def test_the_table_names_every_file(
     head, row, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["model", "quiet"]
     assert row.startswith(str(model))
+
+
+def test_certified_files_take_turns_and_compare(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = tmp_path / "same.onnx"
+    same.write_bytes(model.read_bytes())
+    assert run(model, same, "--tier", "certify", "--json") == 0
+    for timed in json.loads(capsys.readouterr().out)["models"]:
+        assert {visit["session"] for visit in timed["visits"]} == {0, 1}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_a_limit_is_a_number_of_seconds(
+    value: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(model, "--limit", value)
+    assert "give a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_a_limit_stops_what_takes_longer(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, "--tier", "certify", "--limit", "0.01", "--json") == 1
+    (timed,) = json.loads(capsys.readouterr().out)["models"]
+    assert "took more than 0.01 s and was stopped" in timed["problem"]
 
 
 def test_a_file_that_is_not_there_or_twice_is_refused(

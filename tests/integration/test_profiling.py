@@ -24,7 +24,7 @@ from ofa_deploy.profiling import TimedModels, anchor_network, profile_space
 from ofa_deploy.reporting import Silent
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space_file import encode_space, space_sha256
-from profilers import LatencyTable, MeasureSettings, measurement
+from profilers import LatencyTable, MeasureSettings, measurement, merge_tables
 from profilers.backends import get_backend
 from tests.support import tiny
 
@@ -275,6 +275,55 @@ def test_measuring_and_judging_broken_off_goes_on_and_measures_no_table_twice(
     for path, content in tables.items():
         assert path.read_bytes() == content
     assert [path.suffix for path in tmp_path.rglob("*")] == [".json"]
+
+
+@pytest.mark.parametrize("meanwhile", ["deleted", "another"])
+def test_a_table_that_is_not_the_one_that_was_made_is_measured_anew(
+    meanwhile: str, whole: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "PROFILE_SETTINGS", SETTINGS)
+    made: list[str] = []
+
+    class Stopping(Silent):
+        def begin(self, stage: str) -> None:
+            made.append(stage)
+            if "held-out" in stage and len(made) == 2:
+                raise KeyboardInterrupt
+
+    def judge() -> LatencyTable:
+        table, _ = measure_and_judge(
+            tiny.SPACE,
+            backend=get_backend("onnxruntime-cpu"),
+            threads=1,
+            folder=tmp_path,
+            network_count=NETWORKS,
+            count=5,
+            reporter=Stopping(),
+        )
+        return table
+
+    with pytest.raises(KeyboardInterrupt):
+        judge()
+    (path,) = tmp_path.glob("*.json")
+    path.unlink()
+    if meanwhile == "another":
+        whole.save(path)
+    assert len(judge().networks) == NETWORKS
+    assert [stage.split()[0] for stage in made] == [
+        *("profiling", "measuring"),
+        *("profiling", "measuring", "measuring"),
+    ]
+
+
+def test_a_table_merged_alone_is_itself(whole: LatencyTable) -> None:
+    merged = merge_tables([whole])
+    for one, other in (
+        (whole.blocks, merged.blocks),
+        (whole.networks, merged.networks),
+    ):
+        assert one.keys() == other.keys()
+        for name, entry in one.items():
+            assert other[name].quiet_ms == pytest.approx(entry.quiet_ms, rel=1e-3)
 
 
 def test_a_predictor_is_not_judged_by_less_than_two_networks(

@@ -31,7 +31,8 @@ def write_model(path: Path, *, us: int = 100, fault: str = "", after: int = 0) -
     Args:
         path: Where to.
         us: Microseconds that a run waits.
-        fault: Empty, or one of "reject", "crash loading", "crash", "raise", "hang".
+        fault: Empty, or one of "reject", "crash loading", "crash", "raise", "exit",
+            "hang".
         after: Runs before the fault.
     """
     path.write_text(json.dumps({"us": us, "fault": fault, "after": after}))
@@ -91,6 +92,8 @@ class FaultySession(Closing):
                 _crash()
             if self._fault == "raise":
                 raise RunFailed("the model failed on purpose")
+            if self._fault == "exit":
+                os._exit(0)
             time.sleep(3600)
         time.sleep(self._wait_s)
 

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profilers.device import Conditions
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
-from profilers.journal import Failure, Journal, VisitRecord
+from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
 from profilers.json_reader import Json
 from profilers.measurement import Visit
 
 SUBJECT: dict[str, Json] = {"runtime": "fake 1", "order": "a" * 64}
+
+
+CONDITIONS = Conditions(
+    governor="performance",
+    frequency_mhz=2400.0,
+    temperature_c=None,
+    load_average=0.1,
+    affinity_core_count=4,
+    cgroup_quota_cores=None,
+    shared_host=False,
+)
 
 
 def visit(number: int) -> VisitRecord:
@@ -101,6 +114,27 @@ def test_a_damaged_byte_costs_at_most_the_records_it_touches(
     assert len(found) >= len(RECORDS) - 2
 
 
+def test_sessions_are_numbered_on_whatever_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, subject=SUBJECT) as journal:
+        assert journal.next_session == 0
+        for number in range(3):
+            assert journal.next_session == number
+            journal.add(SessionBegan(conditions=CONDITIONS))
+            journal.add(
+                replace(visit(1), visit=replace(visit(1).visit, session=number))
+            )
+    lines = path.read_bytes().split(b"\n")
+    for damaged in range(1, 6):
+        content = [*lines[:damaged], b"x", *lines[damaged + 1 :]]
+        path.write_bytes(b"\n".join(content))
+        with Journal(path, subject=SUBJECT) as journal:
+            assert journal.damaged_count == 1
+            taken = {entry.session for entry in journal.visits_of("net1")}
+            assert journal.next_session not in taken
+            assert set(journal.sessions) == {CONDITIONS}
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     with (
@@ -116,7 +150,8 @@ def test_a_journal_of_something_else_is_refused_by_what_differs(
 ) -> None:
     path = tmp_path / "journal"
     before = written(path)
-    with pytest.raises(IncompatibleTables, match="is of another runtime;"):
+    words = r'is of another runtime \(runtime: "fake 1" there, "fake 2" here\)'
+    with pytest.raises(IncompatibleTables, match=words):
         Journal(path, subject={**SUBJECT, "runtime": "fake 2"})
     assert path.read_bytes() == before
 
@@ -127,6 +162,17 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not a journal"):
         Journal(path, subject=SUBJECT)
     assert path.read_bytes() == b"my holiday photographs\n"
+
+
+@pytest.mark.parametrize("content", [b"notes", b"{", b"deadbeef {}", b"\x00"])
+def test_a_file_without_an_end_of_line_is_no_journal_and_kept(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="notes is not a journal"):
+        Journal(path, subject=SUBJECT)
+    assert path.read_bytes() == content
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_journal_as_it_was(

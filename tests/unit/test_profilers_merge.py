@@ -95,7 +95,8 @@ def test_tables_of_other_conditions_are_refused(
     part: str, field: str, value: object
 ) -> None:
     changed: dict[str, Any] = {part: replace(getattr(BUSY, part), **{field: value})}
-    with pytest.raises(IncompatibleTables, match=f"{part} {field} is .*{value!r} here"):
+    words = f"{part} {field} is .*{value!r} in another"
+    with pytest.raises(IncompatibleTables, match=words):
         merge_tables([CALM, replace(BUSY, **changed)])
 
 
@@ -111,6 +112,11 @@ def test_tables_of_other_things_or_ways_are_refused(field: str, value: object) -
     changed: dict[str, Any] = {field: value}
     with pytest.raises(IncompatibleTables, match=f"the tables differ in {field}: "):
         merge_tables([CALM, replace(BUSY, **changed)])
+
+
+def test_a_table_given_twice_is_refused() -> None:
+    with pytest.raises(IncompatibleTables, match=r"is given twice; .* each table once"):
+        merge_tables([CALM, BUSY, CALM])
 
 
 def test_no_tables_make_no_table() -> None:

@@ -140,6 +140,20 @@ def test_a_window_that_drifted_far_counts_for_no_model() -> None:
     assert scatter(fit, run) < 2 * NOISE / np.sqrt(PASSES)
 
 
+def test_of_two_states_the_commoner_one_counts() -> None:
+    run = simulate(3, groups=5, drift=0.0, slowdown=0.0)
+    rare = run.window_index >= 7
+    fit = quiet_state(
+        run.log_latency + rare * 3 * MAX_DRIFT_LOG,
+        run.log_anchor,
+        run.model_index,
+        model_count=run.effect_log.size,
+        window_index=run.window_index,
+    )
+    assert fit.discarded.tolist() == [False] * 7 + [True] * 3
+    assert np.abs(fit.effect_log - run.fit().effect_log).mean() < 0.01
+
+
 def test_a_model_that_has_no_steady_window_keeps_its_visits() -> None:
     run = simulate(3, groups=1)
     alone = np.full(5, run.effect_log.size)
