@@ -149,9 +149,7 @@ def decode_visit(node: JsonNode) -> Visit:
             anchor_before_ns=fields["anchor_before_ns"].integer(minimum=1),
             anchor_after_ns=fields["anchor_after_ns"].integer(minimum=1),
             inner_loops=fields["inner_loops"].integer(minimum=1),
-            samples_ns=tuple(
-                sample.integer(minimum=1) for sample in fields["samples_ns"].items()
-            ),
+            samples_ns=fields["samples_ns"].integers(minimum=1),
             fallback=fields["fallback"].optional(JsonNode.text),
             session=fields["session"].integer(minimum=0),
         )

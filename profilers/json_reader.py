@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 from profilers.errors import FormatError
 
@@ -115,6 +115,19 @@ class JsonNode:
         if self.value > maximum:
             self.refuse(f"{self._shown()} is too large; give at most {maximum}")
         return self.value
+
+    def integers(self, *, minimum: int) -> tuple[int, ...]:
+        """Read a list of whole numbers, each as `integer` does.
+
+        A table holds hundreds of thousands of samples; a node for each takes seconds.
+        """
+        if isinstance(self.value, list) and all(
+            type(entry) is int and minimum <= entry <= MAX_INTEGER
+            for entry in self.value
+        ):
+            return cast("tuple[int, ...]", tuple(self.value))
+        # The slow way says which one is wrong.
+        return tuple(entry.integer(minimum=minimum) for entry in self.items())
 
     def number(self, *, minimum: float = -math.inf) -> float:
         """Read a finite number, at least `minimum`."""

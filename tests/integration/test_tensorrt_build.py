@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ofa_deploy.probe import operator_probes
@@ -75,6 +76,12 @@ def test_quantized_weights_alone_are_not_taken_for_int8_arithmetic(
     assert layer_of(engine, "correlation").input_types == (datatype, datatype)
     assert not any(layer.multiplies_int8 for layer in engine.layers)
     assert is_weight_only(engine.layers)
+
+
+def test_the_module_tells_what_numpy_calls_a_type(trt: Any) -> None:
+    # Of functions, which the stand-ins are not held to, the backend uses this one.
+    assert np.dtype(trt.nptype(trt.DataType.FLOAT)) == np.float32
+    assert np.dtype(trt.nptype(trt.DataType.HALF)) == np.float16
 
 
 def test_the_int8_operators_of_a_probe_can_be_built(trt: Any) -> None:
