@@ -21,6 +21,7 @@ from ofa_deploy.space import SearchSpace, SubnetConfig
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.measurement import Measurement
+from profilers.summary import fit_visits
 from profilers.table import LatencyTable
 
 APART_S = 3600
@@ -104,7 +105,9 @@ def publish(
         f"Two full profiles of `{space.name}`, 1 thread, the second at least "
         f"{APART_S // 60} minutes after the first. *quiet state*: as the tables give "
         "it, each at its own run's quiet level; *at one level*: the second brought to "
-        "the first one's level of the anchor model; *plain median*: of all runs."
+        "the first one's level of the anchor model; *plain median*: of all runs. "
+        "*noise floor*: every other visit of the first profile against the rest, "
+        "fitted apart: the same minutes, with half of the visits."
     )
     section.table(
         ["runtime", "profile", "measured at", "anchor, ms", "anchor model, ms"],
@@ -139,6 +142,7 @@ def publish(
                 rows.append(row([backend, kind, what], found))
                 if what == "quiet state":
                     bars.append((f"{backend}, {kind}", found))
+            rows.append(row([backend, kind, "noise floor"], halves_apart(ones)))
     section.table(
         ["runtime", "", "latency", "n", "≤ 3 %", "≤ 6 %", "median", "90 %", "largest"],
         rows,
@@ -165,6 +169,16 @@ def differences(
     first = np.array([getattr(ones[name], field) for name in names])
     second = np.array([getattr(others[name], field) for name in names])
     difference: Floats = np.abs(factor * second / first - 1)
+    return difference
+
+
+def halves_apart(ones: Mapping[str, Measurement]) -> Floats:
+    """Relative differences, without sign, between a profile's odd and even visits."""
+    odd, even = (
+        fit_visits([entry.visits[start::2] for entry in ones.values()]).effect_log
+        for start in (0, 1)
+    )
+    difference: Floats = np.abs(np.expm1(odd - even))
     return difference
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import latency_tables
 from ofa_deploy import zoo
 from ofa_deploy.cli.train import SPACE_NAMES, named_space
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
+from ofa_deploy.plan import all_blocks
+from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import table_name
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import WEIGHTS_FILE
 from ofa_deploy.zoo import open_zoo, zoo_names
-from profilers import LatencyTable
+from profilers import LatencyTable, merge_tables
 
 ZOO = Path(zoo.__file__).parent
 MOST_WEIGHT_BYTES = 12_000_000
@@ -165,9 +168,20 @@ def test_a_table_comes_along() -> None:
     assert TABLES
 
 
+@cache
+def table_at(path: Path) -> LatencyTable:
+    """A table, read once: the large ones take a second."""
+    return LatencyTable.load(path)
+
+
+def space_of(table: LatencyTable) -> SearchSpace:
+    (space, *_) = (s for s in known_spaces() if space_sha256(s) == table.space_sha256)
+    return space
+
+
 @each_table
 def test_a_table_is_measured_and_of_a_space_that_there_is(path: Path) -> None:
-    table = LatencyTable.load(path)
+    table = table_at(path)
     assert table.origin == "measured"
     names_by_sha256 = {space_sha256(space): space.name for space in known_spaces()}
     assert names_by_sha256[table.space_sha256] == table.space_name
@@ -175,11 +189,29 @@ def test_a_table_is_measured_and_of_a_space_that_there_is(path: Path) -> None:
 
 @each_table
 def test_a_table_has_the_name_that_it_is_looked_for_by(path: Path) -> None:
-    table = LatencyTable.load(path)
-    (space, *_) = (s for s in known_spaces() if space_sha256(s) == table.space_sha256)
-    assert path.name == table_name(space, table.device, table.runtime)
+    table = table_at(path)
+    assert path.name == table_name(space_of(table), table.device, table.runtime)
 
 
 @each_table
-def test_nothing_in_a_table_failed(path: Path) -> None:
-    assert LatencyTable.load(path).failures == {}
+def test_a_table_holds_every_block_and_nothing_in_it_failed(path: Path) -> None:
+    table = table_at(path)
+    assert table.blocks.keys() == all_blocks(space_of(table)).keys()
+    assert table.failures == {}
+
+
+@each_table
+def test_a_tables_latencies_are_what_its_raw_visits_say(path: Path) -> None:
+    table = table_at(path)
+    fitted = merge_tables([table])
+    for field in ("blocks", "networks"):
+        said, found = getattr(table, field), getattr(fitted, field)
+        for name, entry in said.items():
+            assert found[name].quiet_ms == pytest.approx(entry.quiet_ms, rel=5e-3)
+
+
+@each_table
+def test_a_tables_networks_are_predicted_within_a_few_percent(path: Path) -> None:
+    table = table_at(path)
+    predictor = fit_latency_predictor(space_of(table), table)
+    assert predictor.residual_ratio < 0.03
