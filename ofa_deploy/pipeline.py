@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import latency_tables
 from ofa_deploy.assembly import (
     NO_PREDICTOR,
     VerifiedNetwork,
@@ -35,6 +34,7 @@ from ofa_deploy.profiling import (
     find_table,
     measure_table,
     open_table,
+    table_folders,
 )
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.search.dominance import promotion
@@ -139,10 +139,9 @@ class Specializer:
         space = self.supernet.space
         if path is not None:
             return open_table(path, space, self.device, self.runtime)
-        shipped = Path(latency_tables.__path__[0])
         if not reprofile:
             found = find_table(
-                space, self.device, self.runtime, folders=(cache, shipped)
+                space, self.device, self.runtime, folders=table_folders(cache)
             )
             if found is not None:
                 return found[0]

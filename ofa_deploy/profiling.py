@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from platformdirs import user_cache_path
 
+import latency_tables
 from ofa_deploy.errors import FormatError, IncompatibleTables, MeasurementError
 from ofa_deploy.export.runtime_format import (
     timed_block,
@@ -363,6 +364,11 @@ def cache_folder() -> Path:
     return user_cache_path("ofa-deploy") / "latency_tables"
 
 
+def table_folders(cache: Path) -> tuple[Path, Path]:
+    """Where tables are looked for: measured here, then those that came along."""
+    return cache, Path(latency_tables.__path__[0])
+
+
 def find_table(
     space: SearchSpace,
     device: DeviceSpec,
@@ -381,6 +387,38 @@ def find_table(
         if path.is_file():
             return open_table(path, space, device, runtime), path
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelChange:
+    """How fast a machine was when a table was made, against an earlier one.
+
+    A shared machine can be slower for hours, longer than any profile takes.
+
+    Args:
+        since: When the earlier table was made.
+        anchor_ratio: Quiet level of the anchor now over then.
+        network_ratio: The same of the networks that both hold, their median; None if
+            they hold none.
+    """
+
+    since: str
+    anchor_ratio: float
+    network_ratio: float | None
+
+
+def level_change(table: LatencyTable, earlier: LatencyTable) -> LevelChange:
+    """Compare two tables of one space, device and runtime."""
+    common = sorted(table.networks.keys() & earlier.networks.keys())
+    ratios = [
+        table.networks[name].quiet_ms / earlier.networks[name].quiet_ms
+        for name in common
+    ]
+    return LevelChange(
+        since=earlier.created_at,
+        anchor_ratio=table.anchor_reference_ns / earlier.anchor_reference_ns,
+        network_ratio=float(np.median(ratios)) if ratios else None,
+    )
 
 
 def open_table(

@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from ofa_deploy.cli.tables import (
     show_bundle,
     show_bundle_json,
     show_diagnosis,
+    show_level,
     show_operators,
     show_quality,
     show_range,
@@ -28,6 +29,11 @@ from ofa_deploy.cli.tables import (
     show_widths,
 )
 from ofa_deploy.profiling import NETWORK_COUNT
+
+if TYPE_CHECKING:
+    from ofa_deploy.space import SearchSpace
+    from profilers.backends.base import Backend
+    from profilers.table import LatencyTable
 
 app = typer.Typer(
     help="Specialise a once-for-all supernet to a device and a latency budget.",
@@ -144,7 +150,7 @@ def profile(
     from ofa_deploy.held_out import measure_and_judge
     from ofa_deploy.pipeline import DEFAULT_SUPERNET, reachable_range
     from ofa_deploy.predict.latency import fit_latency_predictor
-    from ofa_deploy.profiling import cache_folder, measure_table
+    from ofa_deploy.profiling import cache_folder, level_change, measure_table
     from ofa_deploy.target import parse_target
     from ofa_deploy.zoo import open_supernet
     from profilers.backends import get_backend
@@ -163,6 +169,7 @@ def profile(
         else open_supernet(supernet or DEFAULT_SUPERNET).space
     )
     backend, folder, quality = get_backend(target.backend), cache_folder(), None
+    earlier = _earlier_table(measured, backend, target.threads)
     start_s = time.monotonic()
     with StageBar(_no_console if as_json else _console) as bar:
         if evaluate:
@@ -187,12 +194,14 @@ def profile(
     minutes = (time.monotonic() - start_s) / 60
     if out is not None:
         table.save(out)
+    change = None if earlier is None else level_change(table, earlier)
     predictor = fit_latency_predictor(measured, table)
     reachable = reachable_range(predictor)
     if as_json:
-        show_table_json(table, reachable, quality, minutes=minutes)
+        show_table_json(table, reachable, quality, change, minutes=minutes)
     else:
         show_table(_console, table, predictor, minutes=minutes)
+        show_level(_console, change)
         if quality is not None:
             show_quality(_console, quality)
         show_range(_console, reachable)
@@ -313,6 +322,26 @@ def train(
         console=_no_console if as_json else _console,
         as_json=as_json,
     )
+
+
+def _earlier_table(
+    space: SearchSpace, backend: Backend, threads: int
+) -> LatencyTable | None:
+    """The table that a new one will take the place of; None if none can be read."""
+    from ofa_deploy.errors import FormatError, IncompatibleTables
+    from ofa_deploy.profiling import cache_folder, find_table, table_folders
+    from profilers.device import this_device
+
+    try:
+        found = find_table(
+            space,
+            this_device(accelerator=backend.accelerator()),
+            backend.runtime(threads=threads),
+            folders=table_folders(cache_folder()),
+        )
+    except (FormatError, IncompatibleTables):
+        return None  # measuring anew is the cure
+    return None if found is None else found[0]
 
 
 def _require_folder(option: str, file: Path | None) -> None:

@@ -15,10 +15,13 @@ from ofa_deploy.held_out import HeldOutQuality
 from ofa_deploy.pipeline import ReachableRange
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.probe import OperatorFact, WidthFact
+from ofa_deploy.profiling import LevelChange
 from ofa_deploy.search.dominance import promotion
 from profilers.doctor import Diagnosis
 from profilers.table import LatencyTable
 
+# The quiet level of a machine that holds still is found again within this.
+SAME_LEVEL_RATIO = 0.03
 WIDTH_BAR = 40  # characters of the slowest width's bar
 
 
@@ -139,6 +142,26 @@ def show_table(
         console.print("shared host: the figures are indicative")
 
 
+def show_level(console: Console, change: LevelChange | None) -> None:
+    """Say so where the machine is faster or slower than when it was measured last."""
+    if change is None:
+        return
+    ratios = [change.anchor_ratio, change.network_ratio or 1.0]
+    if max(abs(ratio - 1) for ratio in ratios) <= SAME_LEVEL_RATIO:
+        return
+    networks = (
+        ""
+        if change.network_ratio is None
+        else f", networks {change.network_ratio - 1:+.1%}"
+    )
+    console.print(
+        f"against the table of {change.since} the anchor takes "
+        f"{change.anchor_ratio - 1:+.1%}{networks}: the machine itself has changed its "
+        "speed. These latencies speak of how it is now; if it is often faster, measure "
+        "again then"
+    )
+
+
 def show_quality(console: Console, quality: HeldOutQuality) -> None:
     """A predictor's errors on networks measured for this, beside the noise floor."""
     table = Table("", "RMSPE", "±5 %", "±10 %", "Kendall tau", box=None)
@@ -168,6 +191,7 @@ def show_table_json(
     table: LatencyTable,
     reachable: ReachableRange,
     quality: HeldOutQuality | None,
+    change: LevelChange | None,
     *,
     minutes: float,
 ) -> None:
@@ -186,6 +210,7 @@ def show_table_json(
         },
         "drift": asdict(table.drift),
         "indicative": table.conditions_after.shared_host,
+        "level_change": None if change is None else asdict(change),
         "held_out": None if quality is None else asdict(quality),
     }
     print(json.dumps(content, indent=2, sort_keys=True))
