@@ -1,4 +1,4 @@
-"""Whether two full profiles, an hour apart, find the same latencies."""
+"""Whether full profiles, an hour or more apart, find the same latencies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import datetime
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from inputs import add_work, console, new_parser
@@ -31,11 +32,17 @@ Floats = NDArray[np.float64]
 
 
 def main() -> None:
-    """Profile each runtime, and again after an hour each; publish."""
+    """Profile each runtime, and again after an hour or more each; publish."""
     parser = new_parser(__doc__)
     add_work(parser)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     add_networks(parser)
+    parser.add_argument(
+        "--profiles",
+        type=int,
+        default=2,
+        help="of each runtime at least, the first among them",
+    )
     args = parser.parse_args()
     section = Section(
         "repeatability",
@@ -44,12 +51,17 @@ def main() -> None:
         packages=("ai-edge-litert",),
     )
     space = mbv3.imagenet(width=1.0)
-    firsts = [table_of(space, backend, args)[0] for backend in args.backends]
-    seconds = [
-        again(space, backend, args, first)
-        for backend, first in zip(args.backends, firsts, strict=True)
-    ]
-    publish(section, space, firsts, seconds)
+    profiles = {
+        backend: [table_of(space, backend, args)[0]] for backend in args.backends
+    }
+    for number in range(2, args.profiles + 1):
+        for backend, tables in profiles.items():
+            tables.append(again(space, backend, args, tables[0], number))
+    for backend, tables in profiles.items():
+        # Whatever else was made is shown, too: none is left out.
+        while path_of(backend, args, tables[0], len(tables) + 1).exists():
+            tables.append(again(space, backend, args, tables[0], len(tables) + 1))
+    publish(section, space, list(profiles.values()))
 
 
 def again(
@@ -57,11 +69,10 @@ def again(
     backend_name: str,
     args: argparse.Namespace,
     first: LatencyTable,
+    number: int,
 ) -> LatencyTable:
     """The same blocks and networks, an hour later at the earliest."""
-    # Of this first table: its date is part of the name.
-    stem = f"again-{backend_name}-{made_at(first):.0f}"
-    path = args.work / f"{stem}.json"
+    path = path_of(backend_name, args, first, number)
     backend = get_backend(backend_name)
     if path.exists():
         device = this_device(accelerator=backend.accelerator())
@@ -74,12 +85,20 @@ def again(
             backend=backend,
             threads=1,
             settings=first.settings,
-            journal_path=args.work / f"{stem}.journal",
+            journal_path=path.with_suffix(".journal"),
             networks=[SubnetConfig.from_id(name) for name in first.networks],
             progress=bar.advance,
         )
     table.save(path)
     return table
+
+
+def path_of(
+    backend_name: str, args: argparse.Namespace, first: LatencyTable, number: int
+) -> Path:
+    """Of a later profile; the first one's date is part of its name."""
+    work: Path = args.work
+    return work / f"again-{backend_name}-{made_at(first):.0f}-{number}.json"
 
 
 def made_at(table: LatencyTable) -> float:
@@ -95,16 +114,14 @@ def wait_until(end_s: float) -> None:
 
 
 def publish(
-    section: Section,
-    space: SearchSpace,
-    firsts: list[LatencyTable],
-    seconds: list[LatencyTable],
+    section: Section, space: SearchSpace, profiles: list[list[LatencyTable]]
 ) -> None:
     """Differences of the quiet-state latencies, beside those of plain medians."""
+    anchor = anchor_network(space)
     section.text(
-        f"Two full profiles of `{space.name}`, 1 thread, the second at least "
-        f"{APART_S // 60} minutes after the first. *quiet state*: as the tables give "
-        "it, each at its own run's quiet level; *at one level*: the second brought to "
+        f"Full profiles of `{space.name}`, 1 thread, each at least {APART_S // 60} "
+        "minutes after the first, which it is compared with. *quiet state*: as the "
+        "tables give it, each at its own run's quiet level; *at one level*: brought to "
         "the first one's level of the anchor model; *plain median*: of all runs. "
         "*noise floor*: every other visit of the first profile against the rest, "
         "fitted apart: the same minutes, with half of the visits."
@@ -114,37 +131,40 @@ def publish(
         [
             [
                 table.runtime.backend,
-                number,
+                f"{number}",
                 table.created_at[:16],
                 f"{table.anchor_reference_ns / 1e6:.4f}",
-                f"{table.networks[anchor_network(space)].quiet_ms:.4f}",
+                f"{table.networks[anchor].quiet_ms:.4f}",
             ]
-            for pair in zip(firsts, seconds, strict=True)
-            for number, table in zip(("first", "second"), pair, strict=True)
+            for tables in profiles
+            for number, table in enumerate(tables, start=1)
         ],
     )
     rows, bars = [], []
-    for first, second in zip(firsts, seconds, strict=True):
+    for first, *later in profiles:
         backend = first.runtime.backend
-        anchor = anchor_network(space)
-        shift = first.networks[anchor].quiet_ms / second.networks[anchor].quiet_ms
-        for kind, ones, others in (
-            ("blocks", first.blocks, second.blocks),
-            ("networks", first.networks, second.networks),
-        ):
-            names = sorted(ones.keys() & others.keys())
-            for what, field, factor in (
-                ("quiet state", "quiet_ms", 1.0),
-                ("at one level", "quiet_ms", shift),
-                ("plain median", "median_ms", 1.0),
-            ):
-                found = differences(ones, others, names, field=field, factor=factor)
-                rows.append(row([backend, kind, what], found))
-                if what == "quiet state":
-                    bars.append((f"{backend}, {kind}", found))
-            rows.append(row([backend, kind, "noise floor"], halves_apart(ones)))
+        for kind in ("blocks", "networks"):
+            ones: Mapping[str, Measurement] = getattr(first, kind)
+            for number, table in enumerate(later, start=2):
+                others: Mapping[str, Measurement] = getattr(table, kind)
+                shift = (
+                    first.networks[anchor].quiet_ms / table.networks[anchor].quiet_ms
+                )
+                for what, field, factor in (
+                    ("quiet state", "quiet_ms", 1.0),
+                    ("at one level", "quiet_ms", shift),
+                    ("plain median", "median_ms", 1.0),
+                ):
+                    found = differences(ones, others, field=field, factor=factor)
+                    rows.append(row([backend, kind, f"{number}", what], found))
+                    if what == "quiet state":
+                        bars.append((f"{backend}, {kind}, profile {number}", found))
+            rows.append(row([backend, kind, "", "noise floor"], halves_apart(ones)))
     section.table(
-        ["runtime", "", "latency", "n", "≤ 3 %", "≤ 6 %", "median", "90 %", "largest"],
+        [
+            *("runtime", "", "profile", "latency", "n"),
+            *("≤ 3 %", "≤ 6 %", "median", "90 %", "largest"),
+        ],
         rows,
     )
     for label, found in bars:
@@ -160,12 +180,12 @@ def publish(
 def differences(
     ones: Mapping[str, Measurement],
     others: Mapping[str, Measurement],
-    names: list[str],
     *,
     field: str,
     factor: float,
 ) -> Floats:
-    """Relative, without sign."""
+    """Relative, without sign, of what both hold."""
+    names = sorted(ones.keys() & others.keys())
     first = np.array([getattr(ones[name], field) for name in names])
     second = np.array([getattr(others[name], field) for name in names])
     difference: Floats = np.abs(factor * second / first - 1)
