@@ -31,7 +31,7 @@ from profilers.errors import (
     RunFailed,
     UnstableMeasurement,
 )
-from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
+from profilers.journal import Failure, Journal, OrderDone, SessionBegan, VisitRecord
 from profilers.measure import EXTRA_PASS_SHARE
 from profilers.measurement import Drift, Measurement
 from profilers.order import WorkOrder
@@ -116,9 +116,12 @@ def execute(
         command=command,
     )
     run.visit_as_planned()
-    deadline_s = time.monotonic() + order.settings.max_seconds
-    while time.monotonic() < deadline_s and (needy := run.needy()):
-        run.visit(needy, passes=EXTRA_PASSES)
+    if order.digest not in journal.done:
+        deadline_s = time.monotonic() + order.settings.max_seconds
+        while time.monotonic() < deadline_s and (needy := run.needy()):
+            run.visit(needy, passes=EXTRA_PASSES)
+        # Else every later call would take its time for extra visits anew.
+        journal.add(OrderDone(order=order.digest))
     return collect(order, journal=journal)
 
 

@@ -30,7 +30,7 @@ from profilers.files import sync_folder
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measurement import Visit
 
-__all__ = ["Failure", "Journal", "Retry", "SessionBegan", "VisitRecord"]
+__all__ = ["Failure", "Journal", "OrderDone", "Retry", "SessionBegan", "VisitRecord"]
 
 _logger = logging.getLogger(__name__)
 
@@ -79,6 +79,17 @@ class SessionBegan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OrderDone:
+    """A work order got all the visits that it is to have, extra ones included.
+
+    Attributes:
+        order: Digest of its models' names.
+    """
+
+    order: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """A failed model is to be tried again.
 
@@ -89,7 +100,7 @@ class Retry:
     name: str
 
 
-Record = VisitRecord | Failure | Retry | SessionBegan
+Record = VisitRecord | Failure | Retry | SessionBegan | OrderDone
 
 
 class Journal(Closing):
@@ -113,6 +124,7 @@ class Journal(Closing):
         self._failures: dict[str, str] = {}
         self._sessions: list[Conditions] = []
         self._next_session = 0
+        self._done: set[str] = set()
         self.damaged_count = 0
         try:
             self._read(subject)
@@ -132,6 +144,11 @@ class Journal(Closing):
     def sessions(self) -> tuple[Conditions, ...]:
         """The device's conditions at the beginning of every session so far."""
         return tuple(self._sessions)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Digests of the work orders that are done."""
+        return frozenset(self._done)
 
     @property
     def next_session(self) -> int:
@@ -154,6 +171,8 @@ class Journal(Closing):
             content = {"visit": {"name": record.name, **encode_visit(record.visit)}}
         elif isinstance(record, Retry):
             content = {"retry": {"name": record.name}}
+        elif isinstance(record, OrderDone):
+            content = {"done": {"order": record.order}}
         elif isinstance(record, SessionBegan):
             content = {"session": encode_flat(record.conditions)}
         else:
@@ -224,6 +243,9 @@ class Journal(Closing):
             self._next_session = max(self._next_session, record.visit.session + 1)
         elif isinstance(record, Retry):
             self._failures.pop(record.name, None)
+            self._done.clear()  # there is something to measure again
+        elif isinstance(record, OrderDone):
+            self._done.add(record.order)
         elif isinstance(record, SessionBegan):
             self._sessions.append(record.conditions)
             self._next_session += 1
@@ -317,6 +339,8 @@ def _decode_record(node: JsonNode) -> Record:
     entries = node.entries()
     if set(entries) == {"retry"}:
         return Retry(name=entries["retry"].fields("name")["name"].text())
+    if set(entries) == {"done"}:
+        return OrderDone(order=entries["done"].fields("order")["order"].text())
     if set(entries) == {"session"}:
         return SessionBegan(conditions=decode_conditions(entries["session"]))
     if set(entries) == {"failure"}:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from profilers.measurement import MeasureSettings
@@ -39,6 +41,11 @@ class WorkOrder:
     limit_s: float = DEFAULT_LIMIT_S
     group_size: int = GROUP_SIZE
     anchor_name: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the models' names, whatever their order."""
+        return hashlib.sha256(json.dumps(sorted(self.names)).encode()).hexdigest()[:16]
 
     @property
     def grouped_names(self) -> tuple[str, ...]:

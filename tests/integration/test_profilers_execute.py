@@ -170,6 +170,15 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert (tmp_path / "journal").read_bytes() == content
 
 
+def test_extra_visits_that_did_not_help_are_not_made_again(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, target_relative_error=1e-9, max_seconds=0.5)
+    models = good(tmp_path, 2)
+    first = run(tmp_path, models, settings=settings)
+    content = (tmp_path / "journal").read_bytes()
+    assert run(tmp_path, models, settings=settings).measurements == first.measurements
+    assert (tmp_path / "journal").read_bytes() == content
+
+
 def test_groups_cover_all_models_in_two_rounds(tmp_path: Path) -> None:
     models = good(tmp_path, 5)
     result = run(tmp_path, models, group_size=2)
