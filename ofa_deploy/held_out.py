@@ -34,7 +34,7 @@ from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import collect, execute
 from profilers.files import write_atomically
-from profilers.journal import Journal, Retry
+from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
@@ -99,20 +99,19 @@ def measure_and_judge(
     made = judging / "table"
     try:
         judging.mkdir(parents=True, exist_ok=True)
-        if not (
-            path.is_file() and made.is_file() and made.read_text() == _sha256(path)
-        ):
-            measure_table(
+        if path.is_file() and made.is_file() and made.read_text() == _sha256(path):
+            table = open_table(path, space, device, runtime)
+        else:
+            table = measure_table(
                 space,
                 backend=backend,
                 threads=threads,
                 folder=folder,
                 network_count=network_count,
                 reporter=reporter,
-                saved=lambda table: write_atomically(made, _sha256(table).encode()),
+                saved=lambda file: write_atomically(made, _sha256(file).encode()),
             )
         journal_of(path, network_count).unlink(missing_ok=True)
-        table = open_table(path, space, device, runtime)
         quality = evaluate_predictor(
             space,
             table,
@@ -259,8 +258,7 @@ def _measure(
     reporter.begin(f"measuring {len(names)} held-out networks, run {run} of {RUNS}")
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f"held-out-{run}.journal", subject=subject) as journal:
-        for name in sorted(journal.failures):
-            journal.add(Retry(name=name))  # the cause may be gone since the last call
+        journal.retry_failures()  # their cause may be gone since the last call
         execute(order, models.write_model, journal=journal, progress=reporter.advance)
         # Another run, another quiet level: brought to the table's.
         result = collect(
@@ -271,8 +269,8 @@ def _measure(
         )
     return {
         name: result.measurements[key].quiet_ms
-        for name, key in zip((*names, anchor), models.network_names, strict=True)
-        if name != anchor and key in result.measurements
+        for name, key in zip(names, models.network_names[:-1], strict=True)
+        if key in result.measurements
     }
 
 

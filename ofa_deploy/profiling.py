@@ -30,7 +30,7 @@ from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import DeviceSpec, RuntimeSpec, this_device
 from profilers.execute import OrderResult, collect, execute
-from profilers.journal import Journal, Retry
+from profilers.journal import Journal
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
 from profilers.order import GROUP_SIZE, WorkOrder
@@ -242,8 +242,7 @@ def profile_space(
     )
     coming = (network_count - 1) * settings.visits
     with Journal(journal_path, subject=subject) as journal:
-        for name in sorted(journal.failures):
-            journal.add(Retry(name=name))  # the cause may be gone since the last call
+        journal.retry_failures()  # their cause may be gone since the last call
         blocks = execute(
             block_order,
             models.write_model,

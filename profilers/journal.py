@@ -180,6 +180,11 @@ class Journal(Closing):
         self._append(content)
         self._take(record)
 
+    def retry_failures(self) -> None:
+        """Have the models that were given up tried again."""
+        for name in sorted(self._failures):
+            self.add(Retry(name=name))
+
     def close(self) -> None:
         """Let other processes have the journal. Closing again does nothing."""
         self._file.close()

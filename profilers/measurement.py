@@ -208,8 +208,8 @@ class Drift:
         window_count: Windows, of a few seconds each; 1 if the models are too few to
             tell.
         flagged_count: Of which drifted by more than 2 %.
-        discarded_count: Of which drifted by more than 5 %, and whose models were
-            visited again.
+        discarded_count: Of which drifted by more than 5 %, so that their visits do
+            not count.
         largest_ratio: Of all, either way.
     """
 

@@ -129,12 +129,11 @@ def quiet_state(
         # than over minutes.
         within = _slope_within(slowdown, log_latency, models, windows)
         steadied = log_latency - within * windows.centred(slowdown)
-        level = _levels(steadied, models, windows)
+        level, slowdowns = _levels(steadied, models, windows), windows.means(slowdown)
         if beta is None:
-            beta = _slope_between(windows.means(slowdown), level, windows.sizes)
-        drift = _centred_drift(level - beta * windows.means(slowdown), windows.sizes)
-        expected = beta * windows.means(slowdown) + drift
-        quiet = steadied - expected[window_index]
+            beta = _slope_between(slowdowns, level, windows.sizes)
+        drift = _centred_drift(level - beta * slowdowns, windows.sizes)
+        quiet = steadied - (beta * slowdowns + drift)[window_index]
 
     counted = _counted(np.abs(drift) <= MAX_DRIFT_LOG, models, window_index)
     effect, standard_error = _effects(quiet[counted], model_index[counted], model_count)

@@ -229,6 +229,18 @@ def test_judging_a_predictor_goes_on_after_a_kill_and_repeats_nothing(
     assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def judged(folder: Path, reporter: Silent) -> tuple[LatencyTable, HeldOutQuality]:
+    return measure_and_judge(
+        tiny.SPACE,
+        backend=get_backend("onnxruntime-cpu"),
+        threads=1,
+        folder=folder,
+        network_count=NETWORKS,
+        count=5,
+        reporter=reporter,
+    )
+
+
 @pytest.mark.parametrize("stop_in", ["profiling", "held-out networks, run 2"])
 def test_measuring_and_judging_broken_off_goes_on_and_measures_no_table_twice(
     stop_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,20 +257,8 @@ def test_measuring_and_judging_broken_off_goes_on_and_measures_no_table_twice(
             if stop_in in self.stage and done > total // 2:
                 raise KeyboardInterrupt
 
-    def judge(reporter: Silent) -> HeldOutQuality:
-        _, quality = measure_and_judge(
-            tiny.SPACE,
-            backend=get_backend("onnxruntime-cpu"),
-            threads=1,
-            folder=tmp_path,
-            network_count=NETWORKS,
-            count=5,
-            reporter=reporter,
-        )
-        return quality
-
     with pytest.raises(KeyboardInterrupt):
-        judge(Stopping())
+        judged(tmp_path, Stopping())
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.journal")}
     tables = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     assert len(kept) == (1 if stop_in == "profiling" else 2)
@@ -269,7 +269,8 @@ def test_measuring_and_judging_broken_off_goes_on_and_measures_no_table_twice(
             found = {path: path.read_bytes() for path in tmp_path.rglob("*.journal")}
             seen.update(found)
 
-    assert judge(Watching()).predicted.count == 5
+    _, quality = judged(tmp_path, Watching())
+    assert quality.predicted.count == 5
     for path, content in kept.items():
         assert seen[path].startswith(content)
     for path, content in tables.items():
@@ -290,25 +291,14 @@ def test_a_table_that_is_not_the_one_that_was_made_is_measured_anew(
             if "held-out" in stage and len(made) == 2:
                 raise KeyboardInterrupt
 
-    def judge() -> LatencyTable:
-        table, _ = measure_and_judge(
-            tiny.SPACE,
-            backend=get_backend("onnxruntime-cpu"),
-            threads=1,
-            folder=tmp_path,
-            network_count=NETWORKS,
-            count=5,
-            reporter=Stopping(),
-        )
-        return table
-
     with pytest.raises(KeyboardInterrupt):
-        judge()
+        judged(tmp_path, Stopping())
     (path,) = tmp_path.glob("*.json")
     path.unlink()
     if meanwhile == "another":
         whole.save(path)
-    assert len(judge().networks) == NETWORKS
+    table, _ = judged(tmp_path, Stopping())
+    assert len(table.networks) == NETWORKS
     assert [stage.split()[0] for stage in made] == [
         *("profiling", "measuring"),
         *("profiling", "measuring", "measuring"),

@@ -11,24 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profilers.device import Conditions
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
 from profilers.json_reader import Json
 from profilers.measurement import Visit
+from tests.unit.test_profilers_table import CONDITIONS
 
 SUBJECT: dict[str, Json] = {"runtime": "fake 1", "order": "a" * 64}
-
-
-CONDITIONS = Conditions(
-    governor="performance",
-    frequency_mhz=2400.0,
-    temperature_c=None,
-    load_average=0.1,
-    affinity_core_count=4,
-    cgroup_quota_cores=None,
-    shared_host=False,
-)
 
 
 def visit(number: int) -> VisitRecord:
