@@ -16,6 +16,7 @@ from ofa_deploy.families import mbv3
 from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.profiling import (
+    PROFILE_SETTINGS,
     find_table,
     profile_space,
     table_name,
@@ -23,12 +24,11 @@ from ofa_deploy.profiling import (
 from ofa_deploy.space import SearchSpace
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.measurement import MeasureSettings
 from profilers.table import LatencyTable
 
 SEED = 5
 BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
-SETTINGS = replace(MeasureSettings.screen(seed=SEED), pass_seconds=1.0)
+SETTINGS = replace(PROFILE_SETTINGS, seed=SEED)
 SPEED_SAMPLE = 1_000_000
 LEAST = {"within_10": 0.99, "within_5": 0.90, "kendall_tau": 0.95}
 MAX_RMSPE = 0.03

@@ -44,7 +44,7 @@ class MeasureSettings:
             as a share of the latency; above it the model gets extra visits.
         max_seconds: End of visiting, counted from the first visit: loading comes on
             top. Two visits of each model are always made. Of a work order, whose
-            planned visits are all made, the time for extra ones.
+            planned visits are all made, the time for extra ones of every 64 models.
         pass_seconds: Least time of one pass of a work order over its models. Small
             models are through in no time, and all their visits would be within one
             phase of the machine.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 from profilers.measurement import MeasureSettings
@@ -26,7 +27,8 @@ class WorkOrder:
         names: Of the models; all different.
         backend: As `get_backend` takes it.
         threads: Of one inference.
-        settings: How carefully; `max_seconds` bounds the extra visits of one execution.
+        settings: How carefully; `max_seconds` bounds the extra visits of one execution,
+            for every 64 models.
         limit_s: Time after which a silent worker is stopped, and its model failed.
         group_size: Models open at a time.
         anchor_name: The anchor model, one of `names`: it is with every group, in every
@@ -52,6 +54,11 @@ class WorkOrder:
         """The models that take turns: all but the anchor model, if there are others."""
         others = tuple(name for name in self.names if name != self.anchor_name)
         return others or self.names
+
+    @property
+    def extra_s(self) -> float:
+        """Time for extra visits: that of the settings for every 64 models."""
+        return self.settings.max_seconds * math.ceil(len(self.names) / GROUP_SIZE)
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
