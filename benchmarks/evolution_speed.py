@@ -20,7 +20,7 @@ from ofa_deploy.predict.accuracy import (
 )
 from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios
 from ofa_deploy.search.dominance import promotion
-from ofa_deploy.search.evolution import Evolution, SearchProblem
+from ofa_deploy.search.evolution import Evolution, SearchProblem, within_latency
 from ofa_deploy.space import Genomes, SearchSpace
 
 SEED = 5
@@ -108,8 +108,8 @@ def random_problem(space: SearchSpace, *, members: int) -> SearchProblem:
         residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05),
     )
     drawn = latency.predict_ms(space.sample(1_000, rng))
-    return SearchProblem(
-        space=space,
+    return within_latency(
+        space,
         accuracy=accuracy.predict,
         latency_ms=latency.predict_ms,
         budget_ms=float(np.median(drawn)),
@@ -208,10 +208,8 @@ class PlainSearch:
 
     def _judge(self, row: Genomes) -> Individual:
         problem = self._problem
-        excess = float(problem.latency_ms(row)[0]) - problem.budget_ms
-        accuracy = float(problem.accuracy(row)[0])
-        fitness = accuracy if excess <= 0 else -1.0 - excess / problem.budget_ms
-        return fitness, row[0].tolist()
+        load = problem.load(row)
+        return float(problem.fitness(row, load)[0]), row[0].tolist()
 
 
 if __name__ == "__main__":

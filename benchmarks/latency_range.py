@@ -19,7 +19,7 @@ from report import Section
 from ofa_deploy.pipeline import Specializer
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.evaluation import kendall_tau
-from ofa_deploy.search.evolution import SearchProblem, descend_to_fastest
+from ofa_deploy.search.evolution import descend
 from ofa_deploy.space import SubnetConfig
 from profilers.measurement import MeasurementRun, MeasureSettings, ModelUnderTest
 from profilers.summary import fit_visits
@@ -57,13 +57,7 @@ def choose(session: Specializer, *, random_count: int) -> list[Choice]:
     """The extremes, and random networks spread over the predicted range."""
     space = session.supernet.space
     rng = np.random.default_rng(SEED)
-    problem = SearchProblem(
-        space=space,
-        accuracy=lambda genomes: np.zeros(len(genomes)),
-        latency_ms=session.predictor.predict_ms,
-        budget_ms=1.0,
-    )
-    fastest, _, _ = descend_to_fastest(problem, rng)
+    fastest, _ = descend(space, session.predictor.predict_ms, rng)
     named = {
         "fastest predicted": space.decode(fastest),
         "smallest": space.smallest(),

@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(stderr=True)
     with console.status("reading the latency table, or measuring this machine"):
-        session = Specializer(args.device)
+        session = Specializer(args.device, on_drift="reprofile")
     reachable = session.reachable()
     print(f"reachable: {reachable.fastest_ms:.3f} to {reachable.slowest_ms:.3f} ms")
     budget_ms = args.latency_ms or round(reachable.middle_ms, 3)
@@ -40,7 +40,7 @@ def main() -> None:
     manifest = bundle.manifest
     print(f"bundle    {bundle.path}")
     print(f"network   {manifest.config_id}, {manifest.cost.mac_count / 1e6:.1f} MMACs")
-    print(f"budget    {manifest.budget_ms:.3f} ms")
+    print(f"budget    {budget_ms:.3f} ms")
     print(f"predicted {manifest.predicted.ms:.3f} ms")
     print(
         f"measured  {manifest.measured.quiet_ms:.3f} ms in the quiet state, median "

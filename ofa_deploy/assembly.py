@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,12 +18,12 @@ from ofa_deploy.bundle import (
     record_files,
     write_manifest,
 )
+from ofa_deploy.constraints import ConstraintName, Constraints, Verdict
 from ofa_deploy.dataset import ImageSet, Progress
 from ofa_deploy.errors import DataError, DeployError
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.manifest import (
-    AccuracyClaim,
     Manifest,
     MeasuredLatency,
     NetworkCost,
@@ -31,7 +32,7 @@ from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
-from ofa_deploy.verify import LatencyVerdict, judge_latency
+from ofa_deploy.verify import AccuracyClaim
 from profilers.backends import get_backend
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
@@ -46,13 +47,15 @@ NO_PREDICTOR = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VerifiedNetwork:
-    """An exported network, and what its timing showed.
+    """An exported network, and what was found of it.
 
     Args:
         exported: Its files, in a folder that may vanish afterwards.
         measurement: Of the file, in fresh processes.
         predicted: What the search had expected.
-        budget_ms: What was asked for.
+        accuracy: Measured or predicted.
+        constraints: What was asked for.
+        verdicts: What was found of each.
         device: Where it was measured.
         runtime: With what.
     """
@@ -60,7 +63,9 @@ class VerifiedNetwork:
     exported: ExportedNetwork
     measurement: FreshMeasurement
     predicted: LatencyEstimate
-    budget_ms: float
+    accuracy: AccuracyClaim
+    constraints: Constraints
+    verdicts: tuple[Verdict, ...]
     device: DeviceSpec
     runtime: RuntimeSpec
 
@@ -70,9 +75,20 @@ class VerifiedNetwork:
         return self.exported.plan.config
 
     @property
-    def verdict(self) -> LatencyVerdict:
-        """Whether it meets the budget."""
-        return judge_latency(self.measurement, budget_ms=self.budget_ms)
+    def met(self) -> bool:
+        """Whether it keeps every constraint."""
+        return all(verdict.met for verdict in self.verdicts)
+
+    def verdict(self, constraint: ConstraintName) -> Verdict:
+        """What was found of one constraint.
+
+        Raises:
+            KeyError: It was not asked for.
+        """
+        for verdict in self.verdicts:
+            if verdict.constraint == constraint:
+                return verdict
+        raise KeyError(constraint)
 
 
 def assemble_bundle(
@@ -80,8 +96,7 @@ def assemble_bundle(
     network: VerifiedNetwork,
     *,
     supernet: StoredSupernet,
-    evaluation: ImageSet | None,
-    progress: Progress | None = None,
+    extra_files: Mapping[str, bytes],
 ) -> Bundle:
     """Write the bundle, whole or not at all, and open it.
 
@@ -89,26 +104,18 @@ def assemble_bundle(
         out: Its folder; must not exist, or be empty.
         network: What goes in.
         supernet: Where the network comes from.
-        evaluation: Images to measure the accuracy on; None to predict it.
-        progress: Called with images done and all of them, where accuracy is measured.
+        extra_files: By name, such as a report.
 
     Raises:
         BundleError: `out` is not free.
-        DataError: The evaluation images have other classes.
     """
     out = out.resolve()  # "." will be another folder afterwards
-    exported = network.exported
-    accuracy = (
-        predicted_accuracy(supernet, exported)
-        if evaluation is None
-        else measured_accuracy(
-            supernet, exported, evaluation, network.runtime, progress=progress
-        )
-    )
-    plan = exported.plan
+    exported, plan = network.exported, network.exported.plan
     with new_bundle_folder(out) as folder:
         for file in exported.folder.iterdir():
             shutil.copyfile(file, folder / file.name)
+        for name, content in extra_files.items():
+            (folder / name).write_bytes(content)
         visits = [asdict(visit) for visit in network.measurement.visits]
         (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
         manifest = Manifest(
@@ -116,7 +123,8 @@ def assemble_bundle(
             config_id=plan.config.id,
             space_name=plan.space_name,
             supernet_sha256=supernet.sha256,
-            budget_ms=network.budget_ms,
+            constraints=network.constraints,
+            verdicts=network.verdicts,
             resolution=plan.resolution,
             normalisation=supernet.normalisation,
             class_names=supernet.class_names,
@@ -124,9 +132,9 @@ def assemble_bundle(
             files=record_files(folder),
             device=network.device,
             runtime=network.runtime,
-            measured=_measured_latency(network.measurement),
+            measured=measured_latency(network.measurement),
             predicted=network.predicted,
-            accuracy=accuracy,
+            accuracy=network.accuracy,
             parity=exported.parity,
             cost=NetworkCost(
                 mac_count=plan.mac_count,
@@ -210,18 +218,23 @@ def measured_accuracy(
     )
 
 
-def _measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
+def measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
+    """A fresh measurement as a manifest tells it."""
     return MeasuredLatency(
         quiet_ms=measurement.quiet_ms,
         standard_error_ratio=measurement.standard_error_ratio,
         median_ms=measurement.median_ms,
         p90_ms=measurement.p90_ms,
         p95_ms=measurement.p95_ms,
+        p99_ms=measurement.percentile_ms(99),
         sample_count=len(measurement.samples_ns),
         process_count=measurement.process_count,
         process_spread_ratio=measurement.process_spread_ratio,
         first_inference_ms=measurement.first_inference_ms,
         load_ms=measurement.load_ms,
+        memory_mb=measurement.memory_mb,
+        beta=measurement.beta,
+        anchor_reference_ns=measurement.anchor_reference_ns,
         indicative=measurement.indicative,
         instability=measurement.stability.reasons,
         conditions=measurement.conditions,

@@ -11,12 +11,13 @@ DeployError
 │   └── DeviceUnfit
 ├── MeasurementError
 │   ├── UnstableMeasurement
-│   └── IncompatibleTables
-├── SpaceError             a config that is not in the space
+│   ├── IncompatibleTables
+│   └── StaleTable         the machine is not what it was; carries how far off
+├── SpaceError             a config that is not in the space, or limits without sense
 ├── DataError              images that cannot be used
 ├── TrainingError          a run folder that cannot be continued
 ├── UnmeasuredBlock        the latency table does not hold a block of the plan
-├── InfeasibleBudget       carries the budget and the fastest reachable latency
+├── InfeasibleBudget       carries the budget and what comes nearest
 ├── ParityError            carries the figures
 └── BundleError
     └── DigestMismatch
@@ -60,6 +61,7 @@ __all__ = [
     "ParityError",
     "RunFailed",
     "SpaceError",
+    "StaleTable",
     "TrainingError",
     "UnmeasuredBlock",
     "UnstableMeasurement",
@@ -68,6 +70,18 @@ __all__ = [
 
 class SpaceError(DeployError):
     """A config, genome or id does not describe a network of the space."""
+
+
+class StaleTable(MeasurementError):
+    """The anchor model is not as fast as when the latency table was measured.
+
+    Attributes:
+        ratio: Its latency now over then.
+    """
+
+    def __init__(self, message: str, *, ratio: float) -> None:
+        super().__init__(message)
+        self.ratio = ratio
 
 
 class DataError(DeployError):
@@ -83,17 +97,26 @@ class UnmeasuredBlock(DeployError):
 
 
 class InfeasibleBudget(DeployError):
-    """No network of the space meets the budget.
+    """No network of the space keeps the limits.
 
     Attributes:
-        budget_ms: What was asked for.
-        fastest_ms: The fastest that can be reached.
+        budget_ms: The latency that was asked for; None if none was.
+        fastest_ms: That of the network that comes nearest; None likewise.
+        nearest: Id of that network; None if it is not known.
     """
 
-    def __init__(self, message: str, *, budget_ms: float, fastest_ms: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_ms: float | None,
+        fastest_ms: float | None,
+        nearest: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.budget_ms = budget_ms
         self.fastest_ms = fastest_ms
+        self.nearest = nearest
 
 
 class ParityError(DeployError):

@@ -52,6 +52,13 @@ class ExportedNetwork:
     model_file: str
     parity: ParityReport
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Size of what the runtime loads: the model file, and weights beside it."""
+        path = self.folder / self.model_file
+        files = [path, path.with_suffix(".bin")]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
 
 def export_network(
     supernet: StoredSupernet,

@@ -196,6 +196,22 @@ class BlockPlan:
             total += channels * layer.out_size**2
         return total
 
+    @property
+    def peak_activation_count(self) -> int:
+        """Most values alive at once, of one image.
+
+        A layer's input, its output, and the shortcut that waits for the block's end.
+        """
+        shortcut = self.in_channels * self.in_size**2 if self.residual else 0
+        channels, peak = self.in_channels, 0
+        for index, layer in enumerate(self.layers):
+            out_channels = getattr(layer, "out_channels", channels)
+            alive = channels * layer.in_size**2 + out_channels * layer.out_size**2
+            # The first layer reads the shortcut itself: it is alive once, not twice.
+            peak = max(peak, alive + (shortcut if index else 0))
+            channels = out_channels
+        return peak
+
 
 def _layer_key(layer: Layer) -> str:
     if isinstance(layer, ConvLayer):

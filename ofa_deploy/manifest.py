@@ -6,12 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from ofa_deploy.constraints import (
+    CONSTRAINT_NAMES,
+    Constraints,
+    Evidence,
+    Verdict,
+    binding,
+)
+from ofa_deploy.errors import SpaceError
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space_file import MAX_RESOLUTION
-from ofa_deploy.verify import ParityReport
+from ofa_deploy.verify import AccuracyClaim, ParityReport
 from profilers.codec import (
     decode_conditions,
     decode_device,
@@ -20,12 +28,10 @@ from profilers.codec import (
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.json_reader import JsonNode, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 # More than any machine has; a runtime starts as many as it is told to.
 MAX_THREADS = 1_024
-
-AccuracyKind = Literal["measured", "predicted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +53,16 @@ class MeasuredLatency:
         p90_ms: Percentile of all runs; None where they are too few, or timed in
             several at a time.
         p95_ms: Likewise.
+        p99_ms: Likewise.
         sample_count: Timed runs.
         process_count: Fresh processes.
         process_spread_ratio: Slowest process over fastest, minus 1.
         first_inference_ms: After loading.
         load_ms: Loading and compiling.
+        memory_mb: Growth of the process's memory by that and by running, at its peak,
+            in 10^6 bytes; None where the system does not tell.
+        beta: Share of the anchor's slowdown that the model has.
+        anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
         indicative: The host is shared: the figures are good for choosing, not for
             certifying.
         instability: Why the measurement is not stable; empty where it is.
@@ -63,33 +74,18 @@ class MeasuredLatency:
     median_ms: float
     p90_ms: float | None
     p95_ms: float | None
+    p99_ms: float | None
     sample_count: int
     process_count: int
     process_spread_ratio: float
     first_inference_ms: float
     load_ms: float
+    memory_mb: float | None
+    beta: float
+    anchor_reference_ns: float
     indicative: bool
     instability: tuple[str, ...]
     conditions: Conditions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccuracyClaim:
-    """Top-1 accuracy, 0..1, and where it comes from.
-
-    Args:
-        kind: "measured" on the exported file, or "predicted".
-        value: The accuracy.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        image_count: Images it was measured on, or that its predictor's labels were.
-    """
-
-    kind: AccuracyKind
-    value: float
-    low: float
-    high: float
-    image_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +106,8 @@ class Manifest:
         config_id: The sub-network.
         space_name: The space it is of.
         supernet_sha256: Digest of the supernet's description.
-        budget_ms: What was asked for; `measured.quiet_ms` is within it.
+        constraints: What was asked for.
+        verdicts: What was found of each; all are met.
         resolution: Height and width of the input, `(1, 3, resolution, resolution)`.
         normalisation: Applied to RGB 0..255 after a bilinear resize.
         class_names: In output order.
@@ -130,7 +127,8 @@ class Manifest:
     config_id: str
     space_name: str
     supernet_sha256: str
-    budget_ms: float
+    constraints: Constraints
+    verdicts: tuple[Verdict, ...]
     resolution: int
     normalisation: Normalisation
     class_names: tuple[str, ...]
@@ -144,6 +142,11 @@ class Manifest:
     parity: ParityReport
     cost: NetworkCost
     versions: Mapping[str, str]
+
+    @property
+    def binding(self) -> Verdict:
+        """The constraint that leaves the least room."""
+        return binding(self.verdicts)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -181,7 +184,8 @@ def _decode(node: JsonNode) -> Manifest:
         config_id=entries["config_id"].text(),
         space_name=entries["space_name"].text(),
         supernet_sha256=entries["supernet_sha256"].text(),
-        budget_ms=entries["budget_ms"].positive(),
+        constraints=_decode_constraints(entries["constraints"]),
+        verdicts=_decode_verdicts(entries["verdicts"]),
         resolution=entries["resolution"].integer(minimum=1, maximum=MAX_RESOLUTION),
         normalisation=decode_normalisation(entries["normalisation"]),
         class_names=tuple(item.text() for item in entries["class_names"].items()),
@@ -230,14 +234,54 @@ def _decode_measured(node: JsonNode) -> MeasuredLatency:
         median_ms=entries["median_ms"].positive(),
         p90_ms=entries["p90_ms"].optional(JsonNode.positive),
         p95_ms=entries["p95_ms"].optional(JsonNode.positive),
+        p99_ms=entries["p99_ms"].optional(JsonNode.positive),
         sample_count=entries["sample_count"].integer(minimum=1),
         process_count=entries["process_count"].integer(minimum=1),
         process_spread_ratio=entries["process_spread_ratio"].number(minimum=0),
         first_inference_ms=entries["first_inference_ms"].positive(),
         load_ms=entries["load_ms"].positive(),
+        memory_mb=entries["memory_mb"].optional(lambda node: node.number(minimum=0)),
+        beta=entries["beta"].number(minimum=0),
+        anchor_reference_ns=entries["anchor_reference_ns"].positive(),
         indicative=entries["indicative"].boolean(),
         instability=tuple(item.text() for item in entries["instability"].items()),
         conditions=decode_conditions(entries["conditions"]),
+    )
+
+
+def _decode_constraints(node: JsonNode) -> Constraints:
+    entries = node.fields(*Constraints.__dataclass_fields__)
+    try:
+        return Constraints(
+            latency_ms=entries["latency_ms"].optional(JsonNode.positive),
+            percentile=entries["percentile"].integer(minimum=1),
+            size_bytes=entries["size_bytes"].optional(
+                lambda node: node.integer(minimum=1)
+            ),
+            peak_memory_mb=entries["peak_memory_mb"].optional(JsonNode.positive),
+            min_accuracy=entries["min_accuracy"].optional(JsonNode.positive),
+            rate_hz=entries["rate_hz"].optional(JsonNode.positive),
+            sustained_s=entries["sustained_s"].number(minimum=0),
+        )
+    except SpaceError as error:
+        node.refuse(str(error))
+
+
+def _decode_verdicts(node: JsonNode) -> tuple[Verdict, ...]:
+    verdicts = tuple(_decode_verdict(item) for item in node.items())
+    if not verdicts:
+        node.refuse("a bundle keeps at least one constraint")
+    return verdicts
+
+
+def _decode_verdict(node: JsonNode) -> Verdict:
+    entries = node.fields(*Verdict.__dataclass_fields__)
+    return Verdict(
+        constraint=entries["constraint"].choice(CONSTRAINT_NAMES),
+        limit=entries["limit"].positive(),
+        found=entries["found"].number(minimum=0),
+        bound=entries["bound"].number(minimum=0),
+        evidence=entries["evidence"].choice(get_args(Evidence)),
     )
 
 
@@ -253,7 +297,7 @@ def _decode_estimate(node: JsonNode) -> LatencyEstimate:
 def _decode_accuracy(node: JsonNode) -> AccuracyClaim:
     entries = node.fields("kind", "value", "low", "high", "image_count")
     return AccuracyClaim(
-        kind=entries["kind"].choice(get_args(AccuracyKind)),
+        kind=entries["kind"].choice(get_args(Evidence)),
         value=entries["value"].number(minimum=0),
         low=entries["low"].number(),
         high=entries["high"].number(),

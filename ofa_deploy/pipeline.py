@@ -1,12 +1,13 @@
-"""From a supernet, a device and a budget to a verified bundle: `specialize`."""
+"""From a supernet, a device and constraints to a verified bundle: `specialize`."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +20,26 @@ from ofa_deploy.assembly import (
 )
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.calibration import load_calibration, require_calibration
+from ofa_deploy.choosing import Chooser, Predictors, find_front
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.contract import fulfil
 from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.device_bench import MAX_DRIFT_RATIO, DeviceBench
 from ofa_deploy.errors import (
     BundleError,
     DataError,
     DeployError,
     InfeasibleBudget,
+    StaleTable,
 )
-from ofa_deploy.exporting import export_network
-from ofa_deploy.plan import lower
+from ofa_deploy.feasibility import (
+    CostRange,
+    ReachableRange,
+    feasibility,
+    reachable_range,
+)
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
+from ofa_deploy.predict.sizes import network_sizes
 from ofa_deploy.profiling import (
     cache_folder,
     find_table,
@@ -36,56 +47,24 @@ from ofa_deploy.profiling import (
     open_table,
     table_folders,
 )
+from ofa_deploy.report.page import REPORT_FILE, bundle_report
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.search.dominance import promotion
-from ofa_deploy.search.evolution import (
-    Evolution,
-    SearchProblem,
-    SearchResult,
-    descend_to_fastest,
-    require_budget,
-)
-from ofa_deploy.space import SubnetConfig
+from ofa_deploy.search.evolution import Evolution
+from ofa_deploy.search.pareto import Front, Nsga2
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target, parse_target
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.fresh import measure_in_fresh_process
-from profilers.measure import MeasureSettings
 from profilers.table import LatencyTable
 
 DEFAULT_SUPERNET = "cifar10-small"
-MAX_CANDIDATES = 5
-# Each next candidate is looked for below what the last one showed to be too much.
-BUDGET_STEP = 0.97
-# As far as a single timing is believed.
-MAX_EXCESS = 1.15
-VERIFY_PROCESSES = 3
-VERIFY_SETTINGS = MeasureSettings(
-    visits=20,
-    runs_per_visit=12,
-    warmup_runs=20,
-    warmup_windows=20,
-    anchor_repeats=6,
-    seed=0,
-    target_relative_error=0.01,
-    max_seconds=1.5,
-)
+# Enough for a space of some thousand million networks, in about a second.
+FRONT_SEARCH = Nsga2(population=100, generations=120, polish=60_000, capacity=500)
+# Of limits that the front does not know of.
+EVOLUTION = Evolution(generations=250)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReachableRange:
-    """What a space can reach on a device, by prediction in quiet-state ms."""
-
-    fastest_ms: float
-    median_ms: float
-    slowest_ms: float
-
-    @property
-    def middle_ms(self) -> float:
-        """The geometric middle between fastest and slowest."""
-        return float(np.sqrt(self.fastest_ms * self.slowest_ms))
+OnDrift = Literal["refuse", "reprofile", "accept"]
 
 
 class Specializer:
@@ -96,8 +75,11 @@ class Specializer:
     Args:
         device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
         supernet: Name in the zoo, folder of one that was trained, or one that is open.
+        threads: Of one inference, instead of naming them in `device`.
         table: A latency table's file to use instead of looking for one.
         reprofile: Measure anew even where there is a table.
+        on_drift: What to do where the machine is no longer what its table says:
+            `refuse`, measure anew (`reprofile`), or go on (`accept`).
         cache: Folder of the tables measured on this machine; None for the user's.
         reporter: Told of progress.
 
@@ -110,101 +92,117 @@ class Specializer:
         device: str,
         *,
         supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
+        threads: int | None = None,
         table: str | Path | None = None,
         reprofile: bool = False,
+        on_drift: OnDrift = "refuse",
         cache: Path | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        self.target: Target = parse_target(device)
+        self.target: Target = parse_target(device, threads=threads)
         self.backend = get_backend(self.target.backend)
         self.reporter: Reporter = reporter or Silent()
         # Fails early, and with the cure, where the runtime is missing.
         self.runtime = self.backend.runtime(threads=self.target.threads)
         self.device = this_device(accelerator=self.backend.accelerator())
-        self.supernet: StoredSupernet = _opened(supernet)
+        self.supernet: StoredSupernet = opened(supernet)
         if self.supernet.accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
-        self.table: LatencyTable = self._find_table(
-            None if table is None else Path(table),
-            reprofile=reprofile,
-            cache=cache or cache_folder(),
-        )
-        self.predictor: LatencyPredictor = fit_latency_predictor(
-            self.supernet.space, self.table
-        )
+        self._cache = cache or cache_folder()
+        self._on_drift: OnDrift = on_drift
+        self._use(self._find_table(table, reprofile=reprofile))
 
-    def _find_table(
-        self, path: Path | None, *, reprofile: bool, cache: Path
-    ) -> LatencyTable:
+    def _use(self, table: LatencyTable) -> None:
+        """Take a table, and forget what followed from another one."""
+        self.table = table
+        self.predictor: LatencyPredictor = fit_latency_predictor(
+            self.supernet.space, table
+        )
+        for name in ("predictors", "front"):
+            self.__dict__.pop(name, None)
+
+    def _find_table(self, path: str | Path | None, *, reprofile: bool) -> LatencyTable:
         space = self.supernet.space
         if path is not None:
-            return open_table(path, space, self.device, self.runtime)
+            return open_table(Path(path), space, self.device, self.runtime)
         if not reprofile:
             found = find_table(
-                space, self.device, self.runtime, folders=table_folders(cache)
+                space, self.device, self.runtime, folders=table_folders(self._cache)
             )
             if found is not None:
                 return found[0]
-        return measure_table(
-            space,
+        return self._measure_table()
+
+    def _measure_table(self) -> LatencyTable:
+        table = measure_table(
+            self.supernet.space,
             backend=self.backend,
             threads=self.target.threads,
-            folder=cache,
+            folder=self._cache,
             reporter=self.reporter,
         )
+        self._on_drift = "accept"  # what was measured just now cannot be out of date
+        return table
+
+    @cached_property
+    def predictors(self) -> Predictors:
+        """What is known of networks without measuring them."""
+        accuracy = self.supernet.accuracy
+        if accuracy is None:
+            raise DeployError(NO_PREDICTOR)
+        return Predictors(
+            latency=self.predictor,
+            accuracy=accuracy.predict,
+            sizes=network_sizes(self.supernet.space),
+        )
+
+    @cached_property
+    def front(self) -> Front:
+        """Latency, accuracy and size against each other, by prediction."""
+        self.reporter.begin("searching")
+        return find_front(self.predictors, FRONT_SEARCH, progress=self.reporter.advance)
 
     def reachable(self) -> ReachableRange:
         """The latencies that the space can reach here, as predicted."""
         return reachable_range(self.predictor)
 
-    def _problem(self, *, budget_ms: float) -> SearchProblem:
-        accuracy = self.supernet.accuracy
-        if accuracy is None:
-            raise DeployError(NO_PREDICTOR)
-        return SearchProblem(
-            space=self.supernet.space,
-            accuracy=accuracy.predict,
-            latency_ms=self.predictor.predict_ms,
-            budget_ms=budget_ms,
-            promotion=promotion(self.supernet.space, self.predictor.slot_ms),
+    def feasibility(self, constraints: Constraints) -> tuple[CostRange, ...]:
+        """What the space can reach of everything that can be asked for."""
+        predictors = self.predictors
+        return feasibility(
+            constraints,
+            latency=predictors.latency,
+            accuracy=predictors.accuracy,
+            sizes=predictors.sizes,
         )
-
-    def search(self, budget_ms: float, *, seed: int = 0) -> SearchResult:
-        """The most accurate networks predicted to stay within a budget.
-
-        Raises:
-            SpaceError: The budget is not a positive number.
-            InfeasibleBudget: No network is fast enough.
-        """
-        rng = np.random.default_rng(seed)
-        return Evolution().search(self._problem(budget_ms=budget_ms), rng)
 
     def specialize(
         self,
-        latency_ms: float,
+        constraints: Constraints | float,
         *,
         out: str | Path,
         calibration: str | Path | NDArray[np.uint8] | None = None,
         eval_data: str | Path | ImageSet | None = None,
         seed: int = 0,
     ) -> Bundle:
-        """Search, export, verify and time; return what was shown to meet the budget.
+        """Search, export, measure, certify; return what was shown to keep all limits.
 
         Args:
-            latency_ms: Budget for the quiet-state latency of one image.
+            constraints: What is asked for; a number is a latency in ms.
             out: Folder of the bundle; must not exist, or be empty.
             calibration: Images for the batch-norm statistics instead of the supernet's
                 own: a folder, .zip or .npz, or `(n, H, W, 3)` uint8.
             eval_data: Labelled images to measure the accuracy on; None to predict it.
-            seed: Of the search.
+            seed: Of searches.
 
         Raises:
-            SpaceError: The budget is not a positive number.
-            InfeasibleBudget: No network meets it, by prediction or by measurement.
+            SpaceError: A limit makes no sense.
+            InfeasibleBudget: No network keeps them, by prediction or by measurement.
+            StaleTable: The machine is no longer what its table says.
             ParityError: An exported file computes something else.
             BundleError: The output folder is not free, or cannot be written.
         """
-        require_budget(latency_ms)
+        asked = _asked(constraints)
         out = Path(out)
         require_free(out)
         images, evaluation = read_inputs(
@@ -214,168 +212,145 @@ class Specializer:
             reporter=self.reporter,
         )
         with _writing(out), ExitStack() as stack:
-            network = self._within_budget(latency_ms, images, seed=seed, stack=stack)
+            network = self.fulfil(
+                asked, images=images, evaluation=evaluation, stack=stack, seed=seed
+            )
             self.reporter.begin("writing the bundle")
             return assemble_bundle(
                 out,
                 network,
                 supernet=self.supernet,
-                evaluation=evaluation,
-                progress=self.reporter.advance,
+                extra_files=self.report(network),
             )
 
-    def _within_budget(
+    def fulfil(
         self,
-        budget_ms: float,
-        images: NDArray[np.uint8],
+        constraints: Constraints,
         *,
-        seed: int,
+        images: NDArray[np.uint8],
+        evaluation: ImageSet | None,
         stack: ExitStack,
+        seed: int = 0,
     ) -> VerifiedNetwork:
-        """The best of a few networks that is measured within a budget.
+        """The best network that was shown to keep all limits.
 
-        Each is exported and timed once; their files stay until the stack is closed.
+        Args:
+            constraints: What is asked for.
+            images: Calibrate the networks.
+            evaluation: To measure accuracies on; None to predict them.
+            stack: Holds its files, which vanish when it is closed.
+            seed: Of searches.
 
         Raises:
-            InfeasibleBudget: None is.
+            InfeasibleBudget: No network keeps them, by prediction or by measurement.
+            StaleTable: The machine is no longer what its table says.
         """
-        timed: list[VerifiedNetwork] = []
-
-        def time(config: SubnetConfig) -> VerifiedNetwork:
-            timed.append(stack.enter_context(self._timed(config, images, budget_ms)))
-            return timed[-1]
-
-        limit_ms = budget_ms / self.predictor.upper_ratio
-        network = time(self._next_config(budget_ms, limit_ms=limit_ms, seed=seed))
-        if network.verdict.meets_budget:
-            return network
-        config = self._fastest_config(seed=seed)
-        # Whether any network can meet the budget is told before more are tried.
-        if network.config == config or not time(config).verdict.meets_budget:
-            raise self._refusal(timed)
-        fastest = timed[-1]
-        for _ in range(MAX_CANDIDATES - 2):
-            limit_ms = _lowered(network, timed)
-            config = self._next_config(budget_ms, limit_ms=limit_ms, seed=seed)
-            if config == fastest.config:
-                break
-            network = time(config)
-            if network.verdict.meets_budget:
-                return network
-        return fastest
-
-    def _refusal(self, timed: Sequence[VerifiedNetwork]) -> InfeasibleBudget:
-        least = min((n.verdict for n in timed), key=lambda verdict: verdict.upper_ms)
-        return InfeasibleBudget(
-            f"no network of {self.supernet.space.name} meets {least.budget_ms:g} ms "
-            f"on {self.target.backend} here: the fastest, exported and timed, took up "
-            f"to {least.upper_ms:.4g} ms, its uncertainty included. Ask for more; or "
-            "the machine may be busy (see `ofa-deploy doctor`), or the latency table "
-            "out of date (`ofa-deploy profile`)",
-            budget_ms=least.budget_ms,
-            fastest_ms=least.upper_ms,
-        )
-
-    def _next_config(
-        self, budget_ms: float, *, limit_ms: float, seed: int
-    ) -> SubnetConfig:
-        """The most accurate network predicted to stay within the limit.
-
-        Where the limit is below the fastest network's prediction, but the budget is
-        not, that network is worth a measurement.
-        """
-        self.reporter.begin("searching")
+        for row in self.feasibility(constraints):
+            _require_satisfiable(row, self)
         try:
-            result = self.search(limit_ms, seed=seed)
-        except InfeasibleBudget as error:
-            if error.fastest_ms > budget_ms:
-                raise InfeasibleBudget(
-                    f"no network of {self.supernet.space.name} meets {budget_ms:g} ms "
-                    f"on {self.target.backend} here; the fastest is predicted to take "
-                    f"{error.fastest_ms:.4g} ms. Ask for at least "
-                    f"{error.fastest_ms * self.predictor.upper_ratio:.4g} ms",
-                    budget_ms=budget_ms,
-                    fastest_ms=error.fastest_ms,
-                ) from error
-            return self._fastest_config(seed=seed)
-        return self.supernet.space.decode(result.genomes[0])
+            return self._fulfil(constraints, images, evaluation, stack, seed)
+        except StaleTable:
+            if self._on_drift != "reprofile":
+                raise
+            self._use(self._measure_table())
+            return self._fulfil(constraints, images, evaluation, stack, seed)
 
-    def _fastest_config(self, *, seed: int) -> SubnetConfig:
-        genome, _, _ = descend_to_fastest(
-            self._problem(budget_ms=1.0), np.random.default_rng(seed)
+    def bench(
+        self,
+        constraints: Constraints,
+        *,
+        images: NDArray[np.uint8],
+        evaluation: ImageSet | None,
+        stack: ExitStack,
+    ) -> DeviceBench:
+        """Where networks are exported and timed; arguments as `fulfil`'s."""
+        return DeviceBench(
+            supernet=self.supernet,
+            target=self.target,
+            device=self.device,
+            table=self.table,
+            predictor=self.predictor,
+            images=images,
+            evaluation=evaluation,
+            constraints=constraints,
+            stack=stack,
+            reporter=self.reporter,
+            max_drift_ratio=None if self._on_drift == "accept" else MAX_DRIFT_RATIO,
         )
-        return self.supernet.space.decode(genome)
 
-    @contextmanager
-    def _timed(
-        self, config: SubnetConfig, images: NDArray[np.uint8], budget_ms: float
-    ) -> Iterator[VerifiedNetwork]:
-        """Export a network and time the file; its folder vanishes afterwards."""
-        plan = lower(self.supernet.space, config)
-        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
-            self.reporter.begin("exporting and checking")
-            exported = export_network(
-                self.supernet,
-                plan,
-                calibration=images,
-                target=self.target,
-                folder=Path(folder),
-            )
-            self.reporter.begin("timing the exported file")
-            measurement = measure_in_fresh_process(
-                exported.folder / exported.model_file,
-                backend_name=self.target.backend,
-                threads=self.target.threads,
-                settings=VERIFY_SETTINGS,
-                processes=VERIFY_PROCESSES,
-                beta=self.table.beta,
-                anchor_reference_ns=self.table.anchor_reference_ns,
-                progress=self.reporter.advance,
-            )
-            yield VerifiedNetwork(
-                exported=exported,
-                measurement=measurement,
-                predicted=self.predictor.estimate(config),
-                budget_ms=budget_ms,
-                device=self.device,
-                runtime=self.runtime,
-            )
+    def chooser(self, *, seed: int = 0) -> Chooser:
+        """Finds networks by prediction."""
+        return Chooser(
+            predictors=self.predictors,
+            front=self.front,
+            evolution=EVOLUTION,
+            seed=seed,
+        )
+
+    def _fulfil(
+        self,
+        constraints: Constraints,
+        images: NDArray[np.uint8],
+        evaluation: ImageSet | None,
+        stack: ExitStack,
+        seed: int,
+    ) -> VerifiedNetwork:
+        bench = self.bench(
+            constraints, images=images, evaluation=evaluation, stack=stack
+        )
+        return fulfil(
+            constraints,
+            chooser=self.chooser(seed=seed),
+            bench=bench,
+            where=self.target.backend,
+        )
+
+    def report(self, network: VerifiedNetwork) -> dict[str, bytes]:
+        """The page to look at, by its file name."""
+        page = bundle_report(
+            network, predictor=self.predictor, table=self.table, front=self.front
+        )
+        return {REPORT_FILE: page.encode()}
 
 
-def reachable_range(
-    predictor: LatencyPredictor, *, sample_count: int = 2_000
-) -> ReachableRange:
-    """The latencies that a space can reach, as predicted."""
-    space = predictor.space
-    rng = np.random.default_rng(0)
-    problem = SearchProblem(
-        space=space,
-        accuracy=lambda genomes: np.zeros(len(genomes)),  # of no matter here
-        latency_ms=predictor.predict_ms,
-        budget_ms=1.0,
-        promotion=promotion(space, predictor.slot_ms),
-    )
-    _, fastest_ms, _ = descend_to_fastest(problem, rng)
-    drawn = predictor.predict_ms(space.sample(sample_count, rng))
-    largest = predictor.predict_ms(space.encode(space.largest())[None])
-    return ReachableRange(
-        fastest_ms=fastest_ms,
-        median_ms=float(np.median(drawn)),
-        slowest_ms=max(float(largest[0]), float(drawn.max())),
-    )
+def _asked(constraints: Constraints | float) -> Constraints:
+    if isinstance(constraints, Constraints):
+        return constraints
+    return Constraints(latency_ms=constraints)
 
 
-def _lowered(missed: VerifiedNetwork, timed: Sequence[VerifiedNetwork]) -> float:
-    """What the next network may be predicted to take, in ms.
+def _require_satisfiable(row: CostRange, session: Specializer) -> None:
+    """Refuse at once what no network can keep, whatever the other limits are.
 
-    Lower than the one that missed the budget by as much as it came out too slow, and a
-    little more. A single bad timing must not throw the search far down; what all timed
-    networks are slower than predicted, though, the next one will be, too.
+    A latency just below the fastest prediction is worth a measurement.
     """
-    excess = missed.verdict.upper_ms / missed.budget_ms
-    slowdown = min(n.verdict.upper_ms / n.predicted.ms for n in timed)
-    limit_ms = missed.predicted.ms / min(excess, MAX_EXCESS)
-    return BUDGET_STEP * min(limit_ms, missed.budget_ms / slowdown)
+    slack = session.predictor.upper_ratio if row.constraint == "latency" else 1.0
+    if row.satisfiable or row.limit is None or row.best <= row.limit * slack:
+        return
+    name, where = session.supernet.space.name, session.target.backend
+    if row.constraint == "latency":
+        raise InfeasibleBudget(
+            f"no network of {name} meets {row.limit:g} ms on {where} here; the fastest "
+            f"is predicted to take {row.best:.4g} ms. Ask for at least "
+            f"{row.best * slack:.4g} ms",
+            budget_ms=row.limit,
+            fastest_ms=row.best,
+        )
+    told = {
+        "size": (f"{row.limit:,.0f} bytes", f"weights alone take {row.best:,.0f}"),
+        "memory": (f"{row.limit:g} MB", f"needs at least {row.best:.4g}"),
+        "accuracy": (
+            f"an accuracy of {row.limit:.2%}",
+            f"is predicted to reach {row.best:.2%}",
+        ),
+    }
+    asked, reached = told[row.constraint]
+    raise InfeasibleBudget(
+        f"no network of {name} keeps {asked}: the one that comes nearest {reached}. "
+        "Loosen that limit",
+        budget_ms=None,
+        fastest_ms=None,
+    )
 
 
 @contextmanager
@@ -427,52 +402,6 @@ def read_inputs(
     return images, evaluation
 
 
-def _opened(supernet: str | Path | StoredSupernet) -> StoredSupernet:
+def opened(supernet: str | Path | StoredSupernet) -> StoredSupernet:
+    """A supernet, whichever way it is named."""
     return supernet if isinstance(supernet, StoredSupernet) else open_supernet(supernet)
-
-
-def specialize(
-    device: str,
-    *,
-    latency_ms: float,
-    out: str | Path,
-    supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
-    calibration: str | Path | NDArray[np.uint8] | None = None,
-    eval_data: str | Path | ImageSet | None = None,
-    table: str | Path | None = None,
-    seed: int = 0,
-    reporter: Reporter | None = None,
-) -> Bundle:
-    """A verified bundle whose model meets a latency budget on this machine.
-
-    One call of a `Specializer`; keep one for several budgets.
-
-    Args:
-        device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
-        latency_ms: Budget for the quiet-state latency of one image.
-        out: Folder of the bundle; must not exist, or be empty.
-        supernet: Name in the zoo, folder of one that was trained, or one that is open.
-        calibration: Images for the batch-norm statistics instead of the supernet's
-            own: a folder, .zip or .npz, or `(n, H, W, 3)` uint8.
-        eval_data: Labelled images to measure the accuracy on; None to predict it.
-        table: A latency table's file to use instead of looking for one.
-        seed: Of the search.
-        reporter: Told of progress.
-
-    Raises:
-        InfeasibleBudget: No network meets the budget; carries the fastest.
-        DeployError: Anything else that is wrong; see `ofa_deploy.errors`.
-    """
-    require_budget(latency_ms)
-    require_free(Path(out))
-    parse_target(device)
-    reporter = reporter or Silent()
-    opened = _opened(supernet)
-    # What is wrong with them is told before the profiling, not after it.
-    images, evaluation = read_inputs(
-        opened, calibration=calibration, eval_data=eval_data, reporter=reporter
-    )
-    session = Specializer(device, supernet=opened, table=table, reporter=reporter)
-    return session.specialize(
-        latency_ms, out=out, calibration=images, eval_data=evaluation, seed=seed
-    )

@@ -62,23 +62,9 @@ class NetworkPlan:
 
     @property
     def peak_activation_bytes(self) -> int:
-        """Most bytes of float32 activations alive at once.
-
-        A layer's input, its output, and the shortcut that waits for the block's end.
-        """
-        return max(_block_peak_floats(b) for b in self.blocks) * BYTES_PER_FLOAT
-
-
-def _block_peak_floats(block: BlockPlan) -> int:
-    shortcut = block.in_channels * block.in_size**2 if block.residual else 0
-    channels, peak = block.in_channels, 0
-    for index, layer in enumerate(block.layers):
-        out_channels = getattr(layer, "out_channels", channels)
-        alive = channels * layer.in_size**2 + out_channels * layer.out_size**2
-        # The first layer reads the shortcut itself: it is alive once, not twice.
-        peak = max(peak, alive + (shortcut if index else 0))
-        channels = out_channels
-    return peak
+        """Most bytes of float32 activations alive at once."""
+        peak = max(block.peak_activation_count for block in self.blocks)
+        return peak * BYTES_PER_FLOAT
 
 
 def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:

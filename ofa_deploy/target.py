@@ -23,19 +23,30 @@ class Target:
     threads: int
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str, *, threads: int | None = None) -> Target:
     """The target that a text names.
 
+    Args:
+        text: Such as `openvino-cpu?threads=2`.
+        threads: Likewise; None leaves it to the text, and 1 where it has none.
+
     Raises:
-        DeviceError: Unknown backend or option, or a bad thread count.
+        DeviceError: Unknown backend or option, a bad thread count, or two of them.
     """
+    if threads is not None:
+        if "threads=" in text:
+            raise DeviceError(
+                f"device {text!r} names its threads, and threads={threads} is given "
+                "besides; give one of them"
+            )
+        text = f"{text}{'&' if '?' in text else '?'}threads={threads}"
     backend, _, query = text.partition("?")
     if backend not in backend_names():
         raise DeviceError(
             f"device {text!r} is unknown; there are {', '.join(backend_names())}, "
             "optionally with ?threads=N"
         )
-    threads = 1
+    count = 1
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key != "threads":
             raise DeviceError(
@@ -47,5 +58,5 @@ def parse_target(text: str) -> Target:
                 f"device {text!r}: threads={value!r} must be a whole number from 1 to "
                 f"{cores}, the cores that this process can use"
             )
-        threads = int(value)
-    return Target(backend=backend, threads=threads)
+        count = int(value)
+    return Target(backend=backend, threads=count)

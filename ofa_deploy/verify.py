@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.errors import ParityError
+from ofa_deploy.constraints import ConstraintName, Constraints, Evidence, Verdict
+from ofa_deploy.errors import DeviceUnfit, ParityError, UnstableMeasurement
 from ofa_deploy.inference import infer
 from ofa_deploy.predict.latency import ONE_SIDED_95
 from profilers.backends.base import Session
 from profilers.fresh import FreshMeasurement
+from profilers.measurement import MeasureSettings
+from profilers.stats import percentile_floor
 
 MAX_RELATIVE_ERROR = 1e-4
+# Runs at a rate where only their quiet latency matters.
+MEDIAN_RUNS = 100
+# Visits of a process at a rate: between two the anchor is read, which takes time.
+PACED_VISITS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyClaim:
+    """Top-1 accuracy, 0..1, and where it comes from.
+
+    Args:
+        kind: "measured" on the exported file, or "predicted".
+        value: The accuracy.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        image_count: Images it was measured on, or that its predictor's labels were.
+    """
+
+    kind: Evidence
+    value: float
+    low: float
+    high: float
+    image_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,31 +114,133 @@ def run_one_by_one(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencyVerdict:
-    """A measurement against a budget.
+def judge_latency(
+    measurement: FreshMeasurement, *, budget_ms: float, percentile: int = 50
+) -> Verdict:
+    """Hold a fresh measurement of the exported file against a budget.
 
     Args:
+        measurement: Of the file.
         budget_ms: What was asked for.
-        measured_ms: Quiet-state latency of the exported file.
-        upper_ms: Its one-sided 95 % bound; what must stay within the budget.
+        percentile: Of all runs; 50 speaks of the quiet state.
+
+    Raises:
+        UnstableMeasurement: The runs are too few for the percentile, or too short to
+            be timed one by one.
     """
+    found_ms: float | None = measurement.quiet_ms
+    bound_ms: float | None = measurement.quiet_ms * (
+        1 + ONE_SIDED_95 * measurement.standard_error_ratio
+    )
+    if percentile != 50:
+        found_ms = measurement.percentile_ms(percentile)
+        bound_ms = measurement.percentile_upper_ms(percentile)
+    if found_ms is None or bound_ms is None:
+        raise UnstableMeasurement(
+            f"no p{percentile} is known from {len(measurement.samples_ns)} samples: "
+            "either runs are too short to be timed one by one, or more are needed. Ask "
+            "for percentile=50"
+        )
+    return Verdict(
+        constraint="latency",
+        limit=budget_ms,
+        found=found_ms,
+        bound=bound_ms,
+        evidence="measured",
+    )
 
-    budget_ms: float
-    measured_ms: float
-    upper_ms: float
 
-    @property
-    def meets_budget(self) -> bool:
-        """Whether the file is within the budget, its uncertainty included."""
-        return self.upper_ms <= self.budget_ms
+def judge(
+    constraints: Constraints,
+    *,
+    measurement: FreshMeasurement,
+    size_bytes: int,
+    accuracy: AccuracyClaim,
+) -> tuple[Verdict, ...]:
+    """Hold what was found of an exported file against all that was asked for.
+
+    Args:
+        constraints: What was asked for.
+        measurement: Of the file.
+        size_bytes: Of what the runtime loads.
+        accuracy: Measured or predicted.
+
+    Raises:
+        UnstableMeasurement: See `judge_latency`.
+        DeviceUnfit: A limit on memory, and the system does not tell of any.
+    """
+    verdicts: list[Verdict] = []
+    if constraints.latency_ms is not None:
+        verdicts.append(
+            judge_latency(
+                measurement,
+                budget_ms=constraints.latency_ms,
+                percentile=constraints.percentile,
+            )
+        )
+    if constraints.size_bytes is not None:
+        verdicts.append(_exact("size", constraints.size_bytes, size_bytes))
+    if constraints.peak_memory_mb is not None:
+        if measurement.memory_mb is None:
+            raise DeviceUnfit(
+                f"peak_memory_mb={constraints.peak_memory_mb:g}: this system does not "
+                "tell how much memory a process takes; leave that limit out"
+            )
+        verdicts.append(
+            _exact("memory", constraints.peak_memory_mb, measurement.memory_mb)
+        )
+    if constraints.min_accuracy is not None:
+        verdicts.append(
+            Verdict(
+                constraint="accuracy",
+                limit=constraints.min_accuracy,
+                found=accuracy.value,
+                bound=accuracy.value,
+                evidence=accuracy.kind,
+            )
+        )
+    return tuple(verdicts)
 
 
-def judge_latency(measurement: FreshMeasurement, *, budget_ms: float) -> LatencyVerdict:
-    """Hold a fresh measurement of the exported file against the budget."""
-    margin = 1 + ONE_SIDED_95 * measurement.standard_error_ratio
-    return LatencyVerdict(
-        budget_ms=budget_ms,
-        measured_ms=measurement.quiet_ms,
-        upper_ms=measurement.quiet_ms * margin,
+def _exact(constraint: ConstraintName, limit: float, found: float) -> Verdict:
+    return Verdict(
+        constraint=constraint,
+        limit=limit,
+        found=found,
+        bound=found,
+        evidence="measured",
+    )
+
+
+def enough_runs(
+    settings: MeasureSettings, constraints: Constraints, *, processes: int
+) -> MeasureSettings:
+    """Settings whose runs, over all processes, suffice for the percentile.
+
+    At a rate no more runs are made than that: they take as long as the application's.
+
+    Args:
+        settings: Of one process, without constraints.
+        constraints: Give the percentile and the rate.
+        processes: How many there will be.
+    """
+    floor = percentile_floor(constraints.percentile)
+    # Twice the least: the percentile's own upper bound must be among the runs.
+    needed = 2 * floor if floor > 1 else MEDIAN_RUNS
+    per_process = math.ceil(needed / processes)
+    runs, visits = settings.runs_per_visit, settings.visits
+    if constraints.rate_hz is not None:
+        visits = min(visits, PACED_VISITS)
+        runs = math.ceil(per_process / visits)
+        run_s = 1 / constraints.rate_hz
+    else:
+        visits = max(visits, math.ceil(per_process / runs))
+        run_s = (constraints.latency_ms or 0.0) / 1e3
+    # Twice what they should take; a busy machine takes longer.
+    least_s = 2 * visits * (runs + 1) * run_s
+    return replace(
+        settings,
+        visits=visits,
+        runs_per_visit=runs,
+        max_seconds=max(settings.max_seconds, least_s),
     )

@@ -28,6 +28,8 @@ from profilers.fresh import ProcessReport
 from profilers.json_reader import Json, parse_json
 from profilers.layers import LAYER_RUNS, encode_layers, profile_layers
 from profilers.measure import ModelUnderTest, measure_models
+from profilers.memory import MemoryGauge
+from profilers.pace import Pace
 from profilers.timing import TIERS, Timing, time_models
 from profilers.worker import work
 
@@ -46,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--backend", required=True)
     measure.add_argument("--threads", type=_count, required=True)
     measure.add_argument("--settings", required=True, help="MeasureSettings as JSON")
+    measure.add_argument("--rate", type=_rate, metavar="HZ", help="runs per second")
+    measure.add_argument(
+        "--sustained",
+        type=_sustained,
+        default=0.0,
+        metavar="SECONDS",
+        help="load before the first timed run",
+    )
     timing = commands.add_parser("time", help="time model files, show a table")
     timing.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     timing.add_argument("--backend", required=True, choices=backend_names())
@@ -86,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backend_name=parsed.backend,
             threads=parsed.threads,
             settings_text=parsed.settings,
+            pace=Pace(rate_hz=parsed.rate, sustained_s=parsed.sustained),
         )
     except (DeployError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -114,14 +125,32 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _rate(text: str) -> float:
+    return _paced(text, "rate_hz")
+
+
+def _sustained(text: str) -> float:
+    return _paced(text, "sustained_s")
+
+
+def _paced(text: str, field: str) -> float:
+    try:
+        value = float(text)
+        Pace(**{field: value})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return value
+
+
 def _measure(
-    model: Path, *, backend_name: str, threads: int, settings_text: str
+    model: Path, *, backend_name: str, threads: int, settings_text: str, pace: Pace
 ) -> ProcessReport:
     settings = decode_settings(parse_json(settings_text))
     rng = np.random.default_rng(settings.seed)
     backend = get_backend(backend_name)
     # The runtime's own start-up is the process's cost, not the model's.
     backend.runtime(threads=threads)
+    gauge = MemoryGauge()
     start_ns = time.perf_counter_ns()
     with backend.load(model, threads=threads) as session:
         loaded_ns = time.perf_counter_ns()
@@ -129,16 +158,20 @@ def _measure(
         first_ns = time.perf_counter_ns()
         session.run(inputs)
         done_ns = time.perf_counter_ns()
+        session.run(inputs)
+        memory_mb = gauge.peak_growth_mb()
     run = measure_models(
         [ModelUnderTest(name=model.name, model=model)],
         backend=backend,
         threads=threads,
         settings=settings,
         rng=rng,
+        pace=pace,
     )
     return ProcessReport(
         load_ms=max(1, loaded_ns - start_ns) / 1e6,
         first_inference_ms=max(1, done_ns - first_ns) / 1e6,
+        memory_mb=memory_mb,
         run=run,
     )
 

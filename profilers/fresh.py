@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,9 @@ from profilers.measurement import (
     Stability,
     Visit,
     percentile_of,
+    percentile_upper_of,
 )
+from profilers.pace import Pace
 from profilers.process import run_for_line
 from profilers.summary import fit_visits, summarize_model
 
@@ -45,11 +47,14 @@ class ProcessReport:
     Attributes:
         load_ms: Loading and compiling the model.
         first_inference_ms: The first run after it.
+        memory_mb: Growth of the process's memory by loading and running, at its peak,
+            in 10^6 bytes; None where the system does not tell.
         run: Everything after that; one measurement.
     """
 
     load_ms: float
     first_inference_ms: float
+    memory_mb: float | None
     run: MeasurementRun
 
     def __post_init__(self) -> None:
@@ -69,6 +74,7 @@ class ProcessReport:
             {
                 "load_ms": self.load_ms,
                 "first_inference_ms": self.first_inference_ms,
+                "memory_mb": self.memory_mb,
                 "run": encode_run(self.run),
             },
             allow_nan=False,
@@ -82,11 +88,14 @@ class ProcessReport:
             FormatError: The text is not a report.
         """
         node = parse_json(text)
-        fields = node.fields("load_ms", "first_inference_ms", "run")
+        fields = node.fields("load_ms", "first_inference_ms", "memory_mb", "run")
         return node.build(
             lambda: cls(
                 load_ms=fields["load_ms"].positive(),
                 first_inference_ms=fields["first_inference_ms"].positive(),
+                memory_mb=fields["memory_mb"].optional(
+                    lambda node: node.number(minimum=0)
+                ),
                 run=decode_run(fields["run"]),
             )
         )
@@ -109,6 +118,9 @@ class FreshMeasurement:
             minus 1.
         first_inference_ms: Median over the processes.
         load_ms: Median over the processes.
+        memory_mb: The most of any process, as `ProcessReport` counts it.
+        beta: Share of the anchor's slowdown that the model has, given or fitted.
+        anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
         conditions: As the last process read them.
         indicative: The device is shared.
         stability: Whether the precision asked for was reached.
@@ -124,6 +136,9 @@ class FreshMeasurement:
     process_spread_ratio: float
     first_inference_ms: float
     load_ms: float
+    memory_mb: float | None
+    beta: float
+    anchor_reference_ns: float
     conditions: Conditions
     indicative: bool
     stability: Stability
@@ -137,6 +152,10 @@ class FreshMeasurement:
         """Percentile of all runs; None where it is not known."""
         return percentile_of(self.visits, percentile)
 
+    def percentile_upper_ms(self, percentile: float) -> float | None:
+        """What that percentile is below with 95 % certainty; None likewise."""
+        return percentile_upper_of(self.visits, percentile)
+
 
 def measure_in_fresh_process(
     model_path: Path,
@@ -147,6 +166,7 @@ def measure_in_fresh_process(
     processes: int,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
+    pace: Pace | None = None,
     timeout_s: float | None = None,
     interpreter: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -162,7 +182,9 @@ def measure_in_fresh_process(
         beta: Of the table that the budget was chosen by; None fits it here.
         anchor_reference_ns: Of that table. Without it, a machine that is slow all
             along makes the model look slow.
-        timeout_s: For one process; None allows for `settings` and the start.
+        pace: Of the runs; None for one after the other. The load before them is the
+            first process's: the others begin while the device is still under it.
+        timeout_s: For one process; None allows for `settings`, `pace` and the start.
         interpreter: Python to run; None takes this one.
         progress: Called with processes done and all of them.
 
@@ -180,6 +202,9 @@ def measure_in_fresh_process(
                 threads=threads,
                 settings=settings,
                 number=number,
+                pace=pace
+                if pace is None or not number
+                else replace(pace, sustained_s=0.0),
                 timeout_s=timeout_s,
                 interpreter=interpreter,
             )
@@ -201,6 +226,7 @@ def report_of_fresh_process(
     threads: int,
     settings: MeasureSettings,
     number: int,
+    pace: Pace | None = None,
     timeout_s: float | None = None,
     interpreter: str | None = None,
 ) -> ProcessReport:
@@ -212,20 +238,26 @@ def report_of_fresh_process(
         threads: Threads of one inference.
         settings: How carefully.
         number: Of the process, from 0 on; changes the seed.
-        timeout_s: For the process; None allows for `settings` and the start.
+        pace: Of the runs; None for one after the other.
+        timeout_s: For the process; None allows for `settings`, `pace` and the start.
         interpreter: Python to run; None takes this one.
 
     Raises:
         RunFailed: The process failed, crashed, or took too long.
     """
+    pace = pace or Pace()
     if timeout_s is None:
-        timeout_s = settings.max_seconds + STARTUP_ALLOWANCE_S
+        # Two visits are made however long they take; at a slow pace they take long.
+        paced_s = 3 * settings.runs_per_visit * pace.period_s + pace.sustained_s
+        timeout_s = settings.max_seconds + paced_s + STARTUP_ALLOWANCE_S
     seeded = {**encode_flat(settings), "seed": settings.seed + number}
     label = f"the process measuring {model_path}"
     line = run_for_line(
         [
             *("measure", str(model_path), "--backend", backend_name),
             *("--threads", str(threads), "--settings", json.dumps(seeded)),
+            *(("--rate", repr(pace.rate_hz)) if pace.rate_hz else ()),
+            *(("--sustained", repr(pace.sustained_s)) if pace.sustained_s else ()),
         ],
         label=label,
         timeout_s=timeout_s,
@@ -300,9 +332,17 @@ def pool_reports(
         process_spread_ratio=spread,
         first_inference_ms=median(report.first_inference_ms for report in reports),
         load_ms=median(report.load_ms for report in reports),
+        memory_mb=_most(report.memory_mb for report in reports),
+        beta=pooled.beta,
+        anchor_reference_ns=math.exp(pooled.reference_log_anchor),
         conditions=reports[-1].run.conditions,
         indicative=any(report.run.indicative for report in reports),
         stability=Stability(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),
     )
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None

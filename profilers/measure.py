@@ -39,6 +39,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
+from profilers.pace import Pace, Pacer
 from profilers.quiet import QuietStateFit
 from profilers.summary import fit_visits, need_visits, summarize
 
@@ -205,6 +206,7 @@ def measure_models(
     rng: np.random.Generator,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
+    pace: Pace | None = None,
 ) -> MeasurementRun:
     """Measure models against each other.
 
@@ -221,6 +223,7 @@ def measure_models(
         beta: As an earlier, longer run on this machine found it; None fits it here.
         anchor_reference_ns: Likewise, the anchor's quiet level of an earlier run. A
             run of seconds needs it: the machine may be slow all along.
+        pace: Of the runs; None for one after the other.
 
     Raises:
         DeviceUnfit: `threads` is more than the cores that this process can use.
@@ -243,7 +246,15 @@ def measure_models(
         benches = _load_all(models, backend, threads, stack, rng)
         for bench in benches:
             _warm_up(bench, settings, clock)
-        fit = _visit_all(benches, settings, clock, anchor, progress, rng, known)
+        pacer = None if pace is None else Pacer(pace, clock=clock)
+        if pace is not None:
+            for bench in benches:
+                # Of several runs in a row, all but the first would be off the pace.
+                bench.inner_loops = 1 if pace.rate_hz else bench.inner_loops
+            _sustain(benches, pace, clock)
+        fit = _visit_all(
+            benches, settings, clock, anchor, progress, rng, known, pacer=pacer
+        )
     conditions = read_conditions()
     return MeasurementRun(
         measurements=summarize(names, [b.visits for b in benches], fit, settings),
@@ -334,6 +345,16 @@ def _warm_up(
     bench.inner_loops = min(math.ceil(MIN_SAMPLE_NS / duration_ns), MAX_INNER_LOOPS)
 
 
+def _sustain(benches: Sequence[_Bench], pace: Pace, clock: Clock) -> None:
+    """Run the models in turn, at their pace, for as long as asked."""
+    pacer = Pacer(pace, clock=clock)
+    end_ns = clock() + round(pace.sustained_s * 1e9)
+    while clock() < end_ns:
+        for bench in benches:
+            pacer.wait()
+            bench.sample_ns(clock)
+
+
 def _steady(windows: Sequence[Sequence[int]]) -> bool:
     medians = [statistics.median(window) for window in windows[-STEADY_WINDOWS:]]
     return len(medians) == STEADY_WINDOWS and max(medians) <= min(medians) * (
@@ -349,6 +370,8 @@ def _visit_all(
     progress: Progress | None,
     rng: np.random.Generator,
     known: _Known,
+    *,
+    pacer: Pacer | None,
 ) -> QuietStateFit:
     start_ns = clock()
     deadline_ns = start_ns + round(settings.max_seconds * 1e9)
@@ -362,7 +385,7 @@ def _visit_all(
             if bounded and clock() >= deadline_ns:
                 return
             anchor_ns = _visit(
-                chosen[index], settings, clock, anchor, anchor_ns, start_ns
+                chosen[index], settings, clock, anchor, anchor_ns, start_ns, pacer=pacer
             )
             done += 1
             if progress is not None:
@@ -393,6 +416,8 @@ def _visit(
     anchor: Anchor,
     anchor_before_ns: int,
     start_ns: int,
+    *,
+    pacer: Pacer | None = None,
 ) -> int:
     """Visit a model once; return the anchor's reading after it.
 
@@ -400,9 +425,11 @@ def _visit(
     """
     time_ns = clock() - start_ns
     bench.sample_ns(clock)  # brings the model back into the caches; not kept
-    samples_ns = tuple(
-        max(1, bench.sample_ns(clock)) for _ in range(settings.runs_per_visit)
-    )
+    samples_ns = []
+    for _ in range(settings.runs_per_visit):
+        if pacer is not None:
+            pacer.wait()
+        samples_ns.append(max(1, bench.sample_ns(clock)))
     anchor_after_ns = anchor.measure_ns()
     bench.visits.append(
         Visit(
@@ -410,7 +437,7 @@ def _visit(
             anchor_before_ns=anchor_before_ns,
             anchor_after_ns=anchor_after_ns,
             inner_loops=bench.inner_loops,
-            samples_ns=samples_ns,
+            samples_ns=tuple(samples_ns),
             fallback=bench.fallback,
         )
     )

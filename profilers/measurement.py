@@ -282,11 +282,21 @@ def percentile_of(visits: Sequence[Visit], percentile: float) -> float | None:
     None where they are too few for it, and, above the median, where samples are means
     of several runs: a mean hides the slow ones.
     """
-    samples_ns = [sample for visit in visits for sample in visit.samples_ns]
+    samples_ns = _single_runs_ns(visits, percentile)
+    return stats.percentile_ms(samples_ns, percentile) if samples_ns else None
+
+
+def percentile_upper_of(visits: Sequence[Visit], percentile: float) -> float | None:
+    """What that percentile is below with 95 % certainty, in ms; None likewise."""
+    samples_ns = _single_runs_ns(visits, percentile)
+    return stats.percentile_upper_ms(samples_ns, percentile) if samples_ns else None
+
+
+def _single_runs_ns(visits: Sequence[Visit], percentile: float) -> list[int]:
     averaged = any(visit.inner_loops > 1 for visit in visits)
-    if not samples_ns or (averaged and percentile > 50):
-        return None
-    return stats.percentile_ms(samples_ns, percentile)
+    if averaged and percentile > 50:
+        return []
+    return [sample for visit in visits for sample in visit.samples_ns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

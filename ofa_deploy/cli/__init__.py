@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ofa_deploy.cli import bundles
 from ofa_deploy.cli import train as training
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.cli.tables import (
     show_bundle,
     show_bundle_json,
     show_diagnosis,
+    show_feasibility,
+    show_fleet,
+    show_frontier,
     show_level,
     show_operators,
     show_quality,
@@ -52,6 +55,7 @@ SupernetName = Annotated[
     str, typer.Option(help="Name in the zoo, or folder of a trained supernet.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the bundle; new or empty.")]
+BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and no bars.")]
 
 
@@ -147,8 +151,9 @@ def profile(
 ) -> None:
     """Measure the blocks of a space on this machine, and keep the table."""
     from ofa_deploy.errors import MeasurementError, SpaceError
+    from ofa_deploy.feasibility import reachable_range
     from ofa_deploy.held_out import measure_and_judge
-    from ofa_deploy.pipeline import DEFAULT_SUPERNET, reachable_range
+    from ofa_deploy.pipeline import DEFAULT_SUPERNET
     from ofa_deploy.predict.latency import fit_latency_predictor
     from ofa_deploy.profiling import cache_folder, level_change, measure_table
     from ofa_deploy.target import parse_target
@@ -209,13 +214,43 @@ def profile(
 
 @app.command()
 def specialize(
-    latency_ms: Annotated[float, typer.Option(help="Budget in milliseconds.")],
     out: Out,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Budget in milliseconds.")
+    ] = None,
+    percentile: Annotated[
+        int, typer.Option(help="Of the runs the budget speaks of: 50, 90, 95 or 99.")
+    ] = 50,
+    size_bytes: Annotated[
+        int | None, typer.Option(help="Largest model that will do, in bytes.")
+    ] = None,
+    peak_memory_mb: Annotated[
+        float | None, typer.Option(help="Memory that loading and running may take.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Accuracy to keep, 0..1; the fastest that does is taken."),
+    ] = None,
+    rate_hz: Annotated[
+        float | None, typer.Option(help="The application's runs per second.")
+    ] = None,
+    sustained_s: Annotated[
+        float, typer.Option(help="Seconds of load before the first timed run.")
+    ] = 0.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Of one inference; default: the device's, or 1.")
+    ] = None,
     device: Device = "openvino-cpu",
     supernet: SupernetName = "cifar10-small",
     table: Annotated[
         Path | None, typer.Option(help="Latency table to use; default: find one.")
     ] = None,
+    reprofile: Annotated[
+        bool, typer.Option("--reprofile", help="Measure anew if the table is stale.")
+    ] = False,
+    accept_drift: Annotated[
+        bool, typer.Option("--accept-drift", help="Use a table that is stale.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
@@ -225,22 +260,111 @@ def specialize(
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make a verified bundle whose model meets the budget on this machine."""
-    from ofa_deploy.pipeline import specialize as run
+    """Make a verified bundle whose model keeps your limits on this machine."""
+    from ofa_deploy.api import specialize as run
+    from ofa_deploy.errors import MeasurementError
 
-    with nullcontext() if as_json else StageBar(_console) as bar:
+    if reprofile and accept_drift:
+        raise MeasurementError(
+            "--reprofile measures a stale table anew, --accept-drift uses it as it is; "
+            "give one of them"
+        )
+    console = _no_console if as_json else _console
+    with StageBar(console) as bar:
         bundle = run(
             device,
-            latency_ms=latency_ms,
             out=out,
+            latency_ms=latency_ms,
+            percentile=percentile,
+            size_bytes=size_bytes,
+            peak_memory_mb=peak_memory_mb,
+            min_accuracy=min_accuracy,
+            rate_hz=rate_hz,
+            sustained_s=sustained_s,
+            threads=threads,
             supernet=supernet,
             table=table,
+            on_drift=(
+                "reprofile" if reprofile else "accept" if accept_drift else "refuse"
+            ),
             calibration=calibration,
             eval_data=eval_data,
             seed=seed,
             reporter=bar,
+            told=lambda rows: show_feasibility(console, rows),
         )
     show_bundle_json(bundle) if as_json else show_bundle(_console, bundle)
+
+
+@app.command()
+def fleet(
+    device: Annotated[
+        list[str],
+        typer.Option(help="A device and its budget in ms, such as openvino-cpu=0.5."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the bundles; new or empty.")],
+    max_models: Annotated[
+        int | None, typer.Option(help="Different networks at most.")
+    ] = None,
+    supernet: SupernetName = "cifar10-small",
+    accept_drift: Annotated[
+        bool, typer.Option("--accept-drift", help="Use tables that are stale.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Your images instead of the supernet's own.")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle for each of several devices, of a few networks in all."""
+    from ofa_deploy.fleet import specialize_fleet
+
+    with StageBar(_no_console if as_json else _console) as bar:
+        found = specialize_fleet(
+            bundles.budgets_by_device(device),
+            out=out,
+            max_models=max_models,
+            supernet=supernet,
+            calibration=calibration,
+            eval_data=eval_data,
+            on_drift="accept" if accept_drift else "refuse",
+            reporter=bar,
+        )
+    if as_json:
+        content = {"path": str(found.path), "members": list(map(asdict, found.members))}
+        print(json.dumps(content, indent=2, sort_keys=True))
+    else:
+        show_fleet(_console, found)
+
+
+@app.command()
+def frontier(
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path(
+        "frontier.html"
+    ),
+    device: Device = "openvino-cpu",
+    supernet: SupernetName = "cifar10-small",
+    table: Annotated[
+        Path | None, typer.Option(help="Latency table to use; default: find one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show all that a supernet offers on this machine: latency, accuracy and size."""
+    from ofa_deploy.fronts import frontier as find
+
+    _require_folder("--out", out)
+    with StageBar(_no_console if as_json else _console) as bar:
+        found = find(device, supernet=supernet, table=table, seed=seed, reporter=bar)
+        found.write_report(out)
+    if as_json:
+        content = [asdict(network) for network in found.networks]
+        print(json.dumps({"report": str(out), "networks": content}, indent=2))
+    else:
+        show_frontier(_console, found.networks)
+        _console.print(f"the whole front is in {out}")
 
 
 @app.command()
@@ -254,7 +378,8 @@ def demo(
 
     console = _no_console if as_json else _console
     with StageBar(console) as bar:
-        session = Specializer(device, reporter=bar)
+        # A first look must not end with a request to profile.
+        session = Specializer(device, on_drift="reprofile", reporter=bar)
     reachable = session.reachable()
     show_range(console, reachable)
     budget_ms = round(reachable.middle_ms, 3)
@@ -266,23 +391,35 @@ def demo(
 
 
 @app.command()
-def check(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+def check(bundle: BundleFolder, as_json: AsJson = False) -> None:
+    """Check a bundle's digests, and its outputs on this machine's runtime."""
+    bundles.check(bundle, console=_console, as_json=as_json)
+
+
+@app.command()
+def bench(bundle: BundleFolder, as_json: AsJson = False) -> None:
+    """Time a bundle's model again, here and now."""
+    bundles.bench(bundle, console=_console, quiet=_no_console, as_json=as_json)
+
+
+@app.command()
+def assert_latency(
+    bundle: BundleFolder,
+    max_ms: Annotated[float, typer.Option(help="Latency to keep, in milliseconds.")],
+    percentile: Annotated[
+        int, typer.Option(help="Of the runs it speaks of: 50, 90, 95 or 99.")
+    ] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle's digests, and its outputs on this machine's runtime."""
-    from ofa_deploy.bundle import Bundle
-
-    with Bundle.open(bundle) as opened:
-        report = opened.check()
-    if as_json:
-        print(json.dumps(asdict(report), indent=2, sort_keys=True))
-    else:
-        _console.print(
-            f"{bundle} is intact: every digest matches; outputs on this machine are "
-            f"within {report.max_relative_error:.1e} of the reference, the same top "
-            f"class on {report.top1_agreement:.0%} of {report.image_count} images"
-        )
+    """Fail with exit code 1 if a bundle's model is slower here and now."""
+    bundles.assert_latency(
+        bundle,
+        max_ms=max_ms,
+        percentile=percentile,
+        console=_console,
+        quiet=_no_console,
+        as_json=as_json,
+    )
 
 
 @app.command()

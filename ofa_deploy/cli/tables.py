@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ofa_deploy.bundle import Bundle
+from ofa_deploy.constraints import MEGABYTE, UNITS, Verdict
+from ofa_deploy.feasibility import CostRange, ReachableRange
+from ofa_deploy.fleet import Fleet
+from ofa_deploy.fronts import FrontNetwork
 from ofa_deploy.held_out import HeldOutQuality
-from ofa_deploy.pipeline import ReachableRange
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.probe import OperatorFact, WidthFact
 from ofa_deploy.profiling import LevelChange
@@ -22,6 +25,7 @@ from profilers.table import LatencyTable
 
 # The quiet level of a machine that holds still is found again within this.
 SAME_LEVEL_RATIO = 0.03
+SHOWN_NETWORKS = 12  # of a front
 WIDTH_BAR = 40  # characters of the slowest width's bar
 
 
@@ -33,7 +37,10 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
     rows = [
         ("bundle", str(bundle.path)),
         ("model", f"{manifest.config_id}  ({manifest.model_file})"),
-        ("budget", f"{manifest.budget_ms:.4g} ms"),
+        *(
+            ("kept" if place == 0 else "", _verdict(verdict))
+            for place, verdict in enumerate(manifest.verdicts)
+        ),
         (
             "measured",
             f"{measured.quiet_ms:.4g} ms ± {measured.standard_error_ratio:.1%} in the "
@@ -76,6 +83,19 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
     console.print(table)
 
 
+def _verdict(verdict: Verdict) -> str:
+    if verdict.constraint == "accuracy":
+        return (
+            f"accuracy {verdict.bound:.2%} ({verdict.evidence}), at least "
+            f"{verdict.limit:.2%} was asked for"
+        )
+    unit = UNITS[verdict.constraint]
+    return (
+        f"{verdict.constraint} up to {verdict.bound:.6g} {unit}, at most "
+        f"{verdict.limit:.6g} {unit} was asked for"
+    )
+
+
 def _percentiles(bundle: Bundle) -> str:
     measured = bundle.manifest.measured
     parts = [f"median {measured.median_ms:.4g}"]
@@ -83,6 +103,8 @@ def _percentiles(bundle: Bundle) -> str:
         parts.append(f"p90 {measured.p90_ms:.4g}")
     if measured.p95_ms is not None:
         parts.append(f"p95 {measured.p95_ms:.4g}")
+    if measured.p99_ms is not None:
+        parts.append(f"p99 {measured.p99_ms:.4g}")
     return (
         f"{', '.join(parts)} ms over {measured.sample_count} runs in "
         f"{measured.process_count} fresh processes"
@@ -102,6 +124,69 @@ def show_range(console: Console, reachable: ReachableRange) -> None:
         f"reachable here: {reachable.fastest_ms:.4g} ms (fastest)  "
         f"{reachable.median_ms:.4g} ms (median)  "
         f"{reachable.slowest_ms:.4g} ms (slowest)"
+    )
+
+
+def show_feasibility(console: Console, rows: Sequence[CostRange]) -> None:
+    """What can be reached of each thing, and whether what is asked for can be."""
+    table = Table("predicted", "best", "median", "worst", "asked for", "", box=None)
+    for row in rows:
+        shown = [_amount(row, value) for value in (row.best, row.median, row.worst)]
+        asked = "" if row.limit is None else _amount(row, row.limit)
+        told = "" if row.limit is None else "possible" if row.satisfiable else "never"
+        table.add_row(row.constraint, *shown, asked, told)
+    console.print(table)
+
+
+def _amount(row: CostRange, value: float) -> str:
+    if row.constraint == "accuracy":
+        return f"{value:.2%}"
+    if row.constraint == "size":
+        return f"{value:,.0f} bytes"
+    return f"{value:.4g} {UNITS[row.constraint]}"
+
+
+def show_frontier(console: Console, networks: Sequence[FrontNetwork]) -> None:
+    """Some networks of a front, evenly spread over its latencies."""
+    fast = [n for n in networks if n.on_latency_front]
+    count = min(SHOWN_NETWORKS, len(fast))
+    places = [round(i * (len(fast) - 1) / max(1, count - 1)) for i in range(count)]
+    table = Table("latency, ms", "accuracy", "weights, MB", "network", box=None)
+    for place in places:
+        network = fast[place]
+        table.add_row(
+            f"{network.latency_ms:.4g}",
+            f"{network.accuracy:.2%}",
+            f"{network.weight_bytes / MEGABYTE:.3g}",
+            network.config_id,
+        )
+    console.print(table)
+    console.print(
+        f"{count} of {len(fast)} networks that none is both faster and more accurate "
+        f"than; {len(networks)} with size as well. All by prediction"
+    )
+
+
+def show_fleet(console: Console, fleet: Fleet) -> None:
+    """Who runs what, and what sharing costs."""
+    table = Table(
+        *("device", "budget, ms", "measured, ms", "model", "accuracy", "alone"),
+        box=None,
+    )
+    for member in fleet.members:
+        table.add_row(
+            member.device,
+            f"{member.latency_ms:.4g}",
+            f"{member.measured_ms:.4g}",
+            f"{member.model_number}: {member.config_id}",
+            f"{member.accuracy:.2%}",
+            f"{member.accuracy_alone:.2%}",
+        )
+    console.print(table)
+    console.print(
+        f"{fleet.model_count} networks for {len(fleet.members)} devices, in "
+        f"{fleet.path}; *alone* is predicted of the network that a device would get "
+        "for itself"
     )
 
 

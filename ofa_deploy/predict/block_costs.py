@@ -6,8 +6,9 @@ list of prices per gene.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,19 +48,40 @@ def look_up_blocks(
     Raises:
         UnmeasuredBlock: Names the first block that is missing.
     """
+    outside, slots = costs_by_genes(
+        space, lambda block: _costs(block, latency_ms_by_key)
+    )
+    return BlockCosts(fixed=outside.sum(axis=1), slots=slots)
+
+
+def costs_by_genes(
+    space: SearchSpace, costs: Callable[[BlockPlan], Sequence[float]]
+) -> tuple[Floats, Floats]:
+    """Costs of every block that a gene can choose, and of those that none does.
+
+    Args:
+        space: Whose blocks.
+        costs: A block to its costs, always as many.
+
+    Returns:
+        Stem and head, `(resolutions, blocks, costs)`; and the others,
+        `(resolutions, slots, kernels, expands, costs)`. A stage with fewer choices
+        than another repeats its last one.
+    """
     kernels = max(len(s.kernels) for s in space.stages)
     expands = max(len(s.expands) for s in space.stages)
-    fixed = np.zeros((len(space.resolutions), len(COSTS)))
-    slots = np.zeros((len(fixed), space.slot_count, kernels, expands, len(COSTS)))
-    for r, resolution in enumerate(space.resolutions):
-        for k in range(kernels):
-            for e in range(expands):
-                blocks = lower(space, _uniform(space, resolution, k, e)).blocks
-                rows = [_costs(block, latency_ms_by_key) for block in blocks]
-                staged = [block.name.startswith("stage") for block in blocks]
-                slots[r, :, k, e] = np.array(rows)[staged]
-                fixed[r] = np.array(rows)[~np.array(staged)].sum(axis=0)
-    return BlockCosts(fixed=fixed, slots=slots)
+    outside: list[list[Sequence[float]]] = []
+    inside: list[list[Sequence[float]]] = []
+    for resolution in space.resolutions:
+        for kernel, expand in product(range(kernels), range(expands)):
+            blocks = lower(space, _uniform(space, resolution, kernel, expand)).blocks
+            staged = [block for block in blocks if block.name.startswith("stage")]
+            inside.append([costs(block) for block in staged])
+        rest = [block for block in blocks if not block.name.startswith("stage")]
+        outside.append([costs(block) for block in rest])
+    slots = np.array(inside, dtype=np.float64)
+    slots = slots.reshape(len(outside), kernels, expands, space.slot_count, -1)
+    return np.array(outside, dtype=np.float64), slots.transpose(0, 3, 1, 2, 4)
 
 
 def _uniform(

@@ -1,4 +1,4 @@
-"""Evolutionary search under a latency budget, on whole populations at once.
+"""Evolutionary search under limits, on whole populations at once.
 
 Source: the Once-for-All code's evolution finder (population 100, 500 generations,
 a quarter survives, half of the children are mutants, half crossovers). It rejects
@@ -15,46 +15,91 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.errors import InfeasibleBudget, SpaceError
+from ofa_deploy.constraints import require_budget
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.search.breeding import Breeding, promoted, unlike
 from ofa_deploy.search.dominance import Promotion
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
-Objective = Callable[[Genomes], NDArray[np.float64]]
+Floats = NDArray[np.float64]
+Objective = Callable[[Genomes], Floats]
+
+# Below any score: networks that exceed a limit come after all that do not.
+EXCEEDED = -1e6
 
 
-def require_budget(budget_ms: float) -> None:
-    """Refuse a budget that no latency can be compared with.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What must not be exceeded.
 
-    Raises:
-        SpaceError: Not a finite number above 0.
+    Args:
+        label: Names it in messages, such as `latency on openvino-cpu`.
+        unit: Of its values, such as `ms`.
+        value: Genomes `(n, genes)` to values `(n,)`, none below 0.
+        upper: The largest value allowed, above 0.
     """
-    if not (np.isfinite(budget_ms) and budget_ms > 0):
-        raise SpaceError(
-            f"a latency budget of {budget_ms} ms makes no sense; give a finite number "
-            "above 0, such as 0.5"
-        )
+
+    label: str
+    unit: str
+    value: Objective
+    upper: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchProblem:
-    """What to maximise, and under which limit.
+    """What to maximise, and under which limits.
+
+    Args:
+        space: Where to look.
+        score: Genomes `(n, genes)` to what is to be large, `(n,)`, above -1e6.
+        limits: One at least.
+        promotion: Widths to leave out; None for none.
+    """
+
+    space: SearchSpace
+    score: Objective
+    limits: tuple[Limit, ...]
+    promotion: Promotion | None = None
+
+    def load(self, genomes: Genomes) -> Floats:
+        """The share used up of the limit used up the most, `(n,)`; 1 still fits."""
+        shares = [limit.value(genomes) / limit.upper for limit in self.limits]
+        return np.asarray(np.max(shares, axis=0))
+
+    def fitness(self, genomes: Genomes, load: Floats) -> Floats:
+        """The score within the limits; below any, and ordered by excess, outside."""
+        fitness = EXCEEDED - load
+        fits = load <= 1
+        if fits.any():
+            fitness[fits] = self.score(genomes[fits])
+        return fitness
+
+
+def within_latency(
+    space: SearchSpace,
+    *,
+    accuracy: Objective,
+    latency_ms: Objective,
+    budget_ms: float,
+    promotion: Promotion | None = None,
+) -> SearchProblem:
+    """The most accurate network within a latency.
 
     Args:
         space: Where to look.
         accuracy: Genomes `(n, genes)` to predicted accuracies `(n,)`.
         latency_ms: Genomes `(n, genes)` to predicted latencies `(n,)`.
-        budget_ms: Upper bound of `latency_ms`.
+        budget_ms: Upper bound of these.
         promotion: Widths to leave out; None for none.
+
+    Raises:
+        SpaceError: The budget is not a finite number above 0.
     """
-
-    space: SearchSpace
-    accuracy: Objective
-    latency_ms: Objective
-    budget_ms: float
-    promotion: Promotion | None = None
-
-    def __post_init__(self) -> None:
-        require_budget(self.budget_ms)
+    require_budget(budget_ms)
+    limit = Limit(label="latency", unit="ms", value=latency_ms, upper=budget_ms)
+    return SearchProblem(
+        space=space, score=accuracy, limits=(limit,), promotion=promotion
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,17 +107,18 @@ class SearchResult:
     """What a search found.
 
     Args:
-        genomes: Different networks within the budget, best first, `(n, genes)`.
-        accuracy: Their predicted accuracies, `(n,)`.
-        latency_ms: Their predicted latencies, `(n,)`.
-        best_by_generation: Best accuracy so far, never decreasing.
+        genomes: Different networks within the limits, best first, `(n, genes)`.
+        score: Theirs, `(n,)`.
+        load: The largest share of a limit that each uses up, `(n,)`.
+        best_by_generation: Best score so far, never decreasing; `EXCEEDED` and less
+            while none fits.
         evaluation_count: Networks predicted.
     """
 
     genomes: Genomes
-    accuracy: NDArray[np.float64]
-    latency_ms: NDArray[np.float64]
-    best_by_generation: NDArray[np.float64]
+    score: Floats
+    load: Floats
+    best_by_generation: Floats
     evaluation_count: int
 
 
@@ -84,9 +130,9 @@ class Evolution:
         population: Individuals of a generation.
         generations: How many.
         parent_share: Share of the population that survives and breeds.
-        mutant_share: Share of the children that are mutants; the rest are crossovers.
-        block_mutation: Probability that a mutant's block (or depth) is redrawn.
-        resolution_mutation: The same for the resolution.
+        mutant_share: See `Breeding`.
+        block_mutation: See `Breeding`.
+        resolution_mutation: See `Breeding`.
         keep: How many different networks to return at most.
     """
 
@@ -99,41 +145,51 @@ class Evolution:
     keep: int = 10
 
     def search(self, problem: SearchProblem, rng: np.random.Generator) -> SearchResult:
-        """The best networks within the budget.
+        """The best networks within the limits.
 
         Raises:
-            InfeasibleBudget: Not even the fastest network found by a directed descent
-                and random draws fits.
+            InfeasibleBudget: Not one fits: not the one that a directed descent finds,
+                none drawn at random, and, under several limits, no child of these.
         """
-        space = problem.space
+        breeding = Breeding(
+            space=problem.space,
+            promotion=problem.promotion,
+            mutant_share=self.mutant_share,
+            block_mutation=self.block_mutation,
+            resolution_mutation=self.resolution_mutation,
+        )
         population, evaluated = self._first_population(problem, rng)
-        latency = problem.latency_ms(population)
-        fitness = _fitness(problem, population, latency)
-        archive = _Archive.empty(space, self.keep)
-        archive = archive.merged(population, fitness, latency, problem.budget_ms)
-        best = [float(archive.accuracy[0])]
+        load = problem.load(population)
+        fitness = problem.fitness(population, load)
+        if load[0] > 1 and len(problem.limits) == 1:
+            raise _infeasible(problem, population[0])
+        archive = _Archive.empty(problem.space, self.keep)
+        archive = archive.merged(population, fitness, load)
+        best = [float(fitness.max())]
         parent_count = max(2, round(self.population * self.parent_share))
         for _ in range(self.generations):
             survivors = np.argsort(-fitness, kind="stable")[:parent_count]
             parents, parent_fitness = population[survivors], fitness[survivors]
-            children = self._breed(problem, parents, rng)
+            first = parents[rng.integers(len(parents), size=self.population)]
+            second = parents[rng.integers(len(parents), size=self.population)]
+            children = unlike(breeding.children(first, second, rng), parents)
             if not len(children):  # a space of few networks is soon known
                 best.append(best[-1])
                 population, fitness = parents, parent_fitness
                 continue
-            child_latency = problem.latency_ms(children)
-            child_fitness = _fitness(problem, children, child_latency)
+            load = problem.load(children)
+            child_fitness = problem.fitness(children, load)
             evaluated += len(children)
-            archive = archive.merged(
-                children, child_fitness, child_latency, problem.budget_ms
-            )
-            best.append(float(archive.accuracy[0]))
+            archive = archive.merged(children, child_fitness, load)
+            best.append(max(best[-1], float(child_fitness.max())))
             population = np.concatenate([parents, children])
             fitness = np.concatenate([parent_fitness, child_fitness])
+        if not len(archive.genomes):
+            raise _infeasible(problem, population[fitness.argmax()])
         return SearchResult(
             genomes=archive.genomes,
-            accuracy=archive.accuracy,
-            latency_ms=archive.latency_ms,
+            score=archive.score,
+            load=archive.load,
             best_by_generation=np.array(best),
             evaluation_count=evaluated,
         )
@@ -142,144 +198,123 @@ class Evolution:
         self, problem: SearchProblem, rng: np.random.Generator
     ) -> tuple[Genomes, int]:
         space = problem.space
-        fastest, fastest_ms, evaluated = descend_to_fastest(problem, rng)
-        if fastest_ms > problem.budget_ms:
-            raise InfeasibleBudget(
-                f"no network of space {space.name} is predicted to take "
-                f"{problem.budget_ms:g} ms or less; the fastest takes "
-                f"{fastest_ms:.4g} ms. Ask for at least that",
-                budget_ms=problem.budget_ms,
-                fastest_ms=fastest_ms,
-            )
-        drawn = _promoted(problem, space.sample(self.population * 10, rng))
-        latency = problem.latency_ms(drawn)
-        # Any that fit, then those that exceed the budget least; where few fit, the
-        # fastest one's neighbourhood fills up by breeding.
-        order = np.argsort(np.maximum(latency - problem.budget_ms, 0), kind="stable")
-        chosen = np.concatenate([fastest[None], drawn[order]])
+        least, evaluated = descend(
+            space, problem.load, rng, promotion=problem.promotion
+        )
+        drawn = promoted(problem.promotion, space.sample(self.population * 10, rng))
+        # Any that fit, then those that exceed the limits least; where few fit, the
+        # neighbourhood of the least one fills up by breeding.
+        excess = np.maximum(problem.load(drawn) - 1, 0)
+        order = np.argsort(excess, kind="stable")
+        chosen = np.concatenate([least[None], drawn[order]])
         chosen = chosen[first_of_each(chosen)[: self.population]]
         return chosen, evaluated + len(drawn)
 
-    def _breed(
-        self, problem: SearchProblem, parents: Genomes, rng: np.random.Generator
-    ) -> Genomes:
-        """At most a population of children, unlike the parents and each other.
 
-        Copies would take a small population over, and the search stop at a local
-        optimum.
-        """
-        mutant_count = round(self.population * self.mutant_share)
-        first = parents[rng.integers(len(parents), size=self.population)]
-        second = parents[rng.integers(len(parents), size=self.population)]
-        mutants = self._mutate(problem.space, first[:mutant_count], rng)
-        mother, father = first[mutant_count:], second[mutant_count:]
-        crossed = np.where(rng.random(mother.shape) < 0.5, mother, father)
-        bred = problem.space.canonical(np.concatenate([mutants, crossed]))
-        family = np.concatenate([parents, _promoted(problem, bred)])
-        different = first_of_each(family)
-        return family[different[different >= len(parents)]]
-
-    def _mutate(
-        self, space: SearchSpace, genomes: Genomes, rng: np.random.Generator
-    ) -> Genomes:
-        counts = space.choice_counts
-        redrawn = rng.integers(0, counts[None, :], size=genomes.shape)
-        first_slot = space.first_slot_gene
-        changes = rng.random(genomes.shape) < self.block_mutation
-        changes[:, 0] = rng.random(len(genomes)) < self.resolution_mutation
-        # Kernel and expand of a block are redrawn together.
-        blocks = rng.random((len(genomes), space.slot_count)) < self.block_mutation
-        changes[:, first_slot:] = np.repeat(blocks, 2, axis=1)
-        return np.where(changes, redrawn, genomes)
-
-
-def _promoted(problem: SearchProblem, genomes: Genomes) -> Genomes:
-    return genomes if problem.promotion is None else problem.promotion.apply(genomes)
+def _infeasible(problem: SearchProblem, nearest: Genomes) -> InfeasibleBudget:
+    """The refusal, with what the network that comes nearest would need."""
+    space = problem.space
+    needs = [float(limit.value(nearest[None])[0]) for limit in problem.limits]
+    if len(problem.limits) == 1 and problem.limits[0].unit == "ms":
+        limit = problem.limits[0]
+        message = (
+            f"no network of space {space.name} is predicted to take {limit.upper:g} "
+            f"ms or less; the fastest takes {needs[0]:.4g} ms. Ask for at least that"
+        )
+    else:
+        told = "; ".join(
+            f"{limit.label} {need:.4g} {limit.unit}, allowed {limit.upper:.4g}"
+            for limit, need in zip(problem.limits, needs, strict=True)
+        )
+        message = (
+            f"no network of space {space.name} is predicted to keep all limits; the "
+            f"nearest has {told}. Loosen those that it exceeds"
+        )
+    in_ms = [
+        (limit.upper, need)
+        for limit, need in zip(problem.limits, needs, strict=True)
+        if limit.unit == "ms"
+    ]
+    budget_ms, needed_ms = in_ms[0] if in_ms else (None, None)
+    return InfeasibleBudget(
+        message,
+        budget_ms=budget_ms,
+        fastest_ms=needed_ms,
+        nearest=space.decode(nearest).id,
+    )
 
 
-def descend_to_fastest(
-    problem: SearchProblem, rng: np.random.Generator, *, rounds: int = 4
-) -> tuple[Genomes, float, int]:
-    """The fastest network that coordinate descent finds, from the smallest one.
+def descend(
+    space: SearchSpace,
+    value: Objective,
+    rng: np.random.Generator,
+    *,
+    promotion: Promotion | None = None,
+    rounds: int = 4,
+) -> tuple[Genomes, int]:
+    """The network of least value that coordinate descent finds, from the smallest one.
 
     A measured predictor need not rank the smallest network fastest, so each gene's
     choices are tried in turn, all at once per gene.
 
+    Args:
+        space: Where to look.
+        value: Genomes `(n, genes)` to what is to be little, `(n,)`.
+        rng: Gives the order of the genes.
+        promotion: Widths to leave out; None for none.
+        rounds: Over all genes, at most.
+
     Returns:
-        Its genome, its latency in ms, and the number of networks predicted.
+        Its genome, and the number of networks predicted.
     """
-    space = problem.space
     best = np.zeros_like(space.choice_counts)
-    best_ms = float(problem.latency_ms(best[None])[0])
+    least = float(value(best[None])[0])
     evaluated = 1
     for _ in range(rounds):
-        before = best_ms
+        before = least
         for gene in rng.permutation(len(best)):
             trials = np.repeat(best[None], space.choice_counts[gene], axis=0)
             trials[:, gene] = np.arange(len(trials))
             trials = space.canonical(trials)
-            latency = problem.latency_ms(trials)
+            found = value(trials)
             evaluated += len(trials)
-            if latency.min() < best_ms:
-                best, best_ms = trials[latency.argmin()], float(latency.min())
-        if best_ms == before:
+            if found.min() < least:
+                best, least = trials[found.argmin()], float(found.min())
+        if least == before:
             break
     # Widths that cost nothing more; it is no slower for them.
-    best = _promoted(problem, best[None])[0]
-    best_ms = float(problem.latency_ms(best[None])[0])
-    return best, best_ms, evaluated + 1
-
-
-def _fitness(
-    problem: SearchProblem, genomes: Genomes, latency: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Accuracy within the budget; below it, and ordered by excess, outside."""
-    excess = latency - problem.budget_ms
-    fitness = -1.0 - excess / problem.budget_ms
-    fits = excess <= 0
-    if fits.any():
-        fitness[fits] = problem.accuracy(genomes[fits])
-    return fitness
+    return promoted(promotion, best[None])[0], evaluated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Archive:
-    """The best different networks within the budget so far."""
+    """The best different networks within the limits so far."""
 
     genomes: Genomes
-    accuracy: NDArray[np.float64]
-    latency_ms: NDArray[np.float64]
+    score: Floats
+    load: Floats
     keep: int
 
     @classmethod
     def empty(cls, space: SearchSpace, keep: int) -> _Archive:
         return cls(
             genomes=np.empty((0, len(space.choice_counts)), dtype=np.int64),
-            accuracy=np.empty(0),
-            latency_ms=np.empty(0),
+            score=np.empty(0),
+            load=np.empty(0),
             keep=keep,
         )
 
-    def merged(
-        self,
-        genomes: Genomes,
-        fitness: NDArray[np.float64],
-        latency: NDArray[np.float64],
-        budget_ms: float,
-    ) -> _Archive:
-        floor = self.accuracy[-1] if len(self.accuracy) == self.keep else -np.inf
-        fits = (latency <= budget_ms) & (fitness > floor)
+    def merged(self, genomes: Genomes, fitness: Floats, load: Floats) -> _Archive:
+        floor = self.score[-1] if len(self.score) == self.keep else -np.inf
+        fits = (load <= 1) & (fitness > floor)
         if not fits.any():
             return self
         pool = np.concatenate([self.genomes, genomes[fits]])
-        accuracy = np.concatenate([self.accuracy, fitness[fits]])
-        latency = np.concatenate([self.latency_ms, latency[fits]])
-        # Best first; of equals, the faster.
-        order = np.lexsort((latency, -accuracy))
+        score = np.concatenate([self.score, fitness[fits]])
+        load = np.concatenate([self.load, load[fits]])
+        # Best first; of equals, the one with more room to the limits.
+        order = np.lexsort((load, -score))
         kept = order[first_of_each(pool[order])[: self.keep]]
         return _Archive(
-            genomes=pool[kept],
-            accuracy=accuracy[kept],
-            latency_ms=latency[kept],
-            keep=self.keep,
+            genomes=pool[kept], score=score[kept], load=load[kept], keep=self.keep
         )

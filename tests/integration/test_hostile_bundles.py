@@ -204,12 +204,25 @@ def test_a_model_that_is_not_among_the_files_is_refused(
         (put("measured", "surprise", value=1), "measured"),
         (put("accuracy", "surprise", value=1), "accuracy"),
         (put("files", "model.onnx", "surprise", value=1), 'files["model.onnx"]'),
-        (drop("budget_ms"), ""),
+        (drop("constraints"), ""),
+        (drop("constraints", "percentile"), "constraints"),
         (drop("device", "arch"), "device"),
         (drop("normalisation", "std"), "normalisation"),
-        (put("budget_ms", value="2"), "budget_ms"),
-        (put("budget_ms", value=True), "budget_ms"),
-        (put("budget_ms", value=-1), "budget_ms"),
+        *(
+            (put("constraints", "latency_ms", value=bad), "constraints.latency_ms")
+            for bad in ("2", True, -1)
+        ),
+        (put("constraints", "percentile", value=75), "constraints"),
+        (put("constraints", "min_accuracy", value=2), "constraints"),
+        (put("constraints", "latency_ms", value=None), "constraints"),
+        (put("verdicts", value=[]), "verdicts"),
+        (put("verdicts", 0, "constraint", value="price"), "verdicts[0].constraint"),
+        (put("verdicts", 0, "limit", value=0), "verdicts[0].limit"),
+        (put("measured", "memory_mb", value=-1), "measured.memory_mb"),
+        (
+            put("measured", "anchor_reference_ns", value=0),
+            "measured.anchor_reference_ns",
+        ),
         (put("resolution", value=8.5), "resolution"),
         (put("resolution", value=0), "resolution"),
         (put("resolution", value=2**70), "resolution"),
@@ -248,7 +261,7 @@ def test_a_manifest_may_ask_for_the_most_that_is_allowed(bundle: Path) -> None:
     assert asked == (MAX_RESOLUTION, MAX_THREADS)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_refused(version: object, bundle: Path) -> None:
     rewrite_manifest(bundle, put("format_version", value=version))
     assert refused_manifest(bundle).path == "format_version"
@@ -258,7 +271,7 @@ def test_another_format_version_is_refused(version: object, bundle: Path) -> Non
 def test_a_number_that_is_no_json_is_refused(constant: str, bundle: Path) -> None:
     path = bundle / "manifest.json"
     path.write_text(
-        path.read_text().replace('"budget_ms": 2.0', f'"budget_ms": {constant}')
+        path.read_text().replace('"latency_ms": 2.0', f'"latency_ms": {constant}')
     )
     assert str(refused_manifest(bundle)) == (
         f"manifest.json: {constant} is not JSON; give a finite number"

@@ -170,6 +170,7 @@ def report(latency_ns: int, *, slowdown: float = 1.0) -> ProcessReport:
     return ProcessReport(
         load_ms=10.0,
         first_inference_ms=2.0,
+        memory_mb=None,
         run=MeasurementRun(
             measurements=(
                 Measurement(

@@ -20,11 +20,13 @@ from ofa_deploy.predict.accuracy import (
     one_hot,
 )
 from ofa_deploy.search.evolution import (
+    EXCEEDED,
     Evolution,
+    Limit,
     SearchProblem,
     SearchResult,
-    descend_to_fastest,
-    require_budget,
+    descend,
+    within_latency,
 )
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
@@ -68,8 +70,8 @@ def accuracy(genomes: Genomes) -> NDArray[np.float64]:
 
 
 def problem(budget_ms: float) -> SearchProblem:
-    return SearchProblem(
-        space=SPACE, accuracy=accuracy, latency_ms=latency_ms, budget_ms=budget_ms
+    return within_latency(
+        SPACE, accuracy=accuracy, latency_ms=latency_ms, budget_ms=budget_ms
     )
 
 
@@ -90,7 +92,7 @@ def search(budget_ms: float, *, seed: int = 0) -> SearchResult:
 def test_evolution_finds_the_best_of_all_networks(share: float, seed: int) -> None:
     budget_ms = budget_at(share)
     fits = latency_ms(ALL) <= budget_ms
-    assert search(budget_ms, seed=seed).accuracy[0] == accuracy(ALL[fits]).max()
+    assert search(budget_ms, seed=seed).score[0] == accuracy(ALL[fits]).max()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -102,14 +104,15 @@ def test_every_network_found_is_within_the_budget(seed: int) -> None:
 
 def test_the_networks_found_have_the_figures_that_come_with_them() -> None:
     result = search(budget_at(0.5))
-    assert np.array_equal(result.latency_ms, latency_ms(result.genomes))
-    assert np.array_equal(result.accuracy, accuracy(result.genomes))
+    share = latency_ms(result.genomes) / budget_at(0.5)
+    assert np.array_equal(result.load, share)
+    assert np.array_equal(result.score, accuracy(result.genomes))
 
 
 def test_the_networks_found_are_different_and_best_first() -> None:
     result = search(budget_at(0.5))
     assert len(np.unique(result.genomes, axis=0)) == len(result.genomes) == QUICK.keep
-    assert (np.diff(result.accuracy) <= 0).all()
+    assert (np.diff(result.score) <= 0).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -125,7 +128,7 @@ def test_there_is_a_best_so_far_for_every_generation() -> None:
 
 def test_the_best_so_far_ends_at_the_best_found() -> None:
     result = search(budget_at(0.5))
-    assert result.best_by_generation[-1] == result.accuracy[0]
+    assert result.best_by_generation[-1] == result.score[0]
 
 
 def test_a_search_repeats_with_its_seed() -> None:
@@ -135,7 +138,7 @@ def test_a_search_repeats_with_its_seed() -> None:
 
 
 def test_a_larger_budget_never_gives_a_worse_network() -> None:
-    best = [search(budget_at(s)).accuracy[0] for s in (0.05, 0.2, 0.5, 0.8, 1.0)]
+    best = [search(budget_at(s)).score[0] for s in (0.05, 0.2, 0.5, 0.8, 1.0)]
     assert best == sorted(best)
 
 
@@ -143,8 +146,8 @@ def test_a_larger_budget_never_gives_a_worse_network() -> None:
 
 
 def test_the_descent_ends_at_the_fastest_network() -> None:
-    genome, fastest_ms, _ = descend_to_fastest(problem(1.0), np.random.default_rng(0))
-    assert fastest_ms == latency_ms(ALL).min() == latency_ms(genome[None])[0]
+    genome, _ = descend(SPACE, latency_ms, np.random.default_rng(0))
+    assert latency_ms(ALL).min() == latency_ms(genome[None])[0]
 
 
 def test_a_budget_below_the_fastest_network_names_the_fastest() -> None:
@@ -153,6 +156,8 @@ def test_a_budget_below_the_fastest_network_names_the_fastest() -> None:
         search(fastest_ms * 0.99)
     error = caught.value
     assert (error.fastest_ms, error.budget_ms) == (fastest_ms, fastest_ms * 0.99)
+    fastest = ALL[latency_ms(ALL).argmin()]
+    assert error.nearest == SPACE.decode(fastest).id
     assert str(error) == (
         f"no network of space tiny is predicted to take {fastest_ms * 0.99:g} ms or "
         f"less; the fastest takes {fastest_ms:.4g} ms. Ask for at least that"
@@ -161,7 +166,7 @@ def test_a_budget_below_the_fastest_network_names_the_fastest() -> None:
 
 def test_the_fastest_latency_is_a_budget_that_is_met() -> None:
     fastest_ms = float(latency_ms(ALL).min())
-    assert search(fastest_ms).latency_ms[0] == fastest_ms
+    assert latency_ms(search(fastest_ms).genomes)[0] == fastest_ms
 
 
 @pytest.mark.parametrize("budget_ms", [math.nan, 0.0, -1.0, math.inf, -math.inf])
@@ -174,8 +179,81 @@ def test_a_budget_that_makes_no_sense_is_refused(budget_ms: float) -> None:
     )
 
 
-def test_a_budget_that_makes_sense_is_taken() -> None:
-    require_budget(0.5)
+# -- several limits --------------------------------------------------------------------
+
+
+def sizes(genomes: Genomes) -> NDArray[np.float64]:
+    """Something that neither follows the latency nor the accuracy."""
+    values = tabulated(11, low=1.0, high=9.0)
+    return np.array([values[row.tobytes()] for row in genomes])
+
+
+def limited(budget_ms: float, size: float) -> SearchProblem:
+    return SearchProblem(
+        space=SPACE,
+        score=accuracy,
+        limits=(
+            Limit(label="latency", unit="ms", value=latency_ms, upper=budget_ms),
+            Limit(label="size", unit="MB", value=sizes, upper=size),
+        ),
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("share", "size"), [(0.9, 2.0), (0.3, 5.0), (0.1, 8.0)])
+def test_of_networks_that_keep_two_limits_the_best_is_found(
+    share: float, size: float, seed: int
+) -> None:
+    budget_ms = budget_at(share)
+    fits = (latency_ms(ALL) <= budget_ms) & (sizes(ALL) <= size)
+    result = QUICK.search(limited(budget_ms, size), np.random.default_rng(seed))
+    assert result.score[0] == accuracy(ALL[fits]).max()
+    assert (result.load <= 1).all()
+
+
+def test_limits_that_no_network_keeps_together_are_told_with_the_nearest() -> None:
+    fastest = ALL[[latency_ms(ALL).argmin()]]
+    budget_ms, size = float(latency_ms(fastest)[0]), float(sizes(fastest)[0])
+    problem = limited(budget_ms, size * 0.9)
+    fits = problem.load(ALL) <= 1
+    assert not fits.any()
+    with pytest.raises(InfeasibleBudget, match="the nearest has latency ") as caught:
+        QUICK.search(problem, np.random.default_rng(0))
+    nearest = caught.value.nearest
+    assert nearest is not None
+    row = SPACE.encode(SubnetConfig.from_id(nearest))[None]
+    assert problem.load(row)[0] == problem.load(ALL).min()
+
+
+def test_the_fastest_network_that_keeps_an_accuracy_is_found() -> None:
+    least = float(np.quantile(accuracy(ALL), 0.8))
+    fastest_ms = latency_ms(ALL[accuracy(ALL) >= least]).min()
+    kept = SearchProblem(
+        space=SPACE,
+        score=lambda genomes: -latency_ms(genomes),
+        limits=(
+            Limit(
+                label="errors",
+                unit="of all images",
+                value=lambda genomes: 1 - accuracy(genomes),
+                upper=1 - least,
+            ),
+        ),
+    )
+    result = QUICK.search(kept, np.random.default_rng(0))
+    assert result.score[0] == -fastest_ms
+
+
+def test_while_no_network_fits_the_best_so_far_is_below_any_score() -> None:
+    budget_ms, size = budget_at(0.05), 1.5
+    fits = (latency_ms(ALL) <= budget_ms) & (sizes(ALL) <= size)
+    assert 0 < fits.sum() < 5
+    result = Evolution(population=4, generations=200).search(
+        limited(budget_ms, size), np.random.default_rng(1)
+    )
+    best = result.best_by_generation
+    assert (best[best < 0] <= EXCEEDED - 1).all()
+    assert best[-1] == result.score[0]
 
 
 # -- features --------------------------------------------------------------------------
@@ -290,7 +368,7 @@ def test_a_space_of_one_network_is_searched_to_its_end() -> None:
         asked.append(len(genomes))
         return np.ones(len(genomes))
 
-    whole = SearchProblem(space=space, accuracy=ones, latency_ms=ones, budget_ms=1.0)
+    whole = within_latency(space, accuracy=ones, latency_ms=ones, budget_ms=1.0)
     result = QUICK.search(whole, np.random.default_rng(0))
     assert len(result.genomes) == 1
     assert len(result.best_by_generation) == QUICK.generations + 1
@@ -300,4 +378,4 @@ def test_a_space_of_one_network_is_searched_to_its_end() -> None:
 def test_a_population_of_one_still_finds_a_network() -> None:
     lonely = Evolution(population=1, generations=5)
     result = lonely.search(problem(budget_at(0.5)), np.random.default_rng(0))
-    assert (result.latency_ms <= budget_at(0.5)).all()
+    assert (latency_ms(result.genomes) <= budget_at(0.5)).all()

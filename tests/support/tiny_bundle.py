@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ofa_deploy.bundle import Bundle, new_bundle_folder, record_files, write_manifest
+from ofa_deploy.constraints import Constraints, Verdict
 from ofa_deploy.exporting import export_network
 from ofa_deploy.manifest import (
-    AccuracyClaim,
     Manifest,
     MeasuredLatency,
     NetworkCost,
@@ -16,6 +16,7 @@ from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.target import Target
+from ofa_deploy.verify import AccuracyClaim
 from profilers.backends import get_backend
 from profilers.device import Conditions, this_device
 from tests.support import tiny
@@ -52,7 +53,16 @@ def write_bundle(
             config_id=plan.config.id,
             space_name=plan.space_name,
             supernet_sha256="0" * 64,
-            budget_ms=2.0,
+            constraints=Constraints(latency_ms=2.0),
+            verdicts=(
+                Verdict(
+                    constraint="latency",
+                    limit=2.0,
+                    found=1.5,
+                    bound=1.525,
+                    evidence="measured",
+                ),
+            ),
             resolution=plan.resolution,
             normalisation=supernet.normalisation,
             class_names=supernet.class_names,
@@ -66,11 +76,15 @@ def write_bundle(
                 median_ms=1.6,
                 p90_ms=1.9,
                 p95_ms=None,
+                p99_ms=None,
                 sample_count=100,
                 process_count=2,
                 process_spread_ratio=0.02,
                 first_inference_ms=9.0,
                 load_ms=40.0,
+                memory_mb=12.0,
+                beta=0.9,
+                anchor_reference_ns=160_000.0,
                 indicative=True,
                 instability=("the host is shared",),
                 conditions=CONDITIONS,

@@ -25,7 +25,7 @@ def upper_ms(measured_ms: float, error_ratio: float) -> float:
 
 def meets(measured_ms: float, error_ratio: float, *, budget_ms: float) -> bool:
     measurement = fresh(measured_ms, error_ratio=error_ratio)
-    return judge_latency(measurement, budget_ms=budget_ms).meets_budget
+    return judge_latency(measurement, budget_ms=budget_ms).met
 
 
 @given(latencies_ms, error_ratios, latencies_ms)
@@ -41,7 +41,7 @@ def test_a_budget_just_above_the_upper_bound_is_met_and_one_just_below_is_not(
     measured_ms: float, error_ratio: float, factor: float
 ) -> None:
     measurement = fresh(measured_ms, error_ratio=error_ratio)
-    bound_ms = judge_latency(measurement, budget_ms=1.0).upper_ms
+    bound_ms = judge_latency(measurement, budget_ms=1.0).bound
     assert meets(measured_ms, error_ratio, budget_ms=bound_ms * factor)
     assert not meets(measured_ms, error_ratio, budget_ms=bound_ms / factor)
 
@@ -52,9 +52,7 @@ def test_the_upper_bound_is_that_of_95_percent(
 ) -> None:
     measurement = fresh(measured_ms, error_ratio=error_ratio)
     verdict = judge_latency(measurement, budget_ms=1.0)
-    assert verdict.upper_ms == pytest.approx(
-        upper_ms(measured_ms, error_ratio), rel=1e-4
-    )
+    assert verdict.bound == pytest.approx(upper_ms(measured_ms, error_ratio), rel=1e-4)
 
 
 @given(latencies_ms, st.floats(1e-6, 0.5))
@@ -100,5 +98,5 @@ def test_the_verdict_tells_the_measurement_and_the_budget(
 ) -> None:
     measurement = fresh(measured_ms, error_ratio=error_ratio)
     verdict = judge_latency(measurement, budget_ms=budget_ms)
-    assert (verdict.measured_ms, verdict.budget_ms) == (measured_ms, budget_ms)
-    assert verdict.measured_ms <= verdict.upper_ms
+    assert (verdict.found, verdict.limit) == (measured_ms, budget_ms)
+    assert verdict.found <= verdict.bound

@@ -1,0 +1,254 @@
+"""Networks predicted to keep limits: from a front, or by a search of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.constraints import MEGABYTE
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.predict.sizes import NetworkSizes
+from ofa_deploy.search.dominance import Promotion, promotion
+from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem, descend
+from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
+
+Floats = NDArray[np.float64]
+Objective = Callable[[Genomes], Floats]
+Progress = Callable[[int, int], None]
+
+# Columns of a front's costs.
+LATENCY_MS, ERROR, WEIGHT_BYTES = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictors:
+    """What is known of networks without measuring them.
+
+    Args:
+        latency: Quiet-state milliseconds.
+        accuracy: Genomes `(n, genes)` to accuracies `(n,)`, 0..1.
+        sizes: Bytes.
+    """
+
+    latency: LatencyPredictor
+    accuracy: Objective
+    sizes: NetworkSizes
+
+    @property
+    def space(self) -> SearchSpace:
+        """Whose networks."""
+        return self.latency.space
+
+    @property
+    def widths(self) -> Promotion:
+        """Widths that are not worth having, as far as latency and accuracy go."""
+        return promotion(self.space, self.latency.slot_ms)
+
+    def costs(self, genomes: Genomes) -> Floats:
+        """Milliseconds, errors (1 - accuracy) and bytes, `(n, 3)`."""
+        return np.stack(
+            [
+                self.latency.predict_ms(genomes),
+                1 - self.accuracy(genomes),
+                self.sizes.weight_bytes(genomes),
+            ],
+            axis=1,
+        )
+
+    def fastest(self, *, seed: int = 0) -> Genomes:
+        """The fastest network that a descent finds, `(genes,)`."""
+        found, _ = descend(
+            self.space,
+            self.latency.predict_ms,
+            np.random.default_rng(seed),
+            promotion=self.widths,
+        )
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedLimits:
+    """What predictions must keep; None where nothing is asked.
+
+    Args:
+        latency_ms: At most.
+        weight_bytes: At most.
+        memory_bytes: At most.
+        min_accuracy: At least.
+    """
+
+    latency_ms: float | None = None
+    weight_bytes: float | None = None
+    memory_bytes: float | None = None
+    min_accuracy: float | None = None
+
+
+def find_front(
+    predictors: Predictors,
+    search: Nsga2,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Front:
+    """The front of latency, accuracy and size.
+
+    Widths that cost no less time than a wider one cost less memory: none is left out.
+
+    Args:
+        predictors: Of the space.
+        search: And its settings.
+        seed: Of the search.
+        progress: Called with generations done, and all of them.
+    """
+    space = predictors.space
+    landmarks = np.stack(
+        [
+            predictors.fastest(seed=seed),
+            space.encode(space.smallest()),
+            space.encode(space.largest()),
+        ]
+    )
+    problem = FrontProblem(space=space, costs=predictors.costs, landmarks=landmarks)
+    return search.search(problem, np.random.default_rng(seed), progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chooser:
+    """Finds the networks that are predicted to be best.
+
+    Args:
+        predictors: Of the space.
+        front: Of it; limits on memory, which is not among its costs, are searched for.
+        evolution: That search.
+        seed: Of it.
+    """
+
+    predictors: Predictors
+    front: Front
+    evolution: Evolution
+    seed: int = 0
+
+    def best(self, limits: PredictedLimits, *, count: int = 1) -> list[SubnetConfig]:
+        """The best networks within limits, `count` at most.
+
+        The most accurate ones first; where an accuracy is to be kept, the fastest.
+
+        Raises:
+            InfeasibleBudget: There is none.
+        """
+        space = self.predictors.space
+        if limits.memory_bytes is None:
+            rows = self._from_front(limits)[:count]
+            if len(rows):
+                return [space.decode(row) for row in rows]
+        problem = self._problem(limits)
+        rng = np.random.default_rng(self.seed)
+        found = self.evolution.search(problem, rng)
+        return [space.decode(row) for row in found.genomes[:count]]
+
+    def _from_front(self, limits: PredictedLimits) -> Genomes:
+        costs = self.front.costs
+        inside = np.ones(len(costs), dtype=bool)
+        if limits.latency_ms is not None:
+            inside &= costs[:, LATENCY_MS] <= limits.latency_ms
+        if limits.weight_bytes is not None:
+            inside &= costs[:, WEIGHT_BYTES] <= limits.weight_bytes
+        if limits.min_accuracy is not None:
+            inside &= 1 - costs[:, ERROR] >= limits.min_accuracy
+        order = (
+            (LATENCY_MS, ERROR) if limits.min_accuracy is None else (ERROR, LATENCY_MS)
+        )
+        ranked = np.lexsort([costs[inside, column] for column in order])
+        return self.front.genomes[inside][ranked]
+
+    def _problem(self, limits: PredictedLimits) -> SearchProblem:
+        predictors = self.predictors
+        given: list[Limit] = []
+        if limits.latency_ms is not None:
+            given.append(
+                Limit(
+                    label="latency",
+                    unit="ms",
+                    value=predictors.latency.predict_ms,
+                    upper=limits.latency_ms,
+                )
+            )
+        for label, value, upper in (
+            ("weights", predictors.sizes.weight_bytes, limits.weight_bytes),
+            ("memory", predictors.sizes.memory_bytes, limits.memory_bytes),
+        ):
+            if upper is not None:
+                given.append(_in_megabytes(label, value, upper))
+        score = predictors.accuracy
+        if limits.min_accuracy is not None:
+            given.append(
+                Limit(
+                    label="errors",
+                    unit="of all images",
+                    value=lambda genomes: 1 - predictors.accuracy(genomes),
+                    upper=1 - limits.min_accuracy,
+                )
+            )
+            score = _negative(predictors.latency.predict_ms)
+        only_latency = len(given) == 1 and limits.latency_ms is not None
+        return SearchProblem(
+            space=predictors.space,
+            score=score,
+            limits=tuple(given),
+            # A wider block is as fast, but larger.
+            promotion=predictors.widths if only_latency else None,
+        )
+
+
+def _in_megabytes(label: str, value: Objective, upper_bytes: float) -> Limit:
+    return Limit(
+        label=label,
+        unit="MB",
+        value=lambda genomes: value(genomes) / MEGABYTE,
+        upper=upper_bytes / MEGABYTE,
+    )
+
+
+def _negative(value: Objective) -> Objective:
+    return lambda genomes: -value(genomes)
+
+
+def ladder(
+    chooser: Chooser, limits: PredictedLimits, *, steps: tuple[float, ...]
+) -> list[SubnetConfig]:
+    """Different networks around a latency limit, the most accurate at each step.
+
+    Where an accuracy is to be kept, as many of the fastest.
+
+    Args:
+        chooser: Finds them.
+        limits: Of predictions.
+        steps: Multiples of the latency limit, descending.
+
+    Raises:
+        InfeasibleBudget: There is none at any step.
+    """
+    if limits.latency_ms is None or limits.min_accuracy is not None:
+        return chooser.best(limits, count=len(steps))
+    found: dict[str, SubnetConfig] = {}
+    refusal: InfeasibleBudget | None = None
+    for step in steps:
+        stepped = PredictedLimits(
+            latency_ms=limits.latency_ms * step,
+            weight_bytes=limits.weight_bytes,
+            memory_bytes=limits.memory_bytes,
+        )
+        try:
+            (config,) = chooser.best(stepped)
+        except InfeasibleBudget as error:
+            refusal = refusal or error
+        else:
+            found[config.id] = config
+    if not found and refusal is not None:
+        raise refusal
+    return list(found.values())

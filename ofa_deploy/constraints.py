@@ -1,0 +1,188 @@
+"""What may be asked of a network, and whether it was shown to keep it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ofa_deploy.errors import SpaceError
+from profilers.pace import MAX_RATE_HZ, MAX_SUSTAINED_S, Pace
+
+PERCENTILES = (50, 90, 95, 99)
+MEGABYTE = 10**6
+
+ConstraintName = Literal["latency", "size", "memory", "accuracy"]
+Evidence = Literal["measured", "predicted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """Limits, of which any may be combined; a latency or an accuracy is among them.
+
+    Args:
+        latency_ms: Budget for one image.
+        percentile: Of the runs that the budget speaks of, one of 50, 90, 95 and 99. 50
+            is the latency in the machine's quiet state; the others are percentiles of
+            all runs, whatever state it was in.
+        size_bytes: Of the files that the runtime loads.
+        peak_memory_mb: Growth of a process's memory by loading and running the model,
+            in 10^6 bytes.
+        min_accuracy: Top-1, 0..1. The fastest network that keeps it is taken, instead
+            of the most accurate one within the others.
+        rate_hz: Runs per second of the application: timed at that pace.
+        sustained_s: Load before the first timed run, at that pace.
+
+    Raises:
+        SpaceError: A value makes no sense, or two contradict each other.
+    """
+
+    latency_ms: float | None = None
+    percentile: int = 50
+    size_bytes: int | None = None
+    peak_memory_mb: float | None = None
+    min_accuracy: float | None = None
+    rate_hz: float | None = None
+    sustained_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.latency_ms is None and self.min_accuracy is None:
+            raise SpaceError(
+                "neither a latency nor an accuracy is asked for; give latency_ms, or "
+                "min_accuracy to get the fastest network that keeps it"
+            )
+        if self.percentile != 50 and self.latency_ms is None:
+            raise SpaceError(
+                f"percentile={self.percentile} without a latency_ms says nothing; give "
+                "the budget that this percentile is to keep"
+            )
+        if (
+            self.rate_hz is not None
+            and self.latency_ms is not None
+            and self.latency_ms > 1000 / self.rate_hz
+        ):
+            raise SpaceError(
+                f"rate_hz={self.rate_hz:g} gives {1000 / self.rate_hz:.4g} ms from one "
+                f"run to the next, and latency_ms={self.latency_ms:g} allows more: "
+                "runs would pile up. Ask for a smaller latency or a lower rate"
+            )
+
+    def _check_values(self) -> None:
+        if self.latency_ms is not None:
+            require_budget(self.latency_ms)
+        if self.percentile not in PERCENTILES:
+            raise SpaceError(
+                f"percentile={self.percentile} is not one of "
+                f"{', '.join(map(str, PERCENTILES))}"
+            )
+        for name in ("size_bytes", "peak_memory_mb"):
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise SpaceError(
+                    f"{name}={value} makes no sense; give a finite number above 0"
+                )
+        if self.min_accuracy is not None and not 0 < self.min_accuracy < 1:
+            raise SpaceError(
+                f"min_accuracy={self.min_accuracy} is no share of images; give a "
+                "number between 0 and 1, such as 0.9 for 90 %"
+            )
+        if self.rate_hz is not None and not 0 < self.rate_hz <= MAX_RATE_HZ:
+            raise SpaceError(
+                f"rate_hz={self.rate_hz} makes no sense; give a number above 0, at "
+                f"most {MAX_RATE_HZ:g}"
+            )
+        if not 0 <= self.sustained_s <= MAX_SUSTAINED_S:
+            raise SpaceError(
+                f"sustained_s={self.sustained_s} makes no sense; give 0 to "
+                f"{MAX_SUSTAINED_S:g} seconds"
+            )
+
+    @property
+    def pace(self) -> Pace | None:
+        """Of the runs that are timed; None for one after the other."""
+        if self.rate_hz is None and not self.sustained_s:
+            return None
+        return Pace(rate_hz=self.rate_hz, sustained_s=self.sustained_s)
+
+    @property
+    def latency_label(self) -> str:
+        """What the budget speaks of, in words."""
+        parts = ["latency" if self.percentile == 50 else f"p{self.percentile} latency"]
+        if self.rate_hz is not None:
+            parts.append(f"at {self.rate_hz:g} Hz")
+        if self.sustained_s:
+            parts.append(f"after {self.sustained_s:g} s of load")
+        return " ".join(parts)
+
+
+def require_budget(budget_ms: float) -> None:
+    """Refuse a budget that no latency can be compared with.
+
+    Raises:
+        SpaceError: Not a finite number above 0.
+    """
+    if not _positive(budget_ms):
+        raise SpaceError(
+            f"a latency budget of {budget_ms} ms makes no sense; give a finite number "
+            "above 0, such as 0.5"
+        )
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One constraint, and what was found.
+
+    Args:
+        constraint: Which.
+        limit: What was asked for.
+        found: What was found, in the limit's unit.
+        bound: What must be on the right side of the limit: of a latency the upper end
+            of its 95 % confidence, of anything else what was found.
+        evidence: Whether it was measured on the exported file, or predicted.
+    """
+
+    constraint: ConstraintName
+    limit: float
+    found: float
+    bound: float
+    evidence: Evidence
+
+    @property
+    def met(self) -> bool:
+        """Whether the constraint is kept; never by a value that is not a number."""
+        if self.constraint == "accuracy":
+            return self.bound >= self.limit
+        return self.bound <= self.limit
+
+    @property
+    def used_share(self) -> float:
+        """How much of what is allowed is used up; above 1 it is exceeded.
+
+        Of an accuracy, errors made over errors allowed.
+        """
+        if self.constraint == "accuracy":
+            return (1 - self.bound) / (1 - self.limit)
+        return self.bound / self.limit
+
+
+def binding(verdicts: tuple[Verdict, ...]) -> Verdict:
+    """The constraint that leaves the least room.
+
+    Raises:
+        ValueError: There are none.
+    """
+    return max(verdicts, key=lambda verdict: verdict.used_share)
+
+
+CONSTRAINT_NAMES: tuple[ConstraintName, ...] = get_args(ConstraintName)
+UNITS: dict[ConstraintName, str] = {
+    "latency": "ms",
+    "size": "bytes",
+    "memory": "MB",
+    "accuracy": "",
+}

@@ -1,0 +1,257 @@
+"""Exported files on the device: timed against each other, and by themselves."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.assembly import (
+    VerifiedNetwork,
+    measured_accuracy,
+    predicted_accuracy,
+)
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.contract import Confirmed
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import RunFailed, StaleTable
+from ofa_deploy.export.runtime_format import timed_network, write_timed
+from ofa_deploy.exporting import ExportedNetwork, export_network
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.profiling import anchor_network
+from ofa_deploy.reporting import Reporter
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.target import Target
+from ofa_deploy.verify import enough_runs, judge
+from profilers.device import DeviceSpec, read_conditions
+from profilers.execute import execute
+from profilers.fresh import measure_in_fresh_process
+from profilers.journal import Journal
+from profilers.measurement import MeasureSettings, Visit
+from profilers.order import WorkOrder
+from profilers.summary import fit_visits
+from profilers.table import LatencyTable
+from profilers.timing import CERTIFY_PROCESSES
+
+# Some seconds in all, spread so that no one phase of the machine is all there is.
+CONFIRM_SETTINGS = replace(
+    MeasureSettings.confirm(),
+    target_relative_error=0.02,
+    max_seconds=3.0,
+    pass_seconds=0.15,
+)
+CERTIFY_SETTINGS = replace(MeasureSettings.certify(), max_seconds=15.0)
+# Further from its table, the anchor model says that the table is of another machine.
+MAX_DRIFT_RATIO = 0.05
+_ANCHOR = "the anchor model"
+
+
+@dataclass(slots=True, kw_only=True)
+class DeviceBench:
+    """A `Bench` on this machine; its files stay until the stack is closed.
+
+    Args:
+        supernet: Whose networks.
+        target: What files are for.
+        device: Where they are timed.
+        table: Whose quiet level latencies speak of.
+        predictor: Of that table.
+        images: Calibrate the networks, `(n, H, W, 3)` uint8.
+        evaluation: To measure accuracies on; None to predict them.
+        constraints: What networks are held against.
+        stack: Holds their folders.
+        reporter: Told of progress.
+        max_drift_ratio: Of the anchor model against the table; None to accept any.
+        anchor_ratio: As it was found last; None where the table lacks the model.
+    """
+
+    supernet: StoredSupernet
+    target: Target
+    device: DeviceSpec
+    table: LatencyTable
+    predictor: LatencyPredictor
+    images: NDArray[np.uint8]
+    evaluation: ImageSet | None
+    constraints: Constraints
+    stack: ExitStack
+    reporter: Reporter
+    max_drift_ratio: float | None = MAX_DRIFT_RATIO
+    anchor_ratio: float | None = None
+    _exported: dict[str, ExportedNetwork] = field(default_factory=dict)
+
+    def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
+        """See `Bench.confirm`.
+
+        The anchor model is with them; networks that the runtime fails on are left out.
+
+        Raises:
+            StaleTable: The anchor model is not as fast as in the table.
+            RunFailed: The runtime fails on all of them.
+            ParityError: A file computes something else.
+        """
+        self.reporter.begin("exporting and checking")
+        for place, config in enumerate(configs):
+            self._export(config)
+            self.reporter.advance(place + 1, len(configs))
+        self.reporter.begin("timing the candidates")
+        visits = self._visit_together([config.id for config in configs])
+        fit = fit_visits(
+            list(visits.values()),
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+        )
+        quiet_ms = {
+            name: math.exp(effect) / 1e6
+            for name, effect in zip(visits, fit.effect_log, strict=True)
+        }
+        self._check_drift(quiet_ms.pop(_ANCHOR, None), visits.get(_ANCHOR, ()))
+        return {
+            name: Confirmed(
+                quiet_ms=latency_ms, size_bytes=self._exported[name].loaded_bytes
+            )
+            for name, latency_ms in quiet_ms.items()
+        }
+
+    def certify(self, config: SubnetConfig) -> VerifiedNetwork:
+        """See `Bench.certify`.
+
+        Raises:
+            RunFailed: A process failed, crashed, or took too long.
+            UnstableMeasurement: The percentile asked for is not known.
+        """
+        exported = self._export(config)
+        constraints = self.constraints
+        self.reporter.begin("certifying the exported file")
+        measurement = measure_in_fresh_process(
+            exported.folder / exported.model_file,
+            backend_name=self.target.backend,
+            threads=self.target.threads,
+            settings=enough_runs(
+                CERTIFY_SETTINGS, constraints, processes=CERTIFY_PROCESSES
+            ),
+            processes=CERTIFY_PROCESSES,
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+            pace=constraints.pace,
+            progress=self.reporter.advance,
+        )
+        network = VerifiedNetwork(
+            exported=exported,
+            measurement=measurement,
+            predicted=self.predictor.estimate(config),
+            accuracy=predicted_accuracy(self.supernet, exported),
+            constraints=constraints,
+            verdicts=(),
+            device=self.device,
+            runtime=self.table.runtime,
+        )
+        network = self._judged(network)
+        others_met = all(
+            verdict.met
+            for verdict in network.verdicts
+            if verdict.constraint != "accuracy"
+        )
+        if self.evaluation is None or not others_met:
+            return network
+        self.reporter.begin("measuring the accuracy")
+        measured = measured_accuracy(
+            self.supernet,
+            exported,
+            self.evaluation,
+            self.table.runtime,
+            progress=self.reporter.advance,
+        )
+        return self._judged(replace(network, accuracy=measured))
+
+    def _judged(self, network: VerifiedNetwork) -> VerifiedNetwork:
+        verdicts = judge(
+            self.constraints,
+            measurement=network.measurement,
+            size_bytes=network.exported.loaded_bytes,
+            accuracy=network.accuracy,
+        )
+        return replace(network, verdicts=verdicts)
+
+    def _export(self, config: SubnetConfig) -> ExportedNetwork:
+        if config.id not in self._exported:
+            folder = self.stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="ofa-deploy-")
+            )
+            self._exported[config.id] = export_network(
+                self.supernet,
+                lower(self.supernet.space, config),
+                calibration=self.images,
+                target=self.target,
+                folder=Path(folder),
+            )
+        return self._exported[config.id]
+
+    def _visit_together(self, names: Sequence[str]) -> dict[str, tuple[Visit, ...]]:
+        """Visits of exported networks and the anchor model, in a process of its own."""
+        order = WorkOrder(
+            names=(*names, _ANCHOR),
+            backend=self.target.backend,
+            threads=self.target.threads,
+            settings=CONFIRM_SETTINGS,
+            anchor_name=_ANCHOR,
+        )
+        with (
+            tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder,
+            Journal(Path(folder) / "journal", subject={}) as journal,
+        ):
+            result = execute(
+                order,
+                self._model_file,
+                journal=journal,
+                progress=self.reporter.advance,
+            )
+        found = {name: result.measurements[name].visits for name in result.measurements}
+        if not found.keys() - {_ANCHOR}:
+            raise RunFailed(
+                f"{self.target.backend} failed on every candidate; the first: "
+                f"{next(iter(result.failures.values()))}"
+            )
+        return found
+
+    def _model_file(self, name: str, folder: Path) -> Path:
+        if name != _ANCHOR:
+            exported = self._exported[name]
+            return exported.folder / exported.model_file
+        space, backend_name = self.supernet.space, self.target.backend
+        model = timed_network(
+            lower(space, space.middle()),
+            backend_name=backend_name,
+            rng=np.random.default_rng(0),
+        )
+        return write_timed(folder, _ANCHOR, model, backend_name=backend_name)
+
+    def _check_drift(self, anchor_ms: float | None, visits: Sequence[Visit]) -> None:
+        known = self.table.networks.get(anchor_network(self.supernet.space))
+        if anchor_ms is None or known is None:
+            return
+        self.anchor_ratio = ratio = anchor_ms / known.quiet_ms
+        if not read_conditions().shared_host:
+            # Nobody else slows this machine down: a slower anchor is a slower machine.
+            kernel_ns = np.quantile([visit.anchor_before_ns for visit in visits], 0.1)
+            ratio *= (float(kernel_ns) / self.table.anchor_reference_ns) ** (
+                self.table.beta
+            )
+        limit = self.max_drift_ratio
+        if limit is not None and abs(ratio - 1) > limit:
+            raise StaleTable(
+                f"the latency table is out of date: its anchor model takes "
+                f"{ratio - 1:+.1%} now against {self.table.created_at[:16]} (allowed "
+                f"±{limit:.0%}), so its predictions do not hold. Measure anew with "
+                "`ofa-deploy profile` (or --reprofile), or accept this with "
+                "--accept-drift: the file is timed before it is handed out, whatever "
+                "was predicted",
+                ratio=ratio,
+            )

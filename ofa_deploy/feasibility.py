@@ -1,0 +1,149 @@
+"""What a space can reach, before anything is searched or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.constraints import MEGABYTE, ConstraintName, Constraints
+from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.predict.sizes import NetworkSizes
+from ofa_deploy.search.dominance import Promotion, promotion
+from ofa_deploy.search.evolution import descend
+from ofa_deploy.space import Genomes, SearchSpace
+
+Floats = NDArray[np.float64]
+Objective = Callable[[Genomes], Floats]
+
+SAMPLE_COUNT = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRange:
+    """What networks need of one thing, as predicted.
+
+    Args:
+        constraint: Of what.
+        best: Of the network that needs the least, or is the most accurate.
+        median: Of networks drawn at random.
+        worst: Of the network that needs the most, or is the least accurate.
+        limit: What is asked for; None if nothing is.
+    """
+
+    constraint: ConstraintName
+    best: float
+    median: float
+    worst: float
+    limit: float | None
+
+    @property
+    def satisfiable(self) -> bool:
+        """Whether some network keeps this limit, the others aside."""
+        if self.limit is None:
+            return True
+        if self.constraint == "accuracy":
+            return self.best >= self.limit
+        return self.best <= self.limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachableRange:
+    """The latencies that a space can reach on a device, in quiet-state ms."""
+
+    fastest_ms: float
+    median_ms: float
+    slowest_ms: float
+
+    @property
+    def middle_ms(self) -> float:
+        """The geometric middle between fastest and slowest."""
+        return float(np.sqrt(self.fastest_ms * self.slowest_ms))
+
+
+def reachable_range(
+    predictor: LatencyPredictor, *, sample_count: int = SAMPLE_COUNT
+) -> ReachableRange:
+    """The latencies that a space can reach, as predicted."""
+    space = predictor.space
+    best, median, worst = _range_of(
+        space,
+        predictor.predict_ms,
+        widths=promotion(space, predictor.slot_ms),
+        count=sample_count,
+    )
+    return ReachableRange(fastest_ms=best, median_ms=median, slowest_ms=worst)
+
+
+def feasibility(
+    constraints: Constraints,
+    *,
+    latency: LatencyPredictor,
+    accuracy: Objective,
+    sizes: NetworkSizes,
+) -> tuple[CostRange, ...]:
+    """A row for every constraint there is, whether it is asked for or not.
+
+    Args:
+        constraints: What is asked for.
+        latency: Predicts latencies.
+        accuracy: Predicts accuracies.
+        sizes: Knows sizes.
+    """
+    space = latency.space
+    asked: Sequence[
+        tuple[ConstraintName, Objective, float | None, Promotion | None]
+    ] = (
+        (
+            "latency",
+            latency.predict_ms,
+            constraints.latency_ms,
+            promotion(space, latency.slot_ms),
+        ),
+        ("size", sizes.weight_bytes, constraints.size_bytes, None),
+        (
+            "memory",
+            lambda genomes: sizes.memory_bytes(genomes) / MEGABYTE,
+            constraints.peak_memory_mb,
+            None,
+        ),
+    )
+    rows = [
+        _row(name, _range_of(space, value, widths=widths), limit)
+        for name, value, limit, widths in asked
+    ]
+    best, median, worst = _range_of(space, lambda genomes: 1 - accuracy(genomes))
+    errors = (1 - best, 1 - median, 1 - worst)
+    return (*rows, _row("accuracy", errors, constraints.min_accuracy))
+
+
+def _row(
+    constraint: ConstraintName,
+    reached: tuple[float, float, float],
+    limit: float | None,
+) -> CostRange:
+    best, median, worst = reached
+    return CostRange(
+        constraint=constraint, best=best, median=median, worst=worst, limit=limit
+    )
+
+
+def _range_of(
+    space: SearchSpace,
+    value: Objective,
+    *,
+    widths: Promotion | None = None,
+    count: int = SAMPLE_COUNT,
+) -> tuple[float, float, float]:
+    """The least that a descent finds, the median and the most of a sample."""
+    rng = np.random.default_rng(0)
+    least, _ = descend(space, value, rng, promotion=widths)
+    drawn = value(space.sample(count, rng))
+    ends = value(np.stack([least, space.encode(space.largest())]))
+    return (
+        float(ends[0]),
+        float(np.median(drawn)),
+        max(float(ends[1]), float(drawn.max())),
+    )

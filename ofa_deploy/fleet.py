@@ -1,0 +1,388 @@
+"""One supernet, many devices: the few networks that keep every device's limits.
+
+Each model that is shipped has to be tested, signed and maintained. With a network for
+each device accuracy is highest; with fewer, some devices run one that was chosen with
+others in mind. Which devices share one is decided exactly, over all ways to group them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofa_deploy.assembly import VerifiedNetwork, assemble_bundle
+from ofa_deploy.bundle import Bundle, new_bundle_folder, require_free
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.contract import EXPECTED_RATIO
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.device_bench import DeviceBench
+from ofa_deploy.errors import DeployError, InfeasibleBudget, SpaceError
+from ofa_deploy.pipeline import (
+    DEFAULT_SUPERNET,
+    EVOLUTION,
+    OnDrift,
+    Specializer,
+    opened,
+    read_inputs,
+)
+from ofa_deploy.reporting import Reporter, Silent
+from ofa_deploy.search.evolution import Limit, SearchProblem
+from ofa_deploy.space import Genomes, SubnetConfig
+from ofa_deploy.stored import StoredSupernet
+
+FLEET_FILE = "fleet.json"
+# All groupings are looked at: 2 to the power of this.
+MAX_DEVICES = 12
+# Networks looked for, for a group, before it is given up.
+MAX_TRIES = 6
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetMember:
+    """A device, and what it runs.
+
+    Args:
+        device: As it was named.
+        config_id: The network.
+        model_number: Of the network, from 1 on; devices with the same share it.
+        latency_ms: Budget.
+        measured_ms: What was certified, its uncertainty included.
+        accuracy: Of the network, as its bundle tells.
+        accuracy_alone: Predicted, of the network that this device would get for itself.
+        folder: Of its bundle, inside the fleet's.
+    """
+
+    device: str
+    config_id: str
+    model_number: int
+    latency_ms: float
+    measured_ms: float
+    accuracy: float
+    accuracy_alone: float
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """Bundles for several devices.
+
+    Args:
+        path: Folder with a bundle for each, and `fleet.json`.
+        members: In the order that devices were named.
+    """
+
+    path: Path
+    members: tuple[FleetMember, ...]
+
+    @property
+    def model_count(self) -> int:
+        """Different networks."""
+        return len({member.config_id for member in self.members})
+
+    def bundle(self, device: str) -> Bundle:
+        """Open a device's bundle.
+
+        Raises:
+            DeployError: No such device.
+        """
+        for member in self.members:
+            if member.device == device:
+                return Bundle.open(self.path / member.folder)
+        raise DeployError(
+            f"device {device!r} is not in the fleet; there are "
+            f"{', '.join(member.device for member in self.members)}"
+        )
+
+
+def specialize_fleet(
+    devices: Mapping[str, float],
+    *,
+    out: str | Path,
+    max_models: int | None = None,
+    supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
+    calibration: str | Path | NDArray[np.uint8] | None = None,
+    eval_data: str | Path | ImageSet | None = None,
+    on_drift: OnDrift = "refuse",
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Fleet:
+    """A bundle for each device, of at most so many different networks.
+
+    Args:
+        devices: Budgets in ms by device, such as `{"openvino-cpu": 0.5}`.
+        out: Folder of the bundles; must not exist, or be empty.
+        max_models: Different networks at most; None for one a device.
+        supernet: Name in the zoo, folder of one that was trained, or one that is open.
+        calibration: Images for the batch-norm statistics instead of the supernet's own.
+        eval_data: Labelled images to measure accuracies on; None to predict them.
+        on_drift: See `Specializer`.
+        seed: Of searches.
+        reporter: Told of progress.
+
+    Raises:
+        SpaceError: Budgets, or `max_models`, make no sense.
+        InfeasibleBudget: A device's budget cannot be kept, or a group's together.
+        DeployError: Anything else that is wrong.
+    """
+    asked = {name: Constraints(latency_ms=ms) for name, ms in devices.items()}
+    count = _require_count(len(asked), max_models)
+    out, reporter = Path(out), reporter or Silent()
+    require_free(out)
+    source = opened(supernet)
+    images, evaluation = read_inputs(
+        source, calibration=calibration, eval_data=eval_data, reporter=reporter
+    )
+    sessions = {
+        name: Specializer(name, supernet=source, on_drift=on_drift, reporter=reporter)
+        for name in asked
+    }
+    planner = _Planner.of(sessions, asked)
+    groups = planner.groups(count)
+    with ExitStack() as stack:
+        networks: dict[str, VerifiedNetwork] = {}
+        for group in groups:
+            if len(group) == 1:
+                (name,) = group
+                networks[name] = sessions[name].fulfil(
+                    asked[name],
+                    images=images,
+                    evaluation=evaluation,
+                    stack=stack,
+                    seed=seed,
+                )
+                continue
+            benches = {
+                name: sessions[name].bench(
+                    asked[name], images=images, evaluation=evaluation, stack=stack
+                )
+                for name in group
+            }
+            networks |= _fulfil_together(sessions, asked, benches, seed=seed)
+        reporter.begin("writing the bundles")
+        return _write(out, planner, sessions, networks, list(asked))
+
+
+def _require_count(device_count: int, max_models: int | None) -> int:
+    if not 1 <= device_count <= MAX_DEVICES:
+        raise SpaceError(
+            f"{device_count} devices; give 1 to {MAX_DEVICES}, or split the fleet"
+        )
+    if max_models is None:
+        return device_count
+    if max_models < 1:
+        raise SpaceError(f"max_models={max_models}; give at least 1")
+    return min(max_models, device_count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Planner:
+    """Candidates from every device's front, and who could run them.
+
+    Args:
+        names: Of the devices.
+        accuracy: Of the candidates, `(n,)`.
+        fits: Whether each keeps each device's budget by prediction, `(n, devices)`.
+    """
+
+    names: tuple[str, ...]
+    accuracy: Floats
+    fits: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
+    ) -> _Planner:
+        genomes: Genomes = np.unique(
+            np.concatenate([session.front.genomes for session in sessions.values()]),
+            axis=0,
+        )
+        first = next(iter(sessions.values()))
+        fits = [
+            sessions[name].predictor.predict_ms(genomes) * EXPECTED_RATIO
+            <= (limits.latency_ms or 0.0)
+            for name, limits in asked.items()
+        ]
+        return cls(
+            names=tuple(asked),
+            accuracy=first.predictors.accuracy(genomes),
+            fits=np.stack(fits, axis=1),
+        )
+
+    def best_accuracy(self, members: tuple[int, ...]) -> float:
+        """Of the best candidate that all of them can run; -inf if there is none."""
+        fits = self.fits[:, list(members)].all(axis=1)
+        return float(self.accuracy[fits].max()) if fits.any() else -np.inf
+
+    def groups(self, count: int) -> list[tuple[str, ...]]:
+        """The grouping into at most `count` with the highest mean accuracy.
+
+        Exact, by dynamic programming over sets of devices.
+
+        Raises:
+            InfeasibleBudget: No grouping lets every device run something.
+        """
+        device_count = len(self.names)
+        everyone = (1 << device_count) - 1
+        value = {
+            mask: mask.bit_count() * self.best_accuracy(_members(mask))
+            for mask in range(1, everyone + 1)
+        }
+        # best[mask]: with so many groups, the value and the group of its lowest device.
+        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+        for _ in range(count):
+            longer = dict(best)
+            for mask in range(1, everyone + 1):
+                lowest = mask & -mask
+                part = mask
+                while part:
+                    if part & lowest and mask ^ part in best:
+                        before, groups = best[mask ^ part]
+                        total = before + value[part]
+                        if total > longer.get(mask, (-np.inf, ()))[0]:
+                            longer[mask] = (total, (*groups, part))
+                    part = (part - 1) & mask
+            best = longer
+        if everyone not in best:
+            alone = [name for i, name in enumerate(self.names) if not self._alone(i)]
+            what = (
+                f"no network is predicted to keep the budget of {', '.join(alone)}"
+                if alone
+                else f"no {count} networks are predicted to keep all budgets"
+            )
+            raise InfeasibleBudget(
+                f"{what}; ask for more milliseconds, or allow more models",
+                budget_ms=None,
+                fastest_ms=None,
+            )
+        return [
+            tuple(self.names[index] for index in _members(mask))
+            for mask in best[everyone][1]
+        ]
+
+    def _alone(self, index: int) -> bool:
+        return bool(self.fits[:, index].any())
+
+
+def _members(mask: int) -> tuple[int, ...]:
+    return tuple(index for index in range(mask.bit_length()) if mask >> index & 1)
+
+
+def _fulfil_together(
+    sessions: Mapping[str, Specializer],
+    asked: Mapping[str, Constraints],
+    benches: Mapping[str, DeviceBench],
+    *,
+    seed: int,
+) -> dict[str, VerifiedNetwork]:
+    """One network that was shown to keep every budget of a group.
+
+    Each answer of a device corrects what is expected of it, as in `contract.fulfil`.
+
+    Raises:
+        InfeasibleBudget: None does, by prediction, or of those tried.
+    """
+    level = dict.fromkeys(benches, EXPECTED_RATIO)
+    tried: set[str] = set()
+    for _ in range(MAX_TRIES):
+        config = _best_together(sessions, asked, level, seed=seed)
+        if config.id in tried:
+            level = {name: ratio * EXPECTED_RATIO for name, ratio in level.items()}
+            continue
+        tried.add(config.id)
+        fits = True
+        for name, bench in benches.items():
+            predicted_ms = sessions[name].predictor.estimate(config).ms
+            quiet_ms = bench.confirm([config])[config.id].quiet_ms
+            level[name] = EXPECTED_RATIO * quiet_ms / predicted_ms
+            fits &= EXPECTED_RATIO * quiet_ms <= (asked[name].latency_ms or 0.0)
+        if not fits:
+            continue
+        networks = {name: bench.certify(config) for name, bench in benches.items()}
+        if all(network.met for network in networks.values()):
+            return networks
+        for name, network in networks.items():
+            bound_ms = network.verdict("latency").bound
+            level[name] = EXPECTED_RATIO * bound_ms / network.predicted.ms
+    raise InfeasibleBudget(
+        f"no network was shown to keep the budgets of {', '.join(benches)} together, "
+        f"of {len(tried)} that were measured; ask for more milliseconds, or allow more "
+        "models",
+        budget_ms=None,
+        fastest_ms=None,
+    )
+
+
+def _best_together(
+    sessions: Mapping[str, Specializer],
+    asked: Mapping[str, Constraints],
+    level: Mapping[str, float],
+    *,
+    seed: int,
+) -> SubnetConfig:
+    """The most accurate network expected to keep a group's budgets."""
+    first = sessions[next(iter(level))]
+    limits = tuple(
+        Limit(
+            label=f"latency on {name}",
+            unit="ms",
+            value=sessions[name].predictor.predict_ms,
+            upper=(asked[name].latency_ms or 0.0) / ratio,
+        )
+        for name, ratio in level.items()
+    )
+    problem = SearchProblem(
+        space=first.supernet.space, score=first.predictors.accuracy, limits=limits
+    )
+    found = EVOLUTION.search(problem, np.random.default_rng(seed))
+    return first.supernet.space.decode(found.genomes[0])
+
+
+def _write(
+    out: Path,
+    planner: _Planner,
+    sessions: Mapping[str, Specializer],
+    networks: Mapping[str, VerifiedNetwork],
+    order: list[str],
+) -> Fleet:
+    """All bundles and the list of who runs what, whole or not at all."""
+    numbers: dict[str, int] = {}
+    for name in order:
+        numbers.setdefault(networks[name].config.id, len(numbers) + 1)
+    members = tuple(
+        FleetMember(
+            device=name,
+            config_id=networks[name].config.id,
+            model_number=numbers[networks[name].config.id],
+            latency_ms=networks[name].verdict("latency").limit,
+            measured_ms=networks[name].verdict("latency").bound,
+            accuracy=networks[name].accuracy.value,
+            accuracy_alone=planner.best_accuracy((index,)),
+            folder=re.sub(r"[^A-Za-z0-9.]+", "-", name),
+        )
+        for index, name in enumerate(order)
+    )
+    with new_bundle_folder(out) as folder:
+        for member in members:
+            session = sessions[member.device]
+            assemble_bundle(
+                folder / member.folder,
+                networks[member.device],
+                supernet=session.supernet,
+                extra_files=session.report(networks[member.device]),
+            ).close()
+        content = {
+            "format_version": 1,
+            "members": [asdict(member) for member in members],
+        }
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / FLEET_FILE).write_text(text, encoding="utf-8")
+    return Fleet(path=out, members=members)

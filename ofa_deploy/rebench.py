@@ -1,0 +1,116 @@
+"""Timing a bundle again, wherever it is now: with its runtime alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ofa_deploy.bundle import Bundle
+from ofa_deploy.constraints import Constraints, Verdict
+from ofa_deploy.device_bench import CERTIFY_SETTINGS
+from ofa_deploy.reporting import Reporter, Silent
+from ofa_deploy.verify import enough_runs, judge_latency
+from profilers.backends import get_backend
+from profilers.device import this_device
+from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.timing import CERTIFY_PROCESSES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rebench:
+    """A bundle's model, timed here.
+
+    Args:
+        measurement: Now.
+        elsewhere: In what this machine differs from the one of the manifest, in words;
+            empty where it does not. Latencies then compare machines, not times.
+        verdict: Against the latency that was held to; None if none was.
+    """
+
+    measurement: FreshMeasurement
+    elsewhere: tuple[str, ...]
+    verdict: Verdict | None
+
+
+def rebench(
+    bundle: Bundle,
+    *,
+    latency_ms: float | None = None,
+    percentile: int | None = None,
+    reporter: Reporter | None = None,
+) -> Rebench:
+    """Time a bundle's model in fresh processes, at the pace it was certified at.
+
+    On the machine of the manifest latencies speak of the same quiet level as there.
+
+    Args:
+        bundle: Open.
+        latency_ms: Budget to hold it to; None takes the manifest's.
+        percentile: Of that budget; None takes the manifest's.
+        reporter: Told of progress.
+
+    Raises:
+        MissingDependency: The runtime is not installed.
+        DeviceUnfit: The model's threads are more than this machine's cores.
+        RunFailed: The model does not run here.
+        UnstableMeasurement: The percentile is not known.
+    """
+    manifest, reporter = bundle.manifest, reporter or Silent()
+    asked = _asked(manifest.constraints, latency_ms, percentile)
+    elsewhere = differences(bundle)
+    known = manifest.measured if not elsewhere else None
+    reporter.begin("timing the bundle's model")
+    measurement = measure_in_fresh_process(
+        bundle.model_path,
+        backend_name=manifest.runtime.backend,
+        threads=manifest.runtime.threads,
+        settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
+        processes=CERTIFY_PROCESSES,
+        beta=None if known is None else known.beta,
+        anchor_reference_ns=None if known is None else known.anchor_reference_ns,
+        pace=asked.pace,
+        progress=reporter.advance,
+    )
+    verdict = None
+    if asked.latency_ms is not None:
+        verdict = judge_latency(
+            measurement, budget_ms=asked.latency_ms, percentile=asked.percentile
+        )
+    return Rebench(measurement=measurement, elsewhere=elsewhere, verdict=verdict)
+
+
+def differences(bundle: Bundle) -> tuple[str, ...]:
+    """In what this machine and runtime differ from those of the manifest."""
+    manifest = bundle.manifest
+    backend = get_backend(manifest.runtime.backend)
+    here = this_device(accelerator=backend.accelerator())
+    runtime = backend.runtime(threads=manifest.runtime.threads)
+    found = []
+    if here.fingerprint != manifest.device.fingerprint:
+        found.append(
+            f"the device is {_describe(here.cpu_model, here.core_count)}; the "
+            "manifest's was "
+            f"{_describe(manifest.device.cpu_model, manifest.device.core_count)}"
+        )
+    if runtime != manifest.runtime:
+        found.append(
+            f"the runtime is {runtime.backend} {runtime.version}; the manifest's was "
+            f"{manifest.runtime.backend} {manifest.runtime.version}"
+        )
+    return tuple(found)
+
+
+def _describe(cpu_model: str, core_count: int) -> str:
+    return f"{cpu_model} with {core_count} cores"
+
+
+def _asked(
+    constraints: Constraints, latency_ms: float | None, percentile: int | None
+) -> Constraints:
+    budget_ms = constraints.latency_ms if latency_ms is None else latency_ms
+    if budget_ms is None:
+        return constraints
+    return replace(
+        constraints,
+        latency_ms=budget_ms,
+        percentile=constraints.percentile if percentile is None else percentile,
+    )

@@ -1,0 +1,510 @@
+"""Constraints, drift, fleets and fronts, on the real runtimes of this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ofa_deploy import (
+    Bundle,
+    Constraints,
+    InfeasibleBudget,
+    Specializer,
+    StaleTable,
+    cli,
+    device_bench,
+    frontier,
+    profiling,
+    rebench,
+    specialize,
+)
+from ofa_deploy.cli import main
+from ofa_deploy.errors import DeployError, DeviceError, SpaceError
+from ofa_deploy.fleet import MAX_DEVICES
+from ofa_deploy.plan import lower
+from ofa_deploy.profiling import anchor_network, table_name
+from ofa_deploy.report.page import REPORT_FILE
+from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.search.pareto import exhaustive_front
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.stored import write_supernet
+from profilers import LatencyTable, MeasureSettings
+from profilers.backends import get_backend
+from profilers.device import this_device
+from tests.support import tiny
+
+BACKEND = "onnxruntime-cpu"
+GENEROUS_MS = 10_000.0
+QUICK = MeasureSettings(
+    visits=3,
+    runs_per_visit=3,
+    warmup_runs=1,
+    warmup_windows=1,
+    anchor_repeats=1,
+    seed=0,
+    target_relative_error=10.0,
+    max_seconds=0.5,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_timing() -> Iterator[None]:
+    """Few runs: how precise the timing is, is not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_bench, "CONFIRM_SETTINGS", QUICK)
+        patch.setattr(device_bench, "CERTIFY_SETTINGS", QUICK)
+        patch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
+        patch.setattr(rebench, "CERTIFY_SETTINGS", QUICK)
+        patch.setattr(rebench, "CERTIFY_PROCESSES", 1)
+        patch.setattr(profiling, "PROFILE_SETTINGS", QUICK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("supernet")
+    write_supernet(folder, tiny.stored())
+    return folder
+
+
+def made_up_table(
+    backend: str, *, anchor_ms: float | None = None, **changes: Any
+) -> LatencyTable:
+    """A table for this machine; with an anchor model of that latency, if any."""
+
+    def network_ms(config: SubnetConfig) -> float:
+        if anchor_ms is not None and config == tiny.SPACE.middle():
+            return anchor_ms
+        return sum(tiny.work_ms(block) for block in lower(tiny.SPACE, config).blocks)
+
+    runner = get_backend(backend)
+    networks = tiny.random_configs(tiny.SPACE, 20)
+    if anchor_ms is not None:
+        networks = [*networks, tiny.SPACE.middle()]
+    table = tiny.latency_table(
+        tiny.SPACE,
+        networks=networks,
+        network_ms=network_ms,
+        device=this_device(accelerator=runner.accelerator()),
+        runtime=runner.runtime(threads=1),
+        origin="measured",
+    )
+    return replace(table, **changes)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    table = made_up_table(BACKEND)
+    assert anchor_network(tiny.SPACE) not in table.networks  # else it would drift
+    table.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def session(supernet: Path, table: Path) -> Specializer:
+    return Specializer(BACKEND, supernet=supernet, table=table)
+
+
+@pytest.fixture(scope="module")
+def everything(
+    session: Specializer, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """A bundle with every constraint there is."""
+    asked = Constraints(
+        latency_ms=4.9,
+        percentile=90,
+        size_bytes=10**8,
+        peak_memory_mb=2_000.0,
+        min_accuracy=0.01,
+        rate_hz=200.0,
+        sustained_s=0.2,
+    )
+    return session.specialize(asked, out=tmp_path_factory.mktemp("out") / "bundle")
+
+
+# -- constraints -----------------------------------------------------------------------
+
+
+def test_a_bundle_tells_of_every_constraint(everything: Bundle) -> None:
+    manifest = everything.manifest
+    assert {verdict.constraint for verdict in manifest.verdicts} == {
+        "latency",
+        "size",
+        "memory",
+        "accuracy",
+    }
+    assert all(verdict.met for verdict in manifest.verdicts)
+    assert manifest.binding in manifest.verdicts
+
+
+def test_a_percentile_comes_from_enough_runs(everything: Bundle) -> None:
+    measured = everything.manifest.measured
+    assert measured.p90_ms is not None
+    assert measured.sample_count >= 128
+    latency = everything.manifest.verdicts[0]
+    assert latency.found == measured.p90_ms < latency.bound
+
+
+def test_a_size_is_that_of_what_the_runtime_loads(everything: Bundle) -> None:
+    size = {v.constraint: v for v in everything.manifest.verdicts}["size"]
+    assert size.bound == everything.model_path.stat().st_size
+
+
+def test_a_bundle_has_its_report_among_its_files(everything: Bundle) -> None:
+    assert REPORT_FILE in everything.manifest.files
+    page = (everything.path / REPORT_FILE).read_text(encoding="utf-8")
+    assert everything.manifest.config_id in page
+    assert "p90 latency at 200 Hz after 0.2 s of load" in page
+
+
+def test_a_manifest_survives_its_file(everything: Bundle) -> None:
+    assert Bundle.open(everything.path).manifest == everything.manifest
+
+
+def test_an_accuracy_alone_gives_a_fast_network(
+    session: Specializer, tmp_path: Path
+) -> None:
+    genomes = enumerate_genomes(tiny.SPACE)
+    accuracy = session.predictors.accuracy(genomes)
+    least = float(np.quantile(accuracy, 0.6))
+    bundle = session.specialize(
+        Constraints(min_accuracy=least), out=tmp_path / "bundle"
+    )
+    (verdict,) = bundle.manifest.verdicts
+    assert verdict.constraint == "accuracy"
+    assert verdict.bound >= least
+    slower = session.predictor.predict_ms(genomes[accuracy >= least])
+    assert bundle.manifest.predicted.ms <= np.quantile(slower, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        (
+            {"size_bytes": 10},
+            "keeps 10 bytes: the one that comes nearest weights",
+        ),
+        ({"peak_memory_mb": 1e-4}, "keeps 0.0001 MB: the one that comes nearest needs"),
+        ({"min_accuracy": 0.9999}, "keeps an accuracy of 99.99%: the one that comes"),
+    ],
+)
+def test_what_no_network_keeps_is_refused_before_anything_is_exported(
+    limits: dict[str, Any], told: str, session: Specializer, tmp_path: Path
+) -> None:
+    with pytest.raises(InfeasibleBudget) as caught:
+        session.specialize(
+            Constraints(latency_ms=GENEROUS_MS, **limits), out=tmp_path / "bundle"
+        )
+    assert told in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_of_what_can_be_reached_has_a_row_for_each(
+    session: Specializer,
+) -> None:
+    rows = session.feasibility(Constraints(latency_ms=1e-9, min_accuracy=0.5))
+    by_name = {row.constraint: row for row in rows}
+    assert list(by_name) == ["latency", "size", "memory", "accuracy"]
+    assert not by_name["latency"].satisfiable
+    assert by_name["size"].limit is None
+    assert by_name["size"].satisfiable
+    for name in ("latency", "size", "memory"):
+        row = by_name[name]
+        assert row.best < row.median < row.worst
+    accuracy = by_name["accuracy"]
+    assert accuracy.best > accuracy.median > accuracy.worst
+
+
+def test_threads_may_be_named_once(supernet: Path, table: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="names its threads, and threads=1 is given"):
+        specialize(
+            f"{BACKEND}?threads=1",
+            threads=1,
+            latency_ms=1.0,
+            out=tmp_path / "bundle",
+            supernet=supernet,
+            table=table,
+        )
+
+
+# -- drift -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stale(supernet: Path, tmp_path: Path) -> Path:
+    """A table whose anchor model was a thousand times as slow as it is."""
+    path = tmp_path / "stale.json"
+    made_up_table(BACKEND, anchor_ms=1_000.0).save(path)
+    return path
+
+
+def test_a_machine_that_is_not_what_it_was_is_told(
+    stale: Path, supernet: Path, tmp_path: Path
+) -> None:
+    session = Specializer(BACKEND, supernet=supernet, table=stale)
+    with pytest.raises(StaleTable) as caught:
+        session.specialize(GENEROUS_MS, out=tmp_path / "bundle")
+    assert caught.value.ratio < 0.1
+    assert "--accept-drift" in str(caught.value)
+    assert "--reprofile" in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_drift_that_is_accepted_leads_to_a_bundle(
+    stale: Path, supernet: Path, tmp_path: Path
+) -> None:
+    session = Specializer(BACKEND, supernet=supernet, table=stale, on_drift="accept")
+    assert session.specialize(GENEROUS_MS, out=tmp_path / "bundle").check().agrees
+
+
+@pytest.mark.slow
+def test_a_stale_table_is_measured_anew(
+    stale: Path, supernet: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    session = Specializer(
+        BACKEND, supernet=supernet, table=stale, on_drift="reprofile", cache=cache
+    )
+    bundle = session.specialize(GENEROUS_MS, out=tmp_path / "bundle")
+    assert bundle.check().agrees
+    name = table_name(tiny.SPACE, session.device, session.runtime)
+    assert LatencyTable.load(cache / name) == session.table
+
+
+# -- timing again ----------------------------------------------------------------------
+
+
+def test_a_bundle_is_timed_again_where_it_was_made(everything: Bundle) -> None:
+    found = rebench.rebench(everything)
+    assert found.elsewhere == ()
+    assert found.verdict is not None
+    assert found.measurement.anchor_reference_ns == pytest.approx(
+        everything.manifest.measured.anchor_reference_ns
+    )
+
+
+def moved(bundle: Bundle) -> Bundle:
+    """As if it had been made on another machine, with another runtime's version."""
+    manifest = bundle.manifest
+    changed = replace(
+        manifest,
+        device=replace(manifest.device, cpu_model="another processor"),
+        runtime=replace(manifest.runtime, version="0.1"),
+    )
+    return Bundle(bundle.path, changed)
+
+
+def test_a_bundle_that_was_moved_says_that_its_timing_was_taken_elsewhere(
+    everything: Bundle,
+) -> None:
+    found = rebench.rebench(moved(everything))
+    device, runtime = found.elsewhere
+    assert "the manifest's was another processor" in device
+    assert f"the manifest's was {BACKEND} 0.1" in runtime
+    assert moved(everything).check().agrees
+
+
+class Outcome:
+    """What a command left."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        *arguments: str | Path,
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["ofa-deploy", *map(str, arguments)])
+        monkeypatch.setattr(cli._console, "width", 1000)
+        capsys.readouterr()
+        self.code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            self.code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        self.output, self.told = captured.out, captured.err
+
+
+@pytest.mark.parametrize(("max_ms", "code"), [("4", 0), ("1e-6", 1)])
+def test_a_latency_is_asserted_by_the_exit_code(
+    max_ms: str,
+    code: int,
+    everything: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = Outcome(
+        monkeypatch,
+        capsys,
+        *("assert-latency", everything.path, "--max-ms", max_ms),
+    )
+    assert outcome.code == code
+    assert ("NOT kept" in outcome.told) == bool(code)
+
+
+def test_a_bench_in_json_is_nothing_but_json(
+    everything: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = Outcome(monkeypatch, capsys, "bench", everything.path, "--json")
+    assert (outcome.code, outcome.told) == (0, "")
+    content = json.loads(outcome.output)
+    assert content["elsewhere"] == []
+    assert content["now"]["quiet_ms"] > 0
+    assert content["then"]["quiet_ms"] == everything.manifest.measured.quiet_ms
+
+
+def test_a_bench_shows_then_and_now(
+    everything: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = Outcome(monkeypatch, capsys, "bench", everything.path)
+    assert outcome.code == 0
+    assert "quiet state, ms" in outcome.told
+    assert "ms is allowed" in outcome.told
+
+
+# -- fronts ----------------------------------------------------------------------------
+
+
+def test_the_front_of_a_tiny_space_is_the_exhaustive_one(
+    supernet: Path, table: Path
+) -> None:
+    found = frontier(BACKEND, supernet=supernet, table=table)
+    genomes = enumerate_genomes(tiny.SPACE)
+    whole = exhaustive_front(genomes, found.session.predictors.costs(genomes))
+    assert len(found.front.costs) == len(whole.costs)
+    np.testing.assert_allclose(found.front.costs, whole.costs, rtol=1e-6)
+
+
+def test_a_budget_after_a_front_needs_no_search(
+    supernet: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = frontier(BACKEND, supernet=supernet, table=table)
+
+    def search(*_: object, **__: object) -> None:
+        raise AssertionError("searched once more")
+
+    monkeypatch.setattr("ofa_deploy.search.evolution.Evolution.search", search)
+    monkeypatch.setattr("ofa_deploy.search.pareto.Nsga2.search", search)
+    bundle = found.session.specialize(GENEROUS_MS, out=tmp_path / "bundle")
+    best = max(found.networks, key=lambda network: network.accuracy)
+    assert bundle.manifest.config_id == best.config_id
+
+
+def test_a_front_writes_its_page(
+    supernet: Path,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "front.html"
+    options = ("--device", BACKEND, "--supernet", supernet, "--table", table)
+    outcome = Outcome(
+        monkeypatch, capsys, "frontier", "--out", page, *options, "--json"
+    )
+    assert outcome.code == 0
+    networks = json.loads(outcome.output)["networks"]
+    assert networks[0]["config_id"] in page.read_text(encoding="utf-8")
+    latencies_ms = [network["latency_ms"] for network in networks]
+    assert latencies_ms == sorted(latencies_ms)
+
+
+# -- fleets ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[str, str]:
+    """Two devices of this machine, whose tables are found by themselves."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    names = (BACKEND, "openvino-cpu")
+    for name in names:
+        table = made_up_table(name)
+        table.save(cache / table_name(tiny.SPACE, table.device, table.runtime))
+    monkeypatch.setattr("ofa_deploy.pipeline.cache_folder", lambda: cache)
+    return names
+
+
+@pytest.mark.parametrize("max_models", [1, 2, None])
+def test_a_fleet_gets_a_bundle_for_each_device(
+    max_models: int | None,
+    two_tables: tuple[str, str],
+    supernet: Path,
+    tmp_path: Path,
+) -> None:
+    devices = dict.fromkeys(two_tables, GENEROUS_MS)
+    fleet = specialize(
+        devices=devices,
+        max_models=max_models,
+        out=tmp_path / "fleet",
+        supernet=supernet,
+    )
+    assert [member.device for member in fleet.members] == list(two_tables)
+    assert fleet.model_count <= (max_models or len(devices))
+    for member in fleet.members:
+        with fleet.bundle(member.device) as bundle:
+            assert bundle.manifest.runtime.backend == member.device
+            assert bundle.manifest.config_id == member.config_id
+            assert bundle.check().agrees
+        assert member.measured_ms <= member.latency_ms
+    content = json.loads((fleet.path / "fleet.json").read_text())
+    assert len(content["members"]) == len(devices)
+    with pytest.raises(DeployError, match="device 'tpu' is not in the fleet"):
+        fleet.bundle("tpu")
+
+
+def test_a_fleet_that_cannot_be_leaves_nothing(
+    two_tables: tuple[str, str], supernet: Path, tmp_path: Path
+) -> None:
+    devices = {two_tables[0]: GENEROUS_MS, two_tables[1]: 1e-9}
+    with pytest.raises(InfeasibleBudget, match="keep the budget of openvino-cpu"):
+        specialize(devices=devices, out=tmp_path / "fleet", supernet=supernet)
+    assert not (tmp_path / "fleet").exists()
+
+
+def test_a_fleet_without_sense_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "fleet"
+    with pytest.raises(SpaceError, match="0 devices; give 1 to"):
+        specialize(devices={}, out=out)
+    many = {f"d{index}": 1.0 for index in range(MAX_DEVICES + 1)}
+    with pytest.raises(SpaceError, match=f"{MAX_DEVICES + 1} devices"):
+        specialize(devices=many, out=out)
+    with pytest.raises(SpaceError, match="max_models=0; give at least 1"):
+        specialize(devices={BACKEND: 1.0}, max_models=0, out=out)
+    with pytest.raises(DeviceError, match="give either a device"):
+        specialize(out=out)  # type: ignore[call-overload]
+    with pytest.raises(DeviceError, match="give either a device"):
+        specialize(BACKEND, devices={BACKEND: 1.0}, out=out)  # type: ignore[call-overload]
+    with pytest.raises(SpaceError, match="devices carry their own budgets"):
+        specialize(devices={BACKEND: 1.0}, latency_ms=1.0, out=out)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (["openvino-cpu"], "give a device and its budget in milliseconds"),
+        (["openvino-cpu=fast"], "give a device and its budget in milliseconds"),
+        (["=0.5"], "give a device and its budget in milliseconds"),
+        (["a=1", "a=2"], "--device a is given twice"),
+    ],
+)
+def test_a_fleet_of_texts_without_sense_is_refused(texts: list[str], told: str) -> None:
+    with pytest.raises(DeviceError, match=told):
+        cli.bundles.budgets_by_device(texts)
+
+
+def test_a_budget_of_a_device_with_options_is_read() -> None:
+    found = cli.bundles.budgets_by_device(["openvino-cpu?threads=2=0.5", "b=2"])
+    assert found == {"openvino-cpu?threads=2": 0.5, "b": 2.0}

@@ -1,0 +1,118 @@
+"""A device that is made up: it times networks by a law, and writes no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ofa_deploy.assembly import VerifiedNetwork
+from ofa_deploy.choosing import Chooser, Predictors, find_front
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.contract import Confirmed
+from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.plan import lower
+from ofa_deploy.predict.latency import fit_latency_predictor
+from ofa_deploy.predict.sizes import network_sizes
+from ofa_deploy.search.evolution import Evolution
+from ofa_deploy.search.pareto import Nsga2
+from ofa_deploy.space import SubnetConfig
+from ofa_deploy.verify import AccuracyClaim, ParityReport, judge
+from tests.support import tiny
+from tests.support.tiny_session import fresh, table_here
+
+PARITY = ParityReport(
+    max_relative_error=0.0, top1_agreement=1.0, image_count=256, tolerance=1e-4
+)
+# A network to a latency in ms.
+Law = Callable[[SubnetConfig], float]
+SIZE_OVERHEAD_BYTES = 5_000
+MEMORY_OVERHEAD_MB = 3.0
+
+
+def chooser(*, search: Nsga2 | None = None) -> Chooser:
+    """By a table whose latencies grow with the work, on the tiny space."""
+    latency = fit_latency_predictor(tiny.SPACE, table_here("onnxruntime-cpu"))
+    predictors = Predictors(
+        latency=latency,
+        accuracy=tiny.predictor().predict,
+        sizes=network_sizes(tiny.SPACE),
+    )
+    search = search or Nsga2(population=40, generations=20, polish=20_000)
+    return Chooser(
+        predictors=predictors,
+        front=find_front(predictors, search),
+        evolution=Evolution(generations=20),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class MadeUpBench:
+    """A `Bench` that times by laws.
+
+    Args:
+        predictors: What was expected of the networks.
+        constraints: What they are held against.
+        quiet: Latency when confirmed.
+        certified: Latency when certified, of the quiet one; by the number of networks
+            certified before.
+        memory_mb: That is measured of a network.
+        confirmed: Ids in order.
+        tried: Networks certified, in order.
+    """
+
+    predictors: Predictors
+    constraints: Constraints
+    quiet: Law
+    certified: Callable[[int], float] = lambda count: 1.0
+    memory_mb: Callable[[SubnetConfig], float] = lambda config: 1.0
+    confirmed: list[str] = field(default_factory=list)
+    tried: list[VerifiedNetwork] = field(default_factory=list)
+
+    def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
+        """See `Bench`."""
+        self.confirmed += [config.id for config in configs]
+        return {
+            config.id: Confirmed(
+                quiet_ms=self.quiet(config), size_bytes=self.size_bytes(config)
+            )
+            for config in configs
+        }
+
+    def certify(self, config: SubnetConfig) -> VerifiedNetwork:
+        """See `Bench`."""
+        latency_ms = self.quiet(config) * self.certified(len(self.tried))
+        plan = lower(tiny.SPACE, config)
+        measurement = replace(fresh(latency_ms), memory_mb=self.memory_mb(config))
+        row = tiny.SPACE.encode(config)[None]
+        value = float(self.predictors.accuracy(row)[0])
+        accuracy = AccuracyClaim(
+            kind="predicted", value=value, low=value, high=value, image_count=1
+        )
+        self.tried.append(
+            VerifiedNetwork(
+                exported=ExportedNetwork(
+                    plan=plan, folder=Path(), model_file="model.onnx", parity=PARITY
+                ),
+                measurement=measurement,
+                predicted=self.predictors.latency.estimate(config),
+                accuracy=accuracy,
+                constraints=self.constraints,
+                verdicts=judge(
+                    self.constraints,
+                    measurement=measurement,
+                    size_bytes=self.size_bytes(config),
+                    accuracy=accuracy,
+                ),
+                device=table_here("onnxruntime-cpu").device,
+                runtime=table_here("onnxruntime-cpu").runtime,
+            )
+        )
+        return self.tried[-1]
+
+    def size_bytes(self, config: SubnetConfig) -> int:
+        """Of the file, were there one."""
+        row = tiny.SPACE.encode(config)[None]
+        return round(float(self.predictors.sizes.weight_bytes(row)[0])) + (
+            SIZE_OVERHEAD_BYTES
+        )

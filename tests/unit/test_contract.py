@@ -1,0 +1,247 @@
+"""The closed loop, on devices that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ofa_deploy.assembly import VerifiedNetwork
+from ofa_deploy.choosing import Chooser
+from ofa_deploy.constraints import MEGABYTE, Constraints
+from ofa_deploy.contract import LADDER, MAX_CERTIFIED, MAX_LADDERS, fulfil
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.feasibility import reachable_range
+from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.space import SubnetConfig
+from tests.support import made_up_bench, tiny
+from tests.support.made_up_bench import MEMORY_OVERHEAD_MB, MadeUpBench
+
+ALL = enumerate_genomes(tiny.SPACE)
+
+
+@lru_cache(maxsize=1)
+def chooser() -> Chooser:
+    return made_up_bench.chooser()
+
+
+def predicted_ms(config: SubnetConfig) -> float:
+    return chooser().predictors.latency.estimate(config).ms
+
+
+def budget_at(place: float) -> float:
+    """Between the fastest and the slowest prediction, evenly by ratio."""
+    reached = reachable_range(chooser().predictors.latency)
+    ratio = reached.slowest_ms / reached.fastest_ms
+    return float(reached.fastest_ms * ratio**place)
+
+
+def bench(
+    constraints: Constraints,
+    *,
+    factor: float = 1.0,
+    certified: Callable[[int], float] = lambda count: 1.0,
+) -> MadeUpBench:
+    return MadeUpBench(
+        predictors=chooser().predictors,
+        constraints=constraints,
+        quiet=lambda config: factor * predicted_ms(config),
+        certified=certified,
+    )
+
+
+def run(device: MadeUpBench) -> VerifiedNetwork:
+    return fulfil(
+        device.constraints, chooser=chooser(), bench=device, where="a made-up device"
+    )
+
+
+def accuracies() -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return chooser().predictors.accuracy(ALL)
+
+
+# -- a device that is what its table says ----------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_device_as_predicted_gives_the_best_network_within_the_budget(
+    place: float,
+) -> None:
+    budget_ms = budget_at(place)
+    device = bench(Constraints(latency_ms=budget_ms))
+    found = run(device)
+    latency = chooser().predictors.latency.predict_ms(ALL)
+    # What a certified bound usually adds is left free.
+    best = accuracies()[latency * 1.02 <= budget_ms].max()
+    assert found.accuracy.value >= best
+    assert found.met
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_device_as_predicted_takes_one_certified_network(place: float) -> None:
+    device = bench(Constraints(latency_ms=budget_at(place)))
+    run(device)
+    assert len(device.tried) == 1
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.1, 1.5, 2.0])
+def test_a_device_that_is_off_its_table_is_learnt(factor: float) -> None:
+    budget_ms = budget_at(0.6)
+    device = bench(Constraints(latency_ms=budget_ms), factor=factor)
+    found = run(device)
+    latency = factor * chooser().predictors.latency.predict_ms(ALL)
+    best = accuracies()[latency * 1.02 <= budget_ms].max()
+    assert found.accuracy.value >= best - 0.01
+
+
+@pytest.mark.parametrize("excess", [0.7, 1.05, 1.3])
+def test_what_certifying_adds_is_learnt(excess: float) -> None:
+    budget_ms = budget_at(0.6)
+    device = bench(Constraints(latency_ms=budget_ms), certified=lambda count: excess)
+    found = run(device)
+    latency = excess * chooser().predictors.latency.predict_ms(ALL)
+    best = accuracies()[latency * 1.02 <= budget_ms].max()
+    assert found.accuracy.value >= best - 0.01
+
+
+# -- laws ------------------------------------------------------------------------------
+
+# Certified over confirmed, of one network after the other; the last one stays.
+excesses = st.lists(st.floats(0.5, 4), min_size=1, max_size=8)
+places = st.floats(0.01, 1)
+factors = st.floats(0.4, 3)
+
+
+def drifting(place: float, factor: float, by_try: list[float]) -> MadeUpBench:
+    return bench(
+        Constraints(latency_ms=budget_at(place)),
+        factor=factor,
+        certified=lambda count: by_try[min(count, len(by_try) - 1)],
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(places, factors, excesses)
+@example(0.5, 1.0, [4.0, 0.5, 4.0])
+def test_no_network_is_confirmed_or_certified_twice(
+    place: float, factor: float, by_try: list[float]
+) -> None:
+    device = drifting(place, factor, by_try)
+    with suppress(InfeasibleBudget):
+        run(device)
+    tried = [found.config.id for found in device.tried]
+    assert len(set(tried)) == len(tried) <= MAX_CERTIFIED
+    assert len(set(device.confirmed)) == len(device.confirmed)
+    assert len(device.confirmed) <= MAX_LADDERS * len(LADDER) + 1
+    assert set(tried) <= set(device.confirmed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(places, factors, excesses)
+@example(0.5, 1.0, [4.0, 0.5, 4.0])
+def test_a_budget_is_refused_exactly_if_every_certified_network_exceeds_it(
+    place: float, factor: float, by_try: list[float]
+) -> None:
+    device = drifting(place, factor, by_try)
+    try:
+        found = [run(device)]
+    except InfeasibleBudget:
+        found = []
+    assert all(network.met for network in found)
+    assert bool(found) == any(network.met for network in device.tried)
+
+
+@settings(max_examples=40, deadline=None)
+@given(places, factors, excesses)
+def test_of_certified_networks_that_fit_the_most_accurate_is_returned(
+    place: float, factor: float, by_try: list[float]
+) -> None:
+    device = drifting(place, factor, by_try)
+    try:
+        found = run(device)
+    except InfeasibleBudget:
+        return
+    met = [network.accuracy.value for network in device.tried if network.met]
+    assert found.accuracy.value == max(met)
+
+
+@settings(max_examples=40, deadline=None)
+@given(places, factors, excesses)
+def test_a_refusal_names_the_least_latency_that_was_certified(
+    place: float, factor: float, by_try: list[float]
+) -> None:
+    device = drifting(place, factor, by_try)
+    try:
+        run(device)
+    except InfeasibleBudget as error:
+        refusal = error
+    else:
+        return
+    if not device.tried:  # refused by prediction
+        assert refusal.fastest_ms is not None
+        return
+    least = min(device.tried, key=lambda network: network.verdict("latency").bound)
+    assert refusal.fastest_ms == least.verdict("latency").bound
+    assert refusal.nearest == least.config.id
+
+
+# -- other constraints -----------------------------------------------------------------
+
+
+def test_an_accuracy_to_keep_gives_the_fastest_network_that_does() -> None:
+    least = float(np.quantile(accuracies(), 0.7))
+    device = bench(Constraints(min_accuracy=least))
+    found = run(device)
+    latency = chooser().predictors.latency.predict_ms(ALL)
+    fastest_ms = latency[accuracies() >= least].min()
+    assert found.measurement.quiet_ms == pytest.approx(fastest_ms)
+    assert found.accuracy.value >= least
+
+
+def test_a_size_is_kept_by_the_file_and_not_by_its_weights_alone() -> None:
+    weights = chooser().predictors.sizes.weight_bytes(ALL)
+    limit = round(float(np.median(weights)))
+    constraints = Constraints(latency_ms=budget_at(1.0) * 2, size_bytes=limit)
+    device = bench(constraints)
+    found = run(device)
+    assert device.size_bytes(found.config) <= limit
+    fits = weights + made_up_bench.SIZE_OVERHEAD_BYTES <= limit
+    assert found.accuracy.value >= accuracies()[fits].max() - 0.01
+
+
+def test_memory_that_the_runtime_itself_takes_is_learnt() -> None:
+    sizes = chooser().predictors.sizes
+
+    def memory_mb(config: SubnetConfig) -> float:
+        row = tiny.SPACE.encode(config)[None]
+        return float(sizes.memory_bytes(row)[0]) / MEGABYTE + MEMORY_OVERHEAD_MB
+
+    middle_mb = float(np.median(sizes.memory_bytes(ALL))) / MEGABYTE
+    limit_mb = middle_mb + MEMORY_OVERHEAD_MB
+    constraints = Constraints(latency_ms=budget_at(1.0) * 2, peak_memory_mb=limit_mb)
+    device = bench(constraints)
+    device.memory_mb = memory_mb
+    found = run(device)
+    assert memory_mb(found.config) <= limit_mb
+    assert len(device.tried) >= 2  # the first one did not know
+
+
+def test_no_network_that_keeps_everything_is_a_refusal_that_names_what_is_missed() -> (
+    None
+):
+    constraints = Constraints(latency_ms=budget_at(0.5), peak_memory_mb=1.0)
+    device = bench(constraints)
+    device.memory_mb = lambda config: 50.0
+    with pytest.raises(InfeasibleBudget, match=r"has memory 50; 1 is asked for"):
+        run(device)
+
+
+def test_a_percentile_is_what_the_budget_speaks_of() -> None:
+    # One run of each made-up network: too few for any percentile but the median.
+    constraints = Constraints(latency_ms=budget_at(0.5), percentile=50)
+    assert run(bench(constraints)).verdict("latency").evidence == "measured"
