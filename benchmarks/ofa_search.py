@@ -19,7 +19,7 @@ import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from frontier_quality import BACKEND, predictors_of
@@ -275,7 +275,9 @@ def _config(space: SearchSpace, arch: dict[str, Any]) -> SubnetConfig:
 class _StandIn(types.ModuleType):
     """A module that has every name, none of which does anything."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -135,7 +135,11 @@ def specialize(
     if devices is not None:
         if device is not None:
             raise DeviceError(_ONE_OF)
-        if any(limit is not None for limit in limits) or table is not None:
+        if (
+            any(limit is not None for limit in limits)
+            or (percentile, sustained_s, table) != (50, 0.0, None)
+            or told is not nobody
+        ):
             raise SpaceError(
                 "devices carry their own budgets, and find their own tables; leave "
                 "out latency_ms, table and every other limit"

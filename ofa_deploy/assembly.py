@@ -58,6 +58,8 @@ class VerifiedNetwork:
         verdicts: What was found of each.
         device: Where it was measured.
         runtime: With what.
+        anchor_ratio: Latency of the anchor model over that of the table, at the time;
+            None if the table lacks it.
     """
 
     exported: ExportedNetwork
@@ -68,6 +70,7 @@ class VerifiedNetwork:
     verdicts: tuple[Verdict, ...]
     device: DeviceSpec
     runtime: RuntimeSpec
+    anchor_ratio: float | None = None
 
     @property
     def config(self) -> SubnetConfig:
@@ -132,6 +135,7 @@ def assemble_bundle(
             files=record_files(folder),
             device=network.device,
             runtime=network.runtime,
+            anchor_ratio=network.anchor_ratio,
             measured=measured_latency(network.measurement),
             predicted=network.predicted,
             accuracy=network.accuracy,

@@ -123,8 +123,9 @@ class Chooser:
 
     Args:
         predictors: Of the space.
-        front: Of it; limits on memory, which is not among its costs, are searched for.
-        evolution: That search.
+        front: Of it.
+        evolution: Searches where nothing on the front keeps the limits: memory is not
+            among its costs.
         seed: Of it.
     """
 
@@ -142,10 +143,9 @@ class Chooser:
             InfeasibleBudget: There is none.
         """
         space = self.predictors.space
-        if limits.memory_bytes is None:
-            rows = self._from_front(limits)[:count]
-            if len(rows):
-                return [space.decode(row) for row in rows]
+        rows = self._from_front(limits)[:count]
+        if len(rows):
+            return [space.decode(row) for row in rows]
         problem = self._problem(limits)
         rng = np.random.default_rng(self.seed)
         found = self.evolution.search(problem, rng)
@@ -158,6 +158,9 @@ class Chooser:
             inside &= costs[:, LATENCY_MS] <= limits.latency_ms
         if limits.weight_bytes is not None:
             inside &= costs[:, WEIGHT_BYTES] <= limits.weight_bytes
+        if limits.memory_bytes is not None:
+            memory = self.predictors.sizes.memory_bytes(self.front.genomes)
+            inside &= memory <= limits.memory_bytes
         if limits.min_accuracy is not None:
             inside &= 1 - costs[:, ERROR] >= limits.min_accuracy
         order = (

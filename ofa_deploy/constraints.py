@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ofa_deploy.errors import SpaceError
-from profilers.pace import MAX_RATE_HZ, MAX_SUSTAINED_S, Pace
+from profilers.pace import MAX_RATE_HZ, MAX_SUSTAINED_S, MIN_RATE_HZ, Pace
 
 PERCENTILES = (50, 90, 95, 99)
 MEGABYTE = 10**6
@@ -30,7 +32,8 @@ class Constraints:
             in 10^6 bytes.
         min_accuracy: Top-1, 0..1. The fastest network that keeps it is taken, instead
             of the most accurate one within the others.
-        rate_hz: Runs per second of the application: timed at that pace.
+        rate_hz: Runs per second of the application: timed at that pace. Without a
+            latency, a run may take no longer than the time to the next one.
         sustained_s: Load before the first timed run, at that pace.
 
     Raises:
@@ -46,6 +49,10 @@ class Constraints:
     sustained_s: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("percentile", "size_bytes"):
+            _settle(self, name, _whole)
+        for name in _REAL_FIELDS:
+            _settle(self, name, _real)
         self._check_values()
         if self.latency_ms is None and self.min_accuracy is None:
             raise SpaceError(
@@ -87,16 +94,35 @@ class Constraints:
                 f"min_accuracy={self.min_accuracy} is no share of images; give a "
                 "number between 0 and 1, such as 0.9 for 90 %"
             )
-        if self.rate_hz is not None and not 0 < self.rate_hz <= MAX_RATE_HZ:
+        rate_hz = self.rate_hz
+        if rate_hz is not None and not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
             raise SpaceError(
-                f"rate_hz={self.rate_hz} makes no sense; give a number above 0, at "
-                f"most {MAX_RATE_HZ:g}"
+                f"rate_hz={rate_hz} makes no sense; give {MIN_RATE_HZ:g} to "
+                f"{MAX_RATE_HZ:g}"
             )
         if not 0 <= self.sustained_s <= MAX_SUSTAINED_S:
             raise SpaceError(
                 f"sustained_s={self.sustained_s} makes no sense; give 0 to "
                 f"{MAX_SUSTAINED_S:g} seconds"
             )
+
+    @property
+    def budget_ms(self) -> float | None:
+        """What one run may take; at a rate, no more than the time to the next one."""
+        if self.latency_ms is None and self.rate_hz is not None:
+            return 1000 / self.rate_hz
+        return self.latency_ms
+
+    @property
+    def limits(self) -> dict[ConstraintName, float]:
+        """What is asked for, by name."""
+        asked: dict[ConstraintName, float | None] = {
+            "latency": self.budget_ms,
+            "size": self.size_bytes,
+            "memory": self.peak_memory_mb,
+            "accuracy": self.min_accuracy,
+        }
+        return {name: limit for name, limit in asked.items() if limit is not None}
 
     @property
     def pace(self) -> Pace | None:
@@ -114,6 +140,41 @@ class Constraints:
         if self.sustained_s:
             parts.append(f"after {self.sustained_s:g} s of load")
         return " ".join(parts)
+
+
+_REAL_FIELDS = (
+    "latency_ms",
+    "peak_memory_mb",
+    "min_accuracy",
+    "rate_hz",
+    "sustained_s",
+)
+
+
+def _settle(
+    constraints: Constraints, name: str, convert: Callable[[object], object]
+) -> None:
+    """Make a plain number of what may be numpy's: it goes into a file."""
+    value = getattr(constraints, name)
+    if value is None:
+        return
+    try:
+        plain = convert(value)
+    except (TypeError, ValueError) as error:
+        raise SpaceError(
+            f"{name}={value!r} is not {'a whole' if convert is _whole else 'a'} number"
+        ) from error
+    object.__setattr__(constraints, name, plain)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def _real(value: object) -> float:
+    return float(value)  # type: ignore[arg-type]
 
 
 def require_budget(budget_ms: float) -> None:
@@ -159,6 +220,10 @@ class Verdict:
             return self.bound >= self.limit
         return self.bound <= self.limit
 
+    def told(self, value: float) -> str:
+        """A value of this constraint, in words."""
+        return in_words(self.constraint, value)
+
     @property
     def used_share(self) -> float:
         """How much of what is allowed is used up; above 1 it is exceeded.
@@ -179,10 +244,13 @@ def binding(verdicts: tuple[Verdict, ...]) -> Verdict:
     return max(verdicts, key=lambda verdict: verdict.used_share)
 
 
+def in_words(constraint: ConstraintName, value: float) -> str:
+    """A constraint's value with its unit."""
+    if constraint == "accuracy":
+        return f"{value:.2%}"
+    if constraint == "size":
+        return f"{value:,.0f} bytes"
+    return f"{value:.4g} {'ms' if constraint == 'latency' else 'MB'}"
+
+
 CONSTRAINT_NAMES: tuple[ConstraintName, ...] = get_args(ConstraintName)
-UNITS: dict[ConstraintName, str] = {
-    "latency": "ms",
-    "size": "bytes",
-    "memory": "MB",
-    "accuracy": "",
-}

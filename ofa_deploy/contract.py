@@ -16,7 +16,7 @@ from typing import Protocol
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, PredictedLimits, ladder
 from ofa_deploy.constraints import MEGABYTE, Constraints, binding
-from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.errors import BackendError, InfeasibleBudget, StaleTable
 from ofa_deploy.space import Genomes, SubnetConfig
 
 # Networks certified at most: each takes several processes' time.
@@ -31,6 +31,13 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.05
+# A predictor that is further off says nothing of the ladder's steps.
+MOST_RMS = 0.2
+# Of the planned memory of a network that took too much.
+MISSED_SHARE = 0.95
+# An accuracy is predicted alone and among thousands, which differs in the last digits.
+ROUNDING = 1e-6
+MOST_ACCURACY = 1 - 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +57,10 @@ class Bench(Protocol):
     """Where files are made and timed; each network at most once in either way."""
 
     def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
-        """Export networks, and time the files against each other; by id."""
+        """Export networks, and time the files against each other; by id.
+
+        Those that the runtime fails on are left out.
+        """
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """Time a network's file in fresh processes, and hold it against all limits."""
@@ -69,19 +79,25 @@ def fulfil(
 
     Raises:
         InfeasibleBudget: None keeps them, by prediction, or by what was measured.
+        BackendError: The runtime failed, and nothing was certified before.
+        StaleTable: The machine is no longer what its table says, likewise.
     """
     loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
     best: VerifiedNetwork | None = None
-    while len(loop.certified) < MAX_CERTIFIED:
-        config = loop.next_config(better_than=best)
-        if config is None:
-            break
-        found = bench.certify(config)
-        loop.certified.append(found)
-        if found.met:
-            best = found
-            if not loop.wasteful(found):
-                return found
+    try:
+        while len(loop.certified) < MAX_CERTIFIED:
+            config = loop.next_config(better_than=best)
+            if config is None:
+                break
+            found = bench.certify(config)
+            loop.certified.append(found)
+            if found.met:
+                best = found
+                if not loop.wasteful(found):
+                    break
+    except (BackendError, StaleTable):
+        if best is None:  # else what was shown stays shown
+            raise
     if best is not None:
         return best
     raise loop.refusal()
@@ -97,6 +113,7 @@ class _Loop:
     where: str
     confirmed: dict[str, Confirmed] = field(default_factory=dict)
     certified: list[VerifiedNetwork] = field(default_factory=list)
+    offered: set[str] = field(default_factory=set)
     ladders: int = 0
 
     # -- what is expected --------------------------------------------------------------
@@ -106,6 +123,10 @@ class _Loop:
 
     def accuracy(self, config: SubnetConfig) -> float:
         return float(self.chooser.predictors.accuracy(self._row(config.id))[0])
+
+    def _row(self, name: str) -> Genomes:
+        config = SubnetConfig.from_id(name)
+        return self.chooser.predictors.space.encode(config)[None]
 
     @property
     def slowdown(self) -> float:
@@ -135,8 +156,8 @@ class _Loop:
         return PredictedLimits(
             latency_ms=(
                 None
-                if asked.latency_ms is None
-                else asked.latency_ms / (self.excess * self.slowdown)
+                if asked.budget_ms is None
+                else asked.budget_ms / (self.excess * self.slowdown)
             ),
             weight_bytes=(
                 None
@@ -146,9 +167,13 @@ class _Loop:
             memory_bytes=(
                 None
                 if asked.peak_memory_mb is None
-                else max(1.0, self._free_memory_bytes(asked.peak_memory_mb))
+                else self._memory_limit_bytes(asked.peak_memory_mb)
             ),
-            min_accuracy=asked.min_accuracy,
+            min_accuracy=(
+                None
+                if asked.min_accuracy is None
+                else min(MOST_ACCURACY, asked.min_accuracy + self._optimism)
+            ),
         )
 
     @property
@@ -163,33 +188,58 @@ class _Loop:
             default=0.0,
         )
 
-    def _free_memory_bytes(self, limit_mb: float) -> float:
-        """What the runtime itself leaves of a limit."""
-        memory_bytes = self.chooser.predictors.sizes.memory_bytes
-        overhead = max(
-            (
-                found.verdict("memory").bound * MEGABYTE
-                - float(memory_bytes(self._row(found.config.id))[0])
-                for found in self.certified
-            ),
-            default=0.0,
-        )
-        return limit_mb * MEGABYTE - overhead
+    def _memory_limit_bytes(self, limit_mb: float) -> float:
+        """What weights and activations may take, by what certified networks took.
 
-    def _row(self, name: str) -> Genomes:
-        config = SubnetConfig.from_id(name)
-        return self.chooser.predictors.space.encode(config)[None]
+        What a runtime takes besides grows with the model or does not. Two networks
+        tell; of one alone the more hopeful is believed, and certified.
+        """
+        memory_bytes = self.chooser.predictors.sizes.memory_bytes
+        limit_bytes = limit_mb * MEGABYTE
+        known = [
+            (
+                found.verdict("memory").bound * MEGABYTE,
+                float(memory_bytes(self._row(found.config.id))[0]),
+            )
+            for found in self.certified
+        ]
+        if not known:
+            return limit_bytes
+        known.sort(key=lambda pair: abs(pair[0] - limit_bytes))
+        (measured, planned), *others = known
+        besides = measured - planned
+        hopeful = max(limit_bytes - besides, limit_bytes * planned / measured)
+        for other_measured, other_planned in others[:1]:
+            rise, step = other_measured - measured, other_planned - planned
+            if rise * step > 0:
+                hopeful = planned + step / rise * (limit_bytes - measured)
+        # Not as much as one that took too much.
+        missed = [planned for measured, planned in known if measured > limit_bytes]
+        return min([hopeful, *(MISSED_SHARE * planned for planned in missed)])
+
+    @property
+    def _optimism(self) -> float:
+        """Predicted accuracies over measured ones; a hair, where none is measured."""
+        gaps = [
+            self.accuracy(found.config) - found.accuracy.value
+            for found in self.certified
+            if found.accuracy.kind == "measured"
+        ]
+        return max(0.0, median(gaps)) + ROUNDING if gaps else ROUNDING
 
     def fits(self, config: SubnetConfig) -> bool:
         """Whether a confirmed network is expected to keep all limits."""
-        asked, found = self.constraints, self.confirmed[config.id]
+        asked, found, limits = self.constraints, self.confirmed[config.id], self.limits
         if asked.size_bytes is not None and found.size_bytes > asked.size_bytes:
             return False
-        if asked.peak_memory_mb is not None:
+        if limits.memory_bytes is not None:
             memory = self.chooser.predictors.sizes.memory_bytes(self._row(config.id))
-            if memory[0] > self._free_memory_bytes(asked.peak_memory_mb):
+            if memory[0] > limits.memory_bytes:
                 return False
-        if asked.latency_ms is None:
+        least = limits.min_accuracy
+        if least is not None and self.accuracy(config) < least - ROUNDING:
+            return False
+        if asked.budget_ms is None:
             return True
         missed_ms = [
             self.confirmed[other.config.id].quiet_ms
@@ -198,7 +248,13 @@ class _Loop:
         ]
         # What is no faster than one that missed will miss, whatever the average says.
         faster = found.quiet_ms < min(missed_ms, default=float("inf"))
-        return faster and self.excess * found.quiet_ms <= asked.latency_ms
+        return faster and self.excess * found.quiet_ms <= asked.budget_ms
+
+    def wasteful(self, found: VerifiedNetwork) -> bool:
+        """Whether a network leaves so much room that a better one may fit."""
+        if self.constraints.min_accuracy is not None:
+            return False
+        return binding(found.verdicts).used_share < 1 - WASTED_SHARE
 
     # -- what comes next ---------------------------------------------------------------
 
@@ -210,11 +266,9 @@ class _Loop:
             ready = self._ready(better_than)
             if ready:
                 return ready[0]
-            if self.ladders >= MAX_LADDERS or not self._confirm_more():
+            if self.ladders >= MAX_LADDERS or not self._confirm_more(better_than):
                 break
-        if better_than is not None:
-            return None
-        return self._last_resort()
+        return None if better_than is not None else self._last_resort()
 
     def _ready(self, better_than: VerifiedNetwork | None) -> list[SubnetConfig]:
         """Confirmed networks expected to keep everything, the best first."""
@@ -223,105 +277,98 @@ class _Loop:
             SubnetConfig.from_id(name) for name in self.confirmed if name not in tried
         ]
         fitting = [config for config in configs if self.fits(config)]
-        if better_than is not None:
-            least = self.accuracy(better_than.config)
-            fitting = [config for config in fitting if self.accuracy(config) > least]
         if self.constraints.min_accuracy is not None:
             return sorted(fitting, key=lambda c: self.confirmed[c.id].quiet_ms)
-        return sorted(fitting, key=self.accuracy, reverse=True)
+        return self._more_accurate(fitting, better_than)
 
-    def _confirm_more(self) -> bool:
-        """Confirm the networks that are now expected to be best; whether any is new."""
+    def _more_accurate(
+        self, configs: Sequence[SubnetConfig], than: VerifiedNetwork | None
+    ) -> list[SubnetConfig]:
+        """Those that are, the most accurate first."""
+        least = -1.0 if than is None else self.accuracy(than.config)
+        better = [config for config in configs if self.accuracy(config) > least]
+        return sorted(better, key=self.accuracy, reverse=True)
+
+    def _confirm_more(self, better_than: VerifiedNetwork | None) -> bool:
+        """Confirm the networks that are now expected to be best; whether any is new.
+
+        Where nothing is predicted to keep a latency, the fastest network is left to
+        measure: it may.
+        """
         self.ladders += 1
-        rms = self.chooser.predictors.latency.residual_ratio
+        rms = min(MOST_RMS, self.chooser.predictors.latency.residual_ratio)
         try:
             configs = ladder(
                 self.chooser,
                 self.limits,
                 steps=tuple(1 + step * rms for step in LADDER),
             )
-        except InfeasibleBudget as error:
-            if self.confirmed:
+        except InfeasibleBudget:
+            if self.offered or self._only_latency:
                 return False
-            raise self._predicted_refusal(error) from error
-        new = [config for config in configs if config.id not in self.confirmed]
-        if new:
-            self.confirmed |= self.bench.confirm(new)
-        return bool(new)
+            raise
+        if better_than is not None:
+            configs = self._more_accurate(configs, better_than)
+        new = [config for config in configs if config.id not in self.offered]
+        return self._confirm(new)
+
+    def _confirm(self, configs: Sequence[SubnetConfig]) -> bool:
+        self.offered |= {config.id for config in configs}
+        if configs:
+            self.confirmed |= self.bench.confirm(configs)
+        return bool(configs)
 
     def _last_resort(self) -> SubnetConfig | None:
         """The fastest network: if it misses, all do."""
-        asked = self.constraints
-        if asked.latency_ms is None or asked.min_accuracy is not None:
+        if not self._only_latency:
             return None
         predictors = self.chooser.predictors
         fastest = predictors.space.decode(predictors.fastest())
         if any(found.config == fastest for found in self.certified):
             return None
-        if fastest.id not in self.confirmed:
-            self.confirmed |= self.bench.confirm([fastest])
-        return fastest
+        if fastest.id not in self.offered:
+            self._confirm([fastest])
+        return fastest if fastest.id in self.confirmed else None
 
-    def wasteful(self, found: VerifiedNetwork) -> bool:
-        """Whether a network leaves so much room that a better one may fit."""
-        if self.constraints.min_accuracy is not None:
-            return False
-        return binding(found.verdicts).used_share < 1 - WASTED_SHARE
+    @property
+    def _only_latency(self) -> bool:
+        asked = self.constraints
+        others = (asked.size_bytes, asked.peak_memory_mb, asked.min_accuracy)
+        return all(limit is None for limit in others)
 
     # -- refusals ----------------------------------------------------------------------
 
-    def _predicted_refusal(self, error: InfeasibleBudget) -> InfeasibleBudget:
-        asked, latency = self.constraints, self.chooser.predictors.latency
-        only_latency = asked.size_bytes is None and asked.peak_memory_mb is None
-        if not only_latency or asked.min_accuracy is not None:
-            return error
-        if error.fastest_ms is None or asked.latency_ms is None:
-            return error
-        return InfeasibleBudget(
-            f"no network of {latency.space.name} meets {asked.latency_ms:g} ms on "
-            f"{self.where} here; the fastest is predicted to take "
-            f"{error.fastest_ms:.4g} ms. Ask for at least "
-            f"{error.fastest_ms * latency.upper_ratio:.4g} ms",
-            budget_ms=asked.latency_ms,
-            fastest_ms=error.fastest_ms,
-            nearest=error.nearest,
-        )
-
     def refusal(self) -> InfeasibleBudget:
-        """Of what was certified, and missed."""
+        """Of what was measured, and missed."""
         asked, name = self.constraints, self.chooser.predictors.space.name
         if not self.certified:
             return InfeasibleBudget(
                 f"no network of {name} is expected to keep all limits on {self.where} "
                 f"here: {len(self.confirmed)} were measured. Loosen them",
-                budget_ms=asked.latency_ms,
+                budget_ms=asked.budget_ms,
                 fastest_ms=None,
             )
         nearest = min(
             self.certified, key=lambda found: binding(found.verdicts).used_share
         )
         missed = binding(nearest.verdicts)
-        if asked.latency_ms is None or missed.constraint != "latency":
+        if not self._only_latency or asked.budget_ms is None:
             return InfeasibleBudget(
                 f"no network of {name} keeps all limits on {self.where} here: the "
                 f"nearest, exported and measured, has {missed.constraint} "
-                f"{missed.bound:.6g}; {missed.limit:.6g} is asked for. Loosen that",
-                budget_ms=asked.latency_ms,
+                f"{missed.told(missed.bound)}; {missed.told(missed.limit)} is asked "
+                "for. Loosen that",
+                budget_ms=asked.budget_ms,
                 fastest_ms=None,
                 nearest=nearest.config.id,
             )
         return InfeasibleBudget(
-            f"no network of {name} meets {asked.latency_ms:g} ms on {self.where} here: "
+            f"no network of {name} meets {asked.budget_ms:g} ms on {self.where} here: "
             f"the fastest, exported and timed, took up to {missed.bound:.4g} ms, its "
             "uncertainty included. Ask for more; or the machine may be busy (see "
             "`ofa-deploy doctor`), or the latency table out of date (`ofa-deploy "
             "profile`)",
-            budget_ms=asked.latency_ms,
+            budget_ms=asked.budget_ms,
             fastest_ms=missed.bound,
             nearest=nearest.config.id,
         )
-
-
-def _above_zero(limit: float | None, overhead: float) -> float | None:
-    """What is left of a limit; never nothing, which cannot be compared with."""
-    return None if limit is None else max(1.0, limit - overhead)

@@ -20,7 +20,7 @@ from ofa_deploy.assembly import (
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import Confirmed
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import RunFailed, StaleTable
+from ofa_deploy.errors import BackendError, RunFailed, StaleTable
 from ofa_deploy.export.runtime_format import timed_network, write_timed
 from ofa_deploy.exporting import ExportedNetwork, export_network
 from ofa_deploy.plan import lower
@@ -70,7 +70,8 @@ class DeviceBench:
         stack: Holds their folders.
         reporter: Told of progress.
         max_drift_ratio: Of the anchor model against the table; None to accept any.
-        anchor_ratio: As it was found last; None where the table lacks the model.
+        anchor_ratio: Its latency over that of the table, once it was measured; None
+            where the table lacks the model.
     """
 
     supernet: StoredSupernet
@@ -98,11 +99,18 @@ class DeviceBench:
             ParityError: A file computes something else.
         """
         self.reporter.begin("exporting and checking")
+        failed: list[BackendError] = []
         for place, config in enumerate(configs):
-            self._export(config)
+            try:
+                self._export(config)
+            except BackendError as error:
+                failed.append(error)
             self.reporter.advance(place + 1, len(configs))
+        exported = [config.id for config in configs if config.id in self._exported]
+        if not exported:
+            raise failed[0]
         self.reporter.begin("timing the candidates")
-        visits = self._visit_together([config.id for config in configs])
+        visits = self._visit_together(exported)
         fit = fit_visits(
             list(visits.values()),
             beta=self.table.beta,
@@ -112,7 +120,9 @@ class DeviceBench:
             name: math.exp(effect) / 1e6
             for name, effect in zip(visits, fit.effect_log, strict=True)
         }
-        self._check_drift(quiet_ms.pop(_ANCHOR, None), visits.get(_ANCHOR, ()))
+        anchor_ms = quiet_ms.pop(_ANCHOR, None)
+        if self.anchor_ratio is None:  # once a call: later it can only be noise
+            self._check_drift(anchor_ms, visits.get(_ANCHOR, ()))
         return {
             name: Confirmed(
                 quiet_ms=latency_ms, size_bytes=self._exported[name].loaded_bytes
@@ -152,6 +162,7 @@ class DeviceBench:
             verdicts=(),
             device=self.device,
             runtime=self.table.runtime,
+            anchor_ratio=self.anchor_ratio,
         )
         network = self._judged(network)
         others_met = all(
@@ -216,7 +227,7 @@ class DeviceBench:
         found = {name: result.measurements[name].visits for name in result.measurements}
         if not found.keys() - {_ANCHOR}:
             raise RunFailed(
-                f"{self.target.backend} failed on every candidate; the first: "
+                f"{self.target.backend} failed on all of {len(names)} networks: "
                 f"{next(iter(result.failures.values()))}"
             )
         return found
@@ -250,8 +261,8 @@ class DeviceBench:
                 f"the latency table is out of date: its anchor model takes "
                 f"{ratio - 1:+.1%} now against {self.table.created_at[:16]} (allowed "
                 f"±{limit:.0%}), so its predictions do not hold. Measure anew with "
-                "`ofa-deploy profile` (or --reprofile), or accept this with "
-                "--accept-drift: the file is timed before it is handed out, whatever "
-                "was predicted",
+                "`ofa-deploy profile` (or `specialize --reprofile`), or accept this "
+                "with --accept-drift: the file is timed before it is handed out, "
+                "whatever was predicted",
                 ratio=ratio,
             )

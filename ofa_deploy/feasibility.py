@@ -31,6 +31,7 @@ class CostRange:
         median: Of networks drawn at random.
         worst: Of the network that needs the most, or is the least accurate.
         limit: What is asked for; None if nothing is.
+        nearest: Id of the network that is best.
     """
 
     constraint: ConstraintName
@@ -38,6 +39,7 @@ class CostRange:
     median: float
     worst: float
     limit: float | None
+    nearest: str
 
     @property
     def satisfiable(self) -> bool:
@@ -68,13 +70,15 @@ def reachable_range(
 ) -> ReachableRange:
     """The latencies that a space can reach, as predicted."""
     space = predictor.space
-    best, median, worst = _range_of(
+    found = _range_of(
         space,
         predictor.predict_ms,
         widths=promotion(space, predictor.slot_ms),
         count=sample_count,
     )
-    return ReachableRange(fastest_ms=best, median_ms=median, slowest_ms=worst)
+    return ReachableRange(
+        fastest_ms=found.least, median_ms=found.median, slowest_ms=found.most
+    )
 
 
 def feasibility(
@@ -99,7 +103,7 @@ def feasibility(
         (
             "latency",
             latency.predict_ms,
-            constraints.latency_ms,
+            constraints.budget_ms,
             promotion(space, latency.slot_ms),
         ),
         ("size", sizes.weight_bytes, constraints.size_bytes, None),
@@ -114,19 +118,35 @@ def feasibility(
         _row(name, _range_of(space, value, widths=widths), limit)
         for name, value, limit, widths in asked
     ]
-    best, median, worst = _range_of(space, lambda genomes: 1 - accuracy(genomes))
-    errors = (1 - best, 1 - median, 1 - worst)
-    return (*rows, _row("accuracy", errors, constraints.min_accuracy))
+    # A regression does not know that accuracies end at 1.
+    errors = _range_of(space, lambda genomes: np.clip(1 - accuracy(genomes), 0, 1))
+    turned = _Range(
+        least=1 - errors.least,
+        median=1 - errors.median,
+        most=1 - errors.most,
+        nearest=errors.nearest,
+    )
+    return (*rows, _row("accuracy", turned, constraints.min_accuracy))
 
 
-def _row(
-    constraint: ConstraintName,
-    reached: tuple[float, float, float],
-    limit: float | None,
-) -> CostRange:
-    best, median, worst = reached
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    """Values, and the network of the least."""
+
+    least: float
+    median: float
+    most: float
+    nearest: str
+
+
+def _row(constraint: ConstraintName, found: _Range, limit: float | None) -> CostRange:
     return CostRange(
-        constraint=constraint, best=best, median=median, worst=worst, limit=limit
+        constraint=constraint,
+        best=found.least,
+        median=found.median,
+        worst=found.most,
+        limit=limit,
+        nearest=found.nearest,
     )
 
 
@@ -136,14 +156,16 @@ def _range_of(
     *,
     widths: Promotion | None = None,
     count: int = SAMPLE_COUNT,
-) -> tuple[float, float, float]:
-    """The least that a descent finds, the median and the most of a sample."""
+) -> _Range:
+    """The least that a descent finds, the median of a sample, and the most."""
     rng = np.random.default_rng(0)
     least, _ = descend(space, value, rng, promotion=widths)
     drawn = value(space.sample(count, rng))
-    ends = value(np.stack([least, space.encode(space.largest())]))
-    return (
-        float(ends[0]),
-        float(np.median(drawn)),
-        max(float(ends[1]), float(drawn.max())),
+    ends = [space.encode(space.smallest()), space.encode(space.largest())]
+    known = value(np.stack([least, *ends]))
+    return _Range(
+        least=float(known[0]),
+        median=float(np.median(drawn)),
+        most=max(float(known.max()), float(drawn.max())),
+        nearest=space.decode(least).id,
     )

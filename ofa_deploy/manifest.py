@@ -115,6 +115,8 @@ class Manifest:
         files: Every file but the manifest.
         device: Where it was measured.
         runtime: With what.
+        anchor_ratio: Latency of the anchor model over that of the latency table, when
+            the bundle was made; None if the table lacks it.
         measured: Its latency.
         predicted: What the search had expected.
         accuracy: Measured or predicted.
@@ -136,6 +138,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     device: DeviceSpec
     runtime: RuntimeSpec
+    anchor_ratio: float | None
     measured: MeasuredLatency
     predicted: LatencyEstimate
     accuracy: AccuracyClaim
@@ -185,7 +188,7 @@ def _decode(node: JsonNode) -> Manifest:
         space_name=entries["space_name"].text(),
         supernet_sha256=entries["supernet_sha256"].text(),
         constraints=_decode_constraints(entries["constraints"]),
-        verdicts=_decode_verdicts(entries["verdicts"]),
+        verdicts=_decode_verdicts(entries["verdicts"], entries["constraints"]),
         resolution=entries["resolution"].integer(minimum=1, maximum=MAX_RESOLUTION),
         normalisation=decode_normalisation(entries["normalisation"]),
         class_names=tuple(item.text() for item in entries["class_names"].items()),
@@ -193,6 +196,7 @@ def _decode(node: JsonNode) -> Manifest:
         files=files,
         device=decode_device(entries["device"]),
         runtime=_decode_runtime(entries["runtime"]),
+        anchor_ratio=entries["anchor_ratio"].optional(JsonNode.positive),
         measured=_decode_measured(entries["measured"]),
         predicted=_decode_estimate(entries["predicted"]),
         accuracy=_decode_accuracy(entries["accuracy"]),
@@ -267,10 +271,14 @@ def _decode_constraints(node: JsonNode) -> Constraints:
         node.refuse(str(error))
 
 
-def _decode_verdicts(node: JsonNode) -> tuple[Verdict, ...]:
+def _decode_verdicts(node: JsonNode, constraints: JsonNode) -> tuple[Verdict, ...]:
+    asked = _decode_constraints(constraints).limits
     verdicts = tuple(_decode_verdict(item) for item in node.items())
-    if not verdicts:
-        node.refuse("a bundle keeps at least one constraint")
+    if {verdict.constraint: verdict.limit for verdict in verdicts} != asked:
+        node.refuse(
+            f"verdicts must be of what was asked for: {', '.join(map(str, asked))}, "
+            "with its limits"
+        )
     return verdicts
 
 

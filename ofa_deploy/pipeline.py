@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -21,7 +22,7 @@ from ofa_deploy.assembly import (
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.choosing import Chooser, Predictors, find_front
-from ofa_deploy.constraints import Constraints
+from ofa_deploy.constraints import Constraints, in_words
 from ofa_deploy.contract import fulfil
 from ofa_deploy.dataset import ImageSet, load_images
 from ofa_deploy.device_bench import MAX_DRIFT_RATIO, DeviceBench
@@ -63,6 +64,9 @@ DEFAULT_SUPERNET = "cifar10-small"
 FRONT_SEARCH = Nsga2(population=100, generations=120, polish=60_000, capacity=500)
 # Of limits that the front does not know of.
 EVOLUTION = Evolution(generations=250)
+
+# A table of the last minutes is not held against today's anchor model.
+FRESH_S = 600.0
 
 OnDrift = Literal["refuse", "reprofile", "accept"]
 
@@ -109,7 +113,8 @@ class Specializer:
         if self.supernet.accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
         self._cache = cache or cache_folder()
-        self._on_drift: OnDrift = on_drift
+        self.on_drift: OnDrift = on_drift
+        self._measured_s = -FRESH_S  # long ago
         self._use(self._find_table(table, reprofile=reprofile))
 
     def _use(self, table: LatencyTable) -> None:
@@ -141,7 +146,7 @@ class Specializer:
             folder=self._cache,
             reporter=self.reporter,
         )
-        self._on_drift = "accept"  # what was measured just now cannot be out of date
+        self._measured_s = time.monotonic()
         return table
 
     @cached_property
@@ -211,7 +216,7 @@ class Specializer:
             eval_data=eval_data,
             reporter=self.reporter,
         )
-        with _writing(out), ExitStack() as stack:
+        with writing(out), ExitStack() as stack:
             network = self.fulfil(
                 asked, images=images, evaluation=evaluation, stack=stack, seed=seed
             )
@@ -250,9 +255,9 @@ class Specializer:
         try:
             return self._fulfil(constraints, images, evaluation, stack, seed)
         except StaleTable:
-            if self._on_drift != "reprofile":
+            if self.on_drift != "reprofile":
                 raise
-            self._use(self._measure_table())
+            self.reprofile()
             return self._fulfil(constraints, images, evaluation, stack, seed)
 
     def bench(
@@ -275,8 +280,18 @@ class Specializer:
             constraints=constraints,
             stack=stack,
             reporter=self.reporter,
-            max_drift_ratio=None if self._on_drift == "accept" else MAX_DRIFT_RATIO,
+            max_drift_ratio=MAX_DRIFT_RATIO if self._checks_drift else None,
         )
+
+    @property
+    def _checks_drift(self) -> bool:
+        # What was measured just now cannot be out of date.
+        fresh = time.monotonic() < self._measured_s + FRESH_S
+        return self.on_drift != "accept" and not fresh
+
+    def reprofile(self) -> None:
+        """Measure this machine anew, and take that table."""
+        self._use(self._measure_table())
 
     def chooser(self, *, seed: int = 0) -> Chooser:
         """Finds networks by prediction."""
@@ -324,37 +339,39 @@ def _require_satisfiable(row: CostRange, session: Specializer) -> None:
 
     A latency just below the fastest prediction is worth a measurement.
     """
-    slack = session.predictor.upper_ratio if row.constraint == "latency" else 1.0
-    if row.satisfiable or row.limit is None or row.best <= row.limit * slack:
+    if row.satisfiable or row.limit is None:
         return
     name, where = session.supernet.space.name, session.target.backend
     if row.constraint == "latency":
+        slack = session.predictor.upper_ratio
+        if row.best <= row.limit * slack:
+            return
         raise InfeasibleBudget(
             f"no network of {name} meets {row.limit:g} ms on {where} here; the fastest "
             f"is predicted to take {row.best:.4g} ms. Ask for at least "
             f"{row.best * slack:.4g} ms",
             budget_ms=row.limit,
             fastest_ms=row.best,
+            nearest=row.nearest,
         )
-    told = {
-        "size": (f"{row.limit:,.0f} bytes", f"weights alone take {row.best:,.0f}"),
-        "memory": (f"{row.limit:g} MB", f"needs at least {row.best:.4g}"),
-        "accuracy": (
-            f"an accuracy of {row.limit:.2%}",
-            f"is predicted to reach {row.best:.2%}",
-        ),
+    needs = {
+        "size": "weighs, its weights alone,",
+        "memory": "needs, for weights and activations alone,",
+        "accuracy": "is predicted to reach",
     }
-    asked, reached = told[row.constraint]
     raise InfeasibleBudget(
-        f"no network of {name} keeps {asked}: the one that comes nearest {reached}. "
-        "Loosen that limit",
+        f"no network of {name} keeps {row.constraint} "
+        f"{in_words(row.constraint, row.limit)}: the one that comes nearest "
+        f"{needs[row.constraint]} {in_words(row.constraint, row.best)}. Loosen that "
+        "limit",
         budget_ms=None,
         fastest_ms=None,
+        nearest=row.nearest,
     )
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Say where a disk was full, or closed, and that nothing is left."""
     try:
         yield

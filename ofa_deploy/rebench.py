@@ -10,7 +10,7 @@ from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.verify import enough_runs, judge_latency
 from profilers.backends import get_backend
-from profilers.device import this_device
+from profilers.device import RuntimeSpec, this_device
 from profilers.fresh import FreshMeasurement, measure_in_fresh_process
 from profilers.timing import CERTIFY_PROCESSES
 
@@ -93,14 +93,20 @@ def differences(bundle: Bundle) -> tuple[str, ...]:
         )
     if runtime != manifest.runtime:
         found.append(
-            f"the runtime is {runtime.backend} {runtime.version}; the manifest's was "
-            f"{manifest.runtime.backend} {manifest.runtime.version}"
+            f"the runtime is {_told(runtime)}; the manifest's was "
+            f"{_told(manifest.runtime)}"
         )
     return tuple(found)
 
 
 def _describe(cpu_model: str, core_count: int) -> str:
     return f"{cpu_model} with {core_count} cores"
+
+
+def _told(runtime: RuntimeSpec) -> str:
+    return (
+        f"{runtime.backend} {runtime.version} ({runtime.provider}, {runtime.precision})"
+    )
 
 
 def _asked(

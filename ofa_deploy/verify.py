@@ -22,6 +22,8 @@ MAX_RELATIVE_ERROR = 1e-4
 MEDIAN_RUNS = 100
 # Visits of a process at a rate: between two the anchor is read, which takes time.
 PACED_VISITS = 5
+# Of one process, however long the budget or slow the rate.
+MAX_PACED_S = 6 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,11 +172,11 @@ def judge(
         DeviceUnfit: A limit on memory, and the system does not tell of any.
     """
     verdicts: list[Verdict] = []
-    if constraints.latency_ms is not None:
+    if constraints.budget_ms is not None:
         verdicts.append(
             judge_latency(
                 measurement,
-                budget_ms=constraints.latency_ms,
+                budget_ms=constraints.budget_ms,
                 percentile=constraints.percentile,
             )
         )
@@ -225,19 +227,21 @@ def enough_runs(
         processes: How many there will be.
     """
     floor = percentile_floor(constraints.percentile)
+    if floor == 1 and constraints.rate_hz is None:
+        return settings
     # Twice the least: the percentile's own upper bound must be among the runs.
     needed = 2 * floor if floor > 1 else MEDIAN_RUNS
     per_process = math.ceil(needed / processes)
     runs, visits = settings.runs_per_visit, settings.visits
-    if constraints.rate_hz is not None:
+    if constraints.rate_hz is None:
+        visits = max(visits, math.ceil(per_process / runs))
+        run_s = (constraints.latency_ms or 0.0) / 1e3
+    else:
         visits = min(visits, PACED_VISITS)
         runs = math.ceil(per_process / visits)
         run_s = 1 / constraints.rate_hz
-    else:
-        visits = max(visits, math.ceil(per_process / runs))
-        run_s = (constraints.latency_ms or 0.0) / 1e3
     # Twice what they should take; a busy machine takes longer.
-    least_s = 2 * visits * (runs + 1) * run_s
+    least_s = min(2 * visits * (runs + 1) * run_s, MAX_PACED_S)
     return replace(
         settings,
         visits=visits,

@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
+
 from profilers.codec import decode_run, encode_flat, encode_run
 from profilers.device import Conditions
 from profilers.errors import FormatError, RunFailed
@@ -35,6 +38,21 @@ __all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
 
 # Beside the measuring itself: starting an interpreter, importing, compiling.
 STARTUP_ALLOWANCE_S = 120.0
+
+# One-sided 95 % quantiles of Student's distribution, by the number of processes; and
+# of the normal one.
+T_95 = {
+    2: 6.31,
+    3: 2.92,
+    4: 2.35,
+    5: 2.13,
+    6: 2.02,
+    7: 1.94,
+    8: 1.89,
+    9: 1.86,
+    10: 1.83,
+}
+T_95_MANY = 1.645
 
 # A spread above this says that processes differ, whatever each one says of itself.
 MAX_PROCESS_SPREAD_RATIO = 0.03
@@ -307,11 +325,14 @@ def pool_reports(
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
     ).effect_log
     spread = math.expm1(float(effects.max() - effects.min()))
+    # One process is one draw of memory layout and placement, and one phase of the
+    # machine: its visits say little of the others.
+    error_log = max(float(pooled.standard_error_log[0]), _error_between(effects))
     summary = summarize_model(
         reports[0].run.measurements[0].name,
         visits,
         effect_log=float(pooled.effect_log[0]),
-        standard_error_log=float(pooled.standard_error_log[0]),
+        standard_error_log=error_log,
         settings=settings,
     )
     reasons = summary.stability.reasons
@@ -341,6 +362,19 @@ def pool_reports(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),
     )
+
+
+def _error_between(effects: NDArray[np.float64]) -> float:
+    """Standard error of the processes' mean; 0 of a single one, which cannot tell.
+
+    Widened so that a normal distribution's one-sided 95 % bound is Student's, which
+    few processes need.
+    """
+    count = len(effects)
+    if count < 2:
+        return 0.0
+    widening = T_95[min(count, max(T_95))] / T_95_MANY
+    return widening * float(effects.std(ddof=1)) / math.sqrt(count)
 
 
 def _most(values: Iterable[float | None]) -> float | None:

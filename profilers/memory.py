@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["MemoryGauge"]
@@ -20,10 +19,13 @@ class MemoryGauge:
 
     def __init__(self, process: Path = Path("/proc/self")) -> None:
         self._status = process / "status"
-        with suppress(OSError):
-            # Else the peak would be that of whatever was imported before.
+        try:
             (process / "clear_refs").write_text(_RESET_PEAK)
-        self._start_bytes = self._read("VmRSS")
+        except OSError:
+            # The peak may be that of whatever was imported before.
+            self._start_bytes = None
+        else:
+            self._start_bytes = self._read("VmRSS")
 
     def peak_growth_mb(self) -> float | None:
         """Megabytes (10^6 bytes), at least 0; None where the kernel does not tell."""

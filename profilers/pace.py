@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["MAX_RATE_HZ", "MAX_SUSTAINED_S", "Pace", "Pacer"]
+__all__ = ["MAX_RATE_HZ", "MAX_SUSTAINED_S", "MIN_RATE_HZ", "Pace", "Pacer"]
 
-MAX_RATE_HZ = 10_000.0
+MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e4
 MAX_SUSTAINED_S = 4 * 3600.0
 
 Clock = Callable[[], int]
@@ -36,10 +36,8 @@ class Pace:
 
     def __post_init__(self) -> None:
         rate = self.rate_hz
-        if rate is not None and not 0 < rate <= MAX_RATE_HZ:
-            raise ValueError(
-                f"rate_hz={rate}; give a number above 0, at most {MAX_RATE_HZ:g}"
-            )
+        if rate is not None and not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+            raise ValueError(f"rate_hz={rate}; give {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g}")
         if not 0 <= self.sustained_s <= MAX_SUSTAINED_S:
             raise ValueError(
                 f"sustained_s={self.sustained_s}; give 0 to {MAX_SUSTAINED_S:g}"
@@ -70,13 +68,13 @@ class Pacer:
         self._period_ns = math.ceil(pace.period_s * 1e9)
         self._clock = clock
         self._sleep = sleep
-        self._due_ns = 0
+        self._due_ns = clock()
 
     def wait(self) -> None:
         """Return when a run is due; at once where there is no rate.
 
-        After a run that took longer than the period the next one begins at once, and
-        the pace goes on from there: frames that were missed are not made up for.
+        After a run that took longer than the period the next one begins at once;
+        frames that were missed are not made up for.
         """
         if not self._period_ns:
             return
@@ -84,4 +82,5 @@ class Pacer:
         if now_ns < self._due_ns:
             self._sleep((self._due_ns - now_ns) / 1e9)
             now_ns = self._clock()
-        self._due_ns = max(now_ns, self._due_ns) + self._period_ns
+        # By the application's clock: what one sleep was too long, the next is shorter.
+        self._due_ns = max(self._due_ns + self._period_ns, now_ns)

@@ -407,8 +407,9 @@ def assert_latency(
     bundle: BundleFolder,
     max_ms: Annotated[float, typer.Option(help="Latency to keep, in milliseconds.")],
     percentile: Annotated[
-        int, typer.Option(help="Of the runs it speaks of: 50, 90, 95 or 99.")
-    ] = 50,
+        int | None,
+        typer.Option(help="Of the runs it speaks of; default: as the bundle was made."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fail with exit code 1 if a bundle's model is slower here and now."""

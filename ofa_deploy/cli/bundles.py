@@ -61,7 +61,7 @@ def assert_latency(
     path: Path,
     *,
     max_ms: float,
-    percentile: int,
+    percentile: int | None,
     console: Console,
     quiet: Console,
     as_json: bool,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ofa_deploy.bundle import Bundle
-from ofa_deploy.constraints import MEGABYTE, UNITS, Verdict
+from ofa_deploy.constraints import MEGABYTE, Verdict, in_words
 from ofa_deploy.feasibility import CostRange, ReachableRange
 from ofa_deploy.fleet import Fleet
 from ofa_deploy.fronts import FrontNetwork
@@ -84,16 +84,10 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
 
 
 def _verdict(verdict: Verdict) -> str:
+    found, limit = verdict.told(verdict.bound), verdict.told(verdict.limit)
     if verdict.constraint == "accuracy":
-        return (
-            f"accuracy {verdict.bound:.2%} ({verdict.evidence}), at least "
-            f"{verdict.limit:.2%} was asked for"
-        )
-    unit = UNITS[verdict.constraint]
-    return (
-        f"{verdict.constraint} up to {verdict.bound:.6g} {unit}, at most "
-        f"{verdict.limit:.6g} {unit} was asked for"
-    )
+        return f"accuracy {found} ({verdict.evidence}), at least {limit} was asked for"
+    return f"{verdict.constraint} up to {found}, at most {limit} was asked for"
 
 
 def _percentiles(bundle: Bundle) -> str:
@@ -131,19 +125,20 @@ def show_feasibility(console: Console, rows: Sequence[CostRange]) -> None:
     """What can be reached of each thing, and whether what is asked for can be."""
     table = Table("predicted", "best", "median", "worst", "asked for", "", box=None)
     for row in rows:
-        shown = [_amount(row, value) for value in (row.best, row.median, row.worst)]
-        asked = "" if row.limit is None else _amount(row, row.limit)
-        told = "" if row.limit is None else "possible" if row.satisfiable else "never"
+        shown = [
+            in_words(row.constraint, value)
+            for value in (row.best, row.median, row.worst)
+        ]
+        asked = "" if row.limit is None else in_words(row.constraint, row.limit)
+        told = (
+            ""
+            if row.limit is None
+            else "possible"
+            if row.satisfiable
+            else "not predicted"
+        )
         table.add_row(row.constraint, *shown, asked, told)
     console.print(table)
-
-
-def _amount(row: CostRange, value: float) -> str:
-    if row.constraint == "accuracy":
-        return f"{value:.2%}"
-    if row.constraint == "size":
-        return f"{value:,.0f} bytes"
-    return f"{value:.4g} {UNITS[row.constraint]}"
 
 
 def show_frontier(console: Console, networks: Sequence[FrontNetwork]) -> None:
@@ -217,8 +212,8 @@ def show_table(
     )
     share = promotion(predictor.space, predictor.slot_ms).dominated_share
     console.print(
-        f"{share:.0%} of the widths cost no less than a wider one, and are left out of "
-        "the search"
+        f"{share:.0%} of the widths cost no less than a wider one: only a limit on "
+        "size makes them worth having"
     )
     console.print(f"this command took {minutes:.1f} minutes")
     for name, reason in table.failures.items():

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.report.svg import MARGIN_LEFT, Plot, padded
+from ofa_deploy.report.svg import Plot, padded
 
 Floats = NDArray[np.float64]
 
 HISTOGRAM_BINS = 60
 # Of all runs, what the histogram's right end shows; a few take many times as long.
 SHOWN_SHARE = 99.5
-ROW_HEIGHT = 22
+# Of the bars of blocks, and of their names, in pixels.
+ROW_HEIGHT, NAMES_WIDTH = 22, 112
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,7 @@ def draw_blocks(shares: Sequence[BlockShare]) -> str:
         x_range=(min(0.0, *(s.price_ms for s in shares)), 1.04 * dearest),
         y_range=(-len(shares) - 0.1, 0.1),
         height=ROW_HEIGHT * len(shares) + 70,
+        margin_left=NAMES_WIDTH,
     )
     total = sum(share.price_ms for share in shares)
     for row, share in enumerate(shares):
@@ -187,7 +189,7 @@ def draw_blocks(shares: Sequence[BlockShare]) -> str:
 
 def _per_pixel(plot: Plot) -> float:
     low, high = plot.x_range
-    return (high - low) / (plot.width - MARGIN_LEFT)
+    return (high - low) / (plot.width - plot.margin_left)
 
 
 def draw_histogram(

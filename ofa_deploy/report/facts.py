@@ -169,7 +169,10 @@ def _alone_ms(table: LatencyTable, block: BlockPlan) -> float | None:
 
 
 def _inner_width(block: BlockPlan) -> int:
-    return max(conv.out_channels for conv in _convolutions(block))
+    # The last convolution projects to the block's output.
+    convolutions = _convolutions(block)
+    inside = convolutions[:-1] or convolutions
+    return max(conv.out_channels for conv in inside)
 
 
 def _kernel(block: BlockPlan) -> int | None:

@@ -9,7 +9,7 @@ from importlib.resources import files
 import numpy as np
 
 from ofa_deploy.assembly import VerifiedNetwork
-from ofa_deploy.constraints import UNITS, ConstraintName, Verdict, binding
+from ofa_deploy.constraints import Verdict, binding
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.report.charts import (
     ChosenPoint,
@@ -88,7 +88,10 @@ def bundle_report(
             draw_blocks(block_shares(predictor, table, config)),
         ),
         _staircase_section(predictor, table, config.resolution),
-        _table("Verdicts", [_verdict_row(v) for v in network.verdicts]),
+        _table(
+            "Verdicts",
+            [_verdict_row(v, asked.latency_label) for v in network.verdicts],
+        ),
         _table(
             "Measurement",
             [
@@ -191,33 +194,24 @@ def _staircase_section(
     return _plot(
         "Channel staircase",
         f"Blocks timed alone at {resolution}×{resolution} images, by their width. "
-        "Orange: a wider one costs no more, so this width is left out of the search.",
+        "Orange: a wider one costs no more.",
         draw_staircase(lines),
     )
 
 
-def _verdict_row(verdict: Verdict) -> tuple[str, str]:
+def _verdict_row(verdict: Verdict, latency_label: str) -> tuple[str, str]:
     mark = (
         '<span class="yes">kept</span>'
         if verdict.met
         else '<span class="no">not</span>'
     )
-    found = _with_unit(verdict.constraint, verdict.bound)
-    limit = _with_unit(verdict.constraint, verdict.limit)
+    found, limit = verdict.told(verdict.bound), verdict.told(verdict.limit)
     side = "at least" if verdict.constraint == "accuracy" else "at most"
     upper = ", its uncertainty included" if verdict.constraint == "latency" else ""
     return (
-        verdict.constraint,
+        latency_label if verdict.constraint == "latency" else verdict.constraint,
         f"{mark}: {found}{upper}, {verdict.evidence}; {side} {limit} was asked for",
     )
-
-
-def _with_unit(constraint: ConstraintName, value: float) -> str:
-    if constraint == "accuracy":
-        return f"{value:.2%}"
-    if constraint == "size":
-        return f"{value:,.0f} bytes"
-    return f"{value:.4g} {UNITS[constraint]}"
 
 
 def _conditions(conditions: Conditions) -> Rows:

@@ -54,6 +54,7 @@ class Plot:
         y_range: From bottom to top.
         width: In pixels.
         height: Likewise.
+        margin_left: Likewise, for what stands left of the axis.
     """
 
     name: str
@@ -64,13 +65,14 @@ class Plot:
     y_range: tuple[float, float]
     width: int = 620
     height: int = 360
+    margin_left: int = MARGIN_LEFT
     _marks: list[str] = field(default_factory=list)
 
     def x(self, value: float) -> float:
         """Pixel of a horizontal value."""
         low, high = self.x_range
-        inside = self.width - MARGIN_LEFT - MARGIN_RIGHT
-        return MARGIN_LEFT + (value - low) / (high - low) * inside
+        inside = self.width - self.margin_left - MARGIN_RIGHT
+        return self.margin_left + (value - low) / (high - low) * inside
 
     def y(self, value: float) -> float:
         """Pixel of a vertical value."""
@@ -143,13 +145,13 @@ class Plot:
                 f'text-anchor="middle">{value:g}</text>'
             )
         for value in ticks(*self.y_range) if y_ticks else ():
-            y = self.y(value)
+            y, left = self.y(value), self.margin_left
             parts.append(
-                f'<line class="grid" x1="{MARGIN_LEFT}" x2="{right}" y1="{y:.1f}" '
-                f'y2="{y:.1f}"/><text class="tick" x="{MARGIN_LEFT - 7}" y="{y:.1f}" '
+                f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" '
+                f'y2="{y:.1f}"/><text class="tick" x="{left - 7}" y="{y:.1f}" '
                 f'text-anchor="end" dominant-baseline="middle">{value:g}</text>'
             )
-        middle_x = (MARGIN_LEFT + right) / 2
+        middle_x = (self.margin_left + right) / 2
         middle_y = (MARGIN_TOP + bottom) / 2
         parts.append(
             f'<text class="label" x="{middle_x:.0f}" y="{self.height - 8}" '

@@ -143,6 +143,7 @@ class Nsga2:
     ) -> tuple[_Archive, int]:
         """Look at all neighbours of the archive's networks, until none is new to it."""
         looked_at = archive.genomes[:0]
+        seen = _Seen()
         left = self.polish
         while left > 0:
             fresh = unlike(archive.genomes, looked_at)
@@ -154,12 +155,31 @@ class Nsga2:
                 fresh = fresh[np.linspace(0, len(fresh) - 1, count).round().astype(int)]
             looked_at = np.concatenate([looked_at, fresh])
             near = breeding.settle(neighbours(problem.space, fresh))
-            near = unlike(near, archive.genomes)
+            near = near[seen.are_new(near)]
             left -= max(1, len(near))
             for start in range(0, len(near), BATCH):
                 part = near[start : start + BATCH]
                 archive = archive.merged(part, problem.costs(part))
         return archive, self.polish - left
+
+
+class _Seen:
+    """Networks that were predicted already: neighbourhoods overlap."""
+
+    def __init__(self) -> None:
+        self._rows: set[bytes] = set()
+
+    def are_new(self, genomes: Genomes) -> NDArray[np.bool_]:
+        """Whether each row is seen for the first time; it is then no longer new."""
+        packed = np.ascontiguousarray(genomes, dtype=np.uint16)
+        width = packed.shape[1] * packed.itemsize
+        rows = packed.view(f"V{width}")[:, 0].tolist()
+        new = np.zeros(len(rows), dtype=bool)
+        for place, row in enumerate(rows):
+            if row not in self._rows:
+                self._rows.add(row)
+                new[place] = True
+        return new
 
 
 def neighbour_count(space: SearchSpace) -> int:
@@ -299,19 +319,31 @@ class _Archive:
         )
 
     def merged(self, genomes: Genomes, costs: Costs) -> _Archive:
-        better = ~_covered(costs, self.costs).any(axis=1)
-        if not better.any():
+        new = ~_covered(costs, self.costs).any(axis=1)
+        if not new.any():
             return self
-        pool = np.concatenate([self.genomes, genomes[better]])
-        costs = np.concatenate([self.costs, costs[better]])
-        kept = np.zeros(len(pool), dtype=bool)
-        whole = np.flatnonzero(nondominated(costs))
-        kept[_roomiest(whole, costs, self.capacity)] = True
+        genomes, costs = genomes[new], costs[new]
+        among = nondominated(costs)
+        genomes, costs = genomes[among], costs[among]
+        # Its own networks do not dominate each other; the new ones may.
+        still = ~_covered(self.costs, costs).any(axis=1)
+        pool = np.concatenate([self.genomes[still], genomes])
+        costs = np.concatenate([self.costs[still], costs])
+        kept = self._roomiest(costs)
+        return _Archive(genomes=pool[kept], costs=costs[kept], capacity=self.capacity)
+
+    def _roomiest(self, costs: Costs) -> NDArray[np.bool_]:
+        """Which rows to keep of a front that may be too large."""
+        if len(costs) <= self.capacity:
+            return np.ones(len(costs), dtype=bool)
+        kept = np.zeros(len(costs), dtype=bool)
+        everything = np.arange(len(costs))
+        kept[_roomiest(everything, costs, self.capacity)] = True
         if costs.shape[1] > 2:
             for pair in combinations(range(costs.shape[1]), 2):
-                some = whole[nondominated(costs[whole][:, pair])]
+                some = np.flatnonzero(nondominated(costs[:, pair]))
                 kept[_roomiest(some, costs[:, pair], self.capacity)] = True
-        return _Archive(genomes=pool[kept], costs=costs[kept], capacity=self.capacity)
+        return kept
 
     def front(self, *, evaluation_count: int) -> Front:
         order = np.lexsort(self.costs.T[::-1])

@@ -190,10 +190,16 @@ def test_an_accuracy_alone_gives_a_fast_network(
     [
         (
             {"size_bytes": 10},
-            "keeps 10 bytes: the one that comes nearest weights",
+            "keeps size 10 bytes: the one that comes nearest weighs",
         ),
-        ({"peak_memory_mb": 1e-4}, "keeps 0.0001 MB: the one that comes nearest needs"),
-        ({"min_accuracy": 0.9999}, "keeps an accuracy of 99.99%: the one that comes"),
+        (
+            {"peak_memory_mb": 1e-4},
+            "keeps memory 0.0001 MB: the one that comes",
+        ),
+        (
+            {"min_accuracy": 0.9999},
+            "keeps accuracy 99.99%: the one that comes",
+        ),
     ],
 )
 def test_what_no_network_keeps_is_refused_before_anything_is_exported(

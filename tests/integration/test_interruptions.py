@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from ofa_deploy import exporting, pipeline, profiling
+from ofa_deploy import device_bench, exporting, pipeline, profiling
 from ofa_deploy.bundle import Bundle, new_bundle_folder
+from ofa_deploy.device_bench import DeviceBench
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.pipeline import Specializer
 from ofa_deploy.profiling import NETWORK_COUNT, table_name
-from ofa_deploy.search.evolution import Evolution
 from profilers import LatencyTable
 from profilers.files import write_atomically
 from tests.support import tiny
@@ -44,6 +44,7 @@ WRITING: dict[str, tuple[Any, str, int]] = {
     "making the folder beside out": (tempfile, "mkdtemp", 2),
     "copying the first file": (shutil, "copyfile", 1),
     "copying the second file": (shutil, "copyfile", 2),
+    "writing the report": (Path, "write_bytes", 3),
     "writing the samples": (Path, "write_text", 1),
     "making the manifest": (tempfile, "mkstemp", 1),
     "writing the manifest": (os, "fsync", 1),
@@ -53,7 +54,9 @@ WRITING: dict[str, tuple[Any, str, int]] = {
 COMPUTING: dict[str, tuple[Any, str, int]] = {
     "recalibrating": (exporting, "recalibrate", 1),
     "comparing outputs": (exporting, "compare_outputs", 1),
-    "timing": (pipeline, "measure_in_fresh_process", 1),
+    "confirming": (DeviceBench, "_visit_together", 1),
+    "certifying": (device_bench, "measure_in_fresh_process", 1),
+    "drawing the report": (pipeline, "bundle_report", 1),
 }
 EVERYWHERE = {**WRITING, **COMPUTING}
 
@@ -86,8 +89,14 @@ def failing_at(point: tuple[Any, str, int], error: BaseException) -> Iterator[No
 def _quick() -> Iterator[None]:
     """What is found, and how fast it is, is not the subject here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Evolution", lambda: Evolution(generations=8))
-        patch.setattr(pipeline, "measure_in_fresh_process", lambda *_, **__: fresh(1.0))
+        patch.setattr(
+            DeviceBench,
+            "_visit_together",
+            lambda _, names: dict.fromkeys(names, fresh(1.0).visits),
+        )
+        patch.setattr(
+            device_bench, "measure_in_fresh_process", lambda *_, **__: fresh(1.0)
+        )
         yield
 
 
@@ -319,7 +328,7 @@ def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
         start_new_session=True,  # a terminal's Ctrl-C goes to the whole group
     )
     try:
-        # Written last before the timing, which takes a second at least.
+        # Written last before the timing, which takes three seconds at least.
         wait_for(lambda: any(scratch.rglob("reference.safetensors")), process)
         os.killpg(process.pid, signal.SIGINT)
         output, told = process.communicate(timeout=PATIENCE_S)

@@ -248,7 +248,7 @@ def test_while_no_network_fits_the_best_so_far_is_below_any_score() -> None:
     budget_ms, size = budget_at(0.05), 1.5
     fits = (latency_ms(ALL) <= budget_ms) & (sizes(ALL) <= size)
     assert 0 < fits.sum() < 5
-    result = Evolution(population=4, generations=200).search(
+    result = Evolution(population=12, generations=400).search(
         limited(budget_ms, size), np.random.default_rng(1)
     )
     best = result.best_by_generation

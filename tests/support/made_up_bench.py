@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from ofa_deploy.assembly import VerifiedNetwork
@@ -18,6 +19,7 @@ from ofa_deploy.search.evolution import Evolution
 from ofa_deploy.search.pareto import Nsga2
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.verify import AccuracyClaim, ParityReport, judge
+from profilers import LatencyTable
 from tests.support import tiny
 from tests.support.tiny_session import fresh, table_here
 
@@ -30,9 +32,14 @@ SIZE_OVERHEAD_BYTES = 5_000
 MEMORY_OVERHEAD_MB = 3.0
 
 
+@lru_cache(maxsize=1)
+def _table() -> LatencyTable:
+    return table_here("onnxruntime-cpu")
+
+
 def chooser(*, search: Nsga2 | None = None) -> Chooser:
     """By a table whose latencies grow with the work, on the tiny space."""
-    latency = fit_latency_predictor(tiny.SPACE, table_here("onnxruntime-cpu"))
+    latency = fit_latency_predictor(tiny.SPACE, _table())
     predictors = Predictors(
         latency=latency,
         accuracy=tiny.predictor().predict,
@@ -57,6 +64,10 @@ class MadeUpBench:
         certified: Latency when certified, of the quiet one; by the number of networks
             certified before.
         memory_mb: That is measured of a network.
+        optimism: Predicted accuracies less measured ones; 0 where none is measured.
+        broken: Ids of networks that the runtime fails on.
+        fails_after: Networks certified until the device fails; None if it never does.
+        failure: What it then raises.
         confirmed: Ids in order.
         tried: Networks certified, in order.
     """
@@ -66,6 +77,10 @@ class MadeUpBench:
     quiet: Law
     certified: Callable[[int], float] = lambda count: 1.0
     memory_mb: Callable[[SubnetConfig], float] = lambda config: 1.0
+    optimism: float = 0.0
+    broken: set[str] = field(default_factory=set)
+    fails_after: int | None = None
+    failure: Exception | None = None
     confirmed: list[str] = field(default_factory=list)
     tried: list[VerifiedNetwork] = field(default_factory=list)
 
@@ -77,17 +92,24 @@ class MadeUpBench:
                 quiet_ms=self.quiet(config), size_bytes=self.size_bytes(config)
             )
             for config in configs
+            if config.id not in self.broken
         }
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """See `Bench`."""
+        if self.failure is not None and len(self.tried) == self.fails_after:
+            raise self.failure
         latency_ms = self.quiet(config) * self.certified(len(self.tried))
         plan = lower(tiny.SPACE, config)
         measurement = replace(fresh(latency_ms), memory_mb=self.memory_mb(config))
         row = tiny.SPACE.encode(config)[None]
-        value = float(self.predictors.accuracy(row)[0])
+        value = float(self.predictors.accuracy(row)[0]) - self.optimism
         accuracy = AccuracyClaim(
-            kind="predicted", value=value, low=value, high=value, image_count=1
+            kind="measured" if self.optimism else "predicted",
+            value=value,
+            low=value,
+            high=value,
+            image_count=1,
         )
         self.tried.append(
             VerifiedNetwork(
@@ -104,8 +126,8 @@ class MadeUpBench:
                     size_bytes=self.size_bytes(config),
                     accuracy=accuracy,
                 ),
-                device=table_here("onnxruntime-cpu").device,
-                runtime=table_here("onnxruntime-cpu").runtime,
+                device=_table().device,
+                runtime=_table().runtime,
             )
         )
         return self.tried[-1]

@@ -70,6 +70,7 @@ def write_bundle(
             files=record_files(folder),
             device=this_device(),
             runtime=get_backend(backend).runtime(threads=1),
+            anchor_ratio=None,
             measured=MeasuredLatency(
                 quiet_ms=1.5,
                 standard_error_ratio=0.01,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ofa_deploy import cli, pipeline
+from ofa_deploy import cli, device_bench, pipeline
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
@@ -33,7 +33,10 @@ from profilers.doctor import BackendStatus, Diagnosis, Finding
 from profilers.steadiness import Steadiness, Throttling
 from tests.support import tiny, tiny_bundle
 
-COMMANDS = ("check", "demo", "doctor", "probe", "profile", "specialize", "train")
+COMMANDS = (
+    *("assert-latency", "bench", "check", "demo", "doctor", "fleet", "frontier"),
+    *("probe", "profile", "specialize", "train"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def test_every_command_has_help(command: str, run: Run) -> None:
         ["no-such-command"],
         ["check"],
         ["specialize", "--latency-ms", "fast", "--out", "x"],
-        ["specialize", "--out", "x"],
+        ["specialize", "--latency-ms", "1"],
         ["doctor", "--no-such-option"],
     ],
 )
@@ -265,8 +268,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         target_relative_error=10.0,
         max_seconds=0.5,
     )
-    monkeypatch.setattr(pipeline, "VERIFY_SETTINGS", settings)
-    monkeypatch.setattr(pipeline, "VERIFY_PROCESSES", 1)
+    monkeypatch.setattr(device_bench, "CONFIRM_SETTINGS", settings)
+    monkeypatch.setattr(device_bench, "CERTIFY_SETTINGS", settings)
+    monkeypatch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
 
 
 @pytest.mark.slow
