@@ -2,8 +2,8 @@
 
 A predictor is off by a percent or two, differently for each network and each day. So a
 few networks around the budget are exported and their files timed against each other;
-the most accurate that fits by that is timed once more, in processes of its own, and
-only what this shows is believed. Each answer corrects what the next choice expects.
+the most accurate that fits by that is finished, and timed once more in processes of its
+own, and only what this shows is believed. Each answer corrects the next choice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 # slow runs or of another pace, what these usually add.
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
 # More room than this is worth another try, as long as a better network may fit.
-WASTED_SHARE = 0.05
+WASTED_SHARE = 0.06
 # A predictor that is further off says nothing of the ladder's steps.
 MOST_RMS = 0.2
 # Of the planned memory of a network that took too much.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,8 @@ class ExportedNetwork:
 
     @property
     def loaded_bytes(self) -> int:
-        """Size of what the runtime loads: the model file, and weights beside it."""
-        path = self.folder / self.model_file
-        files = [path, path.with_suffix(".bin")]
-        return sum(file.stat().st_size for file in files if file.is_file())
+        """Size of what the runtime loads."""
+        return loaded_bytes(self.folder / self.model_file)
 
 
 def export_network(
@@ -94,16 +93,7 @@ def export_network(
         backend=reference_backend,
         threads=target.threads,
     )
-    fused = fuse(weights, plan)
-    model = emit_network(plan, fused, form="fused")
-    (folder / ONNX_FILE).write_bytes(model)
-    model_file = ONNX_FILE
-    if target.backend == "openvino-cpu":
-        model_file = IR_FILE
-        write_ir(model, folder / IR_FILE)
-    elif target.backend == "litert-cpu":
-        model_file = LITERT_FILE
-        (folder / LITERT_FILE).write_bytes(litert.emit_network(plan, fused))
+    model_file = write_model(plan, fuse(weights, plan), target=target, folder=folder)
     images = _parity_inputs(inputs)
     unfused = emit_network(plan, weights, form="unfused", batch=None)
     with reference_backend.load(unfused, threads=target.threads) as session:
@@ -120,6 +110,41 @@ def export_network(
     return ExportedNetwork(
         plan=plan, folder=folder, model_file=model_file, parity=parity
     )
+
+
+def write_model(
+    plan: NetworkPlan,
+    fused: Mapping[str, NDArray[np.float32]],
+    *,
+    target: Target,
+    folder: Path,
+) -> str:
+    """Write a network as ONNX, and as what the target's runtime loads.
+
+    Args:
+        plan: The network.
+        fused: Its weights, batch norms folded.
+        target: What the file is for.
+        folder: Gets the files.
+
+    Returns:
+        Name of the file to load.
+    """
+    model = emit_network(plan, fused, form="fused")
+    (folder / ONNX_FILE).write_bytes(model)
+    if target.backend == "openvino-cpu":
+        write_ir(model, folder / IR_FILE)
+        return IR_FILE
+    if target.backend == "litert-cpu":
+        (folder / LITERT_FILE).write_bytes(litert.emit_network(plan, fused))
+        return LITERT_FILE
+    return ONNX_FILE
+
+
+def loaded_bytes(model_path: Path) -> int:
+    """Size of what a runtime loads: the model file, and weights beside it."""
+    files = [model_path, model_path.with_suffix(".bin")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _parity_inputs(inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from ofa_deploy.constraints import require_budget
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.search.breeding import Breeding, promoted, unlike
 from ofa_deploy.search.dominance import Promotion
+from ofa_deploy.search.exchange import exchange
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 Floats = NDArray[np.float64]
@@ -26,6 +27,8 @@ Objective = Callable[[Genomes], Floats]
 
 # Below any score: networks that exceed a limit come after all that do not.
 EXCEEDED = -1e6
+# Of the polish of all resolutions, which tells the promising ones.
+FIRST_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +64,14 @@ class SearchProblem:
     limits: tuple[Limit, ...]
     promotion: Promotion | None = None
 
+    def shares(self, genomes: Genomes) -> Floats:
+        """What is used up of each limit, `(n, limits)`; 1 still fits."""
+        used = [limit.value(genomes) / limit.upper for limit in self.limits]
+        return np.stack(used, axis=1)
+
     def load(self, genomes: Genomes) -> Floats:
-        """The share used up of the limit used up the most, `(n,)`; 1 still fits."""
-        shares = [limit.value(genomes) / limit.upper for limit in self.limits]
-        return np.asarray(np.max(shares, axis=0))
+        """The share used up of the limit used up the most, `(n,)`."""
+        return np.asarray(self.shares(genomes).max(axis=1))
 
     def fitness(self, genomes: Genomes, load: Floats) -> Floats:
         """The score within the limits; below any, and ordered by excess, outside."""
@@ -134,6 +141,8 @@ class Evolution:
         block_mutation: See `Breeding`.
         resolution_mutation: See `Breeding`.
         keep: How many different networks to return at most.
+        polished: Networks that are polished to the end, of different resolutions.
+        steps: Of that polish, at most.
     """
 
     population: int = 100
@@ -143,6 +152,8 @@ class Evolution:
     block_mutation: float = 0.1
     resolution_mutation: float = 0.5
     keep: int = 10
+    polished: int = 6
+    steps: int = 40
 
     def search(self, problem: SearchProblem, rng: np.random.Generator) -> SearchResult:
         """The best networks within the limits.
@@ -165,6 +176,8 @@ class Evolution:
             raise _infeasible(problem, population[0])
         archive = _Archive.empty(problem.space, self.keep)
         archive = archive.merged(population, fitness, load)
+        champions = _Champions(problem.space)
+        champions.take(population, fitness)
         best = [float(fitness.max())]
         parent_count = max(2, round(self.population * self.parent_share))
         for _ in range(self.generations):
@@ -181,18 +194,49 @@ class Evolution:
             child_fitness = problem.fitness(children, load)
             evaluated += len(children)
             archive = archive.merged(children, child_fitness, load)
+            champions.take(children, child_fitness)
             best.append(max(best[-1], float(child_fitness.max())))
             population = np.concatenate([parents, children])
             fitness = np.concatenate([parent_fitness, child_fitness])
+        archive, more = self._polish(problem, breeding, archive, champions.rows)
         if not len(archive.genomes):
             raise _infeasible(problem, population[fitness.argmax()])
+        best[-1] = float(archive.score[0])
         return SearchResult(
             genomes=archive.genomes,
             score=archive.score,
             load=archive.load,
             best_by_generation=np.array(best),
-            evaluation_count=evaluated,
+            evaluation_count=evaluated + more,
         )
+
+    def _polish(
+        self,
+        problem: SearchProblem,
+        breeding: Breeding,
+        archive: _Archive,
+        starts: Genomes,
+    ) -> tuple[_Archive, int]:
+        """Polish the best of every resolution a little, and the best of all to the end.
+
+        To change the resolution, everything else has to change with it: breeding soon
+        has but one of them left, and not always the right one.
+        """
+        predicted = 0
+        for steps in (FIRST_STEPS, self.steps):
+            starts, more = exchange(
+                problem.space,
+                starts,
+                score=problem.score,
+                shares=problem.shares,
+                settle=breeding.settle,
+                steps=steps,
+            )
+            predicted += more
+            score, load = problem.score(starts), problem.load(starts)
+            archive = archive.merged(starts, score, load)
+            starts = starts[np.argsort(-score, kind="stable")[: self.polished]]
+        return archive, predicted
 
     def _first_population(
         self, problem: SearchProblem, rng: np.random.Generator
@@ -284,6 +328,28 @@ def descend(
             break
     # Widths that cost nothing more; it is no slower for them.
     return promoted(promotion, best[None])[0], evaluated
+
+
+class _Champions:
+    """The best network of every resolution so far, of those within the limits."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        count, genes = len(space.resolutions), len(space.choice_counts)
+        self._genomes: Genomes = np.zeros((count, genes), dtype=np.int64)
+        self._score = np.full(count, EXCEEDED)
+
+    def take(self, genomes: Genomes, fitness: Floats) -> None:
+        """Look at some networks more."""
+        better = fitness > self._score[genomes[:, 0]]
+        genomes, fitness = genomes[better], fitness[better]
+        order = np.argsort(fitness, kind="stable")  # of several the best comes last
+        place = genomes[order, 0]
+        self._genomes[place], self._score[place] = genomes[order], fitness[order]
+
+    @property
+    def rows(self) -> Genomes:
+        """Those there are, `(n, genes)`."""
+        return self._genomes[self._score > EXCEEDED]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ofa_deploy.search.breeding import Breeding, unlike
 from ofa_deploy.search.dominance import Promotion
+from ofa_deploy.search.exchange import neighbours
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 Costs = NDArray[np.float64]
@@ -80,7 +81,7 @@ class Nsga2:
 
     population: int = 200
     generations: int = 300
-    polish: int = 400_000
+    polish: int = 300_000
     capacity: int = 1_000
     mutant_share: float = 0.5
     block_mutation: float = 0.1
@@ -154,7 +155,8 @@ class Nsga2:
             if len(fresh) > count:  # spread over the front
                 fresh = fresh[np.linspace(0, len(fresh) - 1, count).round().astype(int)]
             looked_at = np.concatenate([looked_at, fresh])
-            near = breeding.settle(neighbours(problem.space, fresh))
+            near = neighbours(problem.space, fresh).reshape(-1, fresh.shape[1])
+            near = breeding.settle(near)
             near = near[seen.are_new(near)]
             left -= max(1, len(near))
             for start in range(0, len(near), BATCH):
@@ -185,20 +187,6 @@ class _Seen:
 def neighbour_count(space: SearchSpace) -> int:
     """How many networks differ from one in a single gene."""
     return int((space.choice_counts - 1).sum())
-
-
-def neighbours(space: SearchSpace, genomes: Genomes) -> Genomes:
-    """All that differ from one of them in one gene, `(n * neighbour_count, genes)`.
-
-    Rows of unused slots' genes differ in nothing once they are canonical.
-    """
-    counts = space.choice_counts
-    gene = np.repeat(np.arange(len(counts)), counts - 1)
-    step = np.concatenate([np.arange(1, count) for count in counts])
-    near = np.repeat(genomes[:, None, :], len(gene), axis=1)
-    place = np.arange(len(gene))
-    near[:, place, gene] = (near[:, place, gene] + step) % counts[gene]
-    return near.reshape(-1, len(counts))
 
 
 def nondominated(costs: Costs) -> NDArray[np.bool_]:
