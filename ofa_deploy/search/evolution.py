@@ -198,9 +198,9 @@ class Evolution:
             best.append(max(best[-1], float(child_fitness.max())))
             population = np.concatenate([parents, children])
             fitness = np.concatenate([parent_fitness, child_fitness])
-        archive, more = self._polish(problem, breeding, archive, champions.rows)
         if not len(archive.genomes):
             raise _infeasible(problem, population[fitness.argmax()])
+        archive, more = self._polish(problem, breeding, archive, champions.rows)
         best[-1] = float(archive.score[0])
         return SearchResult(
             genomes=archive.genomes,
