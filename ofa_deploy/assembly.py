@@ -32,7 +32,7 @@ from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
-from ofa_deploy.verify import AccuracyClaim
+from ofa_deploy.verify import AccuracyClaim, Candidate
 from profilers.backends import get_backend
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
@@ -60,6 +60,7 @@ class VerifiedNetwork:
         runtime: With what.
         anchor_ratio: Latency of the anchor model over that of the table, at the time;
             None if the table lacks it.
+        candidates: Networks measured on the way, this one among them.
     """
 
     exported: ExportedNetwork
@@ -71,6 +72,7 @@ class VerifiedNetwork:
     device: DeviceSpec
     runtime: RuntimeSpec
     anchor_ratio: float | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def config(self) -> SubnetConfig:
@@ -128,6 +130,7 @@ def assemble_bundle(
             supernet_sha256=supernet.sha256,
             constraints=network.constraints,
             verdicts=network.verdicts,
+            candidates=network.candidates,
             resolution=plan.resolution,
             normalisation=supernet.normalisation,
             class_names=supernet.class_names,

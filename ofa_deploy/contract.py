@@ -9,7 +9,7 @@ own, and only what this shows is believed. Each answer corrects the next choice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ofa_deploy.choosing import Chooser, PredictedLimits, ladder
 from ofa_deploy.constraints import MEGABYTE, Constraints, binding
 from ofa_deploy.errors import BackendError, InfeasibleBudget, StaleTable
 from ofa_deploy.space import Genomes, SubnetConfig
+from ofa_deploy.verify import Candidate
 
 # Networks certified at most: each takes several processes' time.
 MAX_CERTIFIED = 5
@@ -99,7 +100,7 @@ def fulfil(
         if best is None:  # else what was shown stays shown
             raise
     if best is not None:
-        return best
+        return replace(best, candidates=loop.candidates())
     raise loop.refusal()
 
 
@@ -115,6 +116,24 @@ class _Loop:
     certified: list[VerifiedNetwork] = field(default_factory=list)
     offered: set[str] = field(default_factory=set)
     ladders: int = 0
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What was measured, in this order."""
+        bounds_ms = {
+            found.config.id: verdict.bound
+            for found in self.certified
+            for verdict in found.verdicts
+            if verdict.constraint == "latency"
+        }
+        return tuple(
+            Candidate(
+                config_id=name,
+                predicted_ms=self.predicted_ms(SubnetConfig.from_id(name)),
+                confirmed_ms=found.quiet_ms,
+                certified_ms=bounds_ms.get(name),
+            )
+            for name, found in self.confirmed.items()
+        )
 
     # -- what is expected --------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,12 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.device_bench import DeviceBench
-from ofa_deploy.errors import DeployError, InfeasibleBudget, SpaceError
+from ofa_deploy.errors import (
+    DeployError,
+    InfeasibleBudget,
+    SpaceError,
+    StaleTable,
+)
 from ofa_deploy.pipeline import (
     DEFAULT_SUPERNET,
     EVOLUTION,
@@ -31,9 +37,10 @@ from ofa_deploy.pipeline import (
     Specializer,
     opened,
     read_inputs,
+    writing,
 )
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.search.evolution import Limit, SearchProblem
+from ofa_deploy.search.evolution import Limit, SearchProblem, descend
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 
@@ -135,7 +142,7 @@ def specialize_fleet(
     """
     asked = {name: Constraints(latency_ms=ms) for name, ms in devices.items()}
     count = _require_count(len(asked), max_models)
-    out, reporter = Path(out), reporter or Silent()
+    out, reporter = Path(out).resolve(), reporter or Silent()
     require_free(out)
     source = opened(supernet)
     images, evaluation = read_inputs(
@@ -145,30 +152,70 @@ def specialize_fleet(
         name: Specializer(name, supernet=source, on_drift=on_drift, reporter=reporter)
         for name in asked
     }
-    planner = _Planner.of(sessions, asked)
-    groups = planner.groups(count)
-    with ExitStack() as stack:
+    call = _Call(
+        sessions=sessions,
+        asked=asked,
+        images=images,
+        evaluation=evaluation,
+        count=count,
+        seed=seed,
+    )
+    with writing(out):
+        try:
+            return call.make(out, reporter)
+        except StaleTable:
+            if on_drift != "reprofile":
+                raise
+            for session in sessions.values():
+                session.reprofile()
+            return call.make(out, reporter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """What a fleet is made from."""
+
+    sessions: Mapping[str, Specializer]
+    asked: Mapping[str, Constraints]
+    images: NDArray[np.uint8]
+    evaluation: ImageSet | None
+    count: int
+    seed: int
+
+    def make(self, out: Path, reporter: Reporter) -> Fleet:
+        """Group the devices, find each group its network, write all bundles."""
+        planner = _Planner.of(self.sessions, self.asked)
+        groups = planner.groups(self.count)
         networks: dict[str, VerifiedNetwork] = {}
-        for group in groups:
-            if len(group) == 1:
-                (name,) = group
-                networks[name] = sessions[name].fulfil(
-                    asked[name],
-                    images=images,
-                    evaluation=evaluation,
-                    stack=stack,
-                    seed=seed,
-                )
-                continue
-            benches = {
-                name: sessions[name].bench(
-                    asked[name], images=images, evaluation=evaluation, stack=stack
-                )
-                for name in group
-            }
-            networks |= _fulfil_together(sessions, asked, benches, seed=seed)
-        reporter.begin("writing the bundles")
-        return _write(out, planner, sessions, networks, list(asked))
+        with ExitStack() as stack:
+            for group in groups:
+                networks |= self._fulfil(group, stack)
+            reporter.begin("writing the bundles")
+            return _write(out, planner, self.sessions, networks, list(self.asked))
+
+    def _fulfil(
+        self, group: tuple[str, ...], stack: ExitStack
+    ) -> dict[str, VerifiedNetwork]:
+        if len(group) == 1:
+            (name,) = group
+            network = self.sessions[name].fulfil(
+                self.asked[name],
+                images=self.images,
+                evaluation=self.evaluation,
+                stack=stack,
+                seed=self.seed,
+            )
+            return {name: network}
+        benches = {
+            name: self.sessions[name].bench(
+                self.asked[name],
+                images=self.images,
+                evaluation=self.evaluation,
+                stack=stack,
+            )
+            for name in group
+        }
+        return _fulfil_together(self.sessions, self.asked, benches, seed=self.seed)
 
 
 def _require_count(device_count: int, max_models: int | None) -> int:
@@ -202,7 +249,12 @@ class _Planner:
         cls, sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
     ) -> _Planner:
         genomes: Genomes = np.unique(
-            np.concatenate([session.front.genomes for session in sessions.values()]),
+            np.concatenate(
+                [
+                    *(session.front.genomes for session in sessions.values()),
+                    _joint_landmarks(sessions, asked),
+                ]
+            ),
             axis=0,
         )
         first = next(iter(sessions.values()))
@@ -250,6 +302,8 @@ class _Planner:
                         if total > longer.get(mask, (-np.inf, ()))[0]:
                             longer[mask] = (total, (*groups, part))
                     part = (part - 1) & mask
+            if longer == best:
+                break  # more groups help nobody
             best = longer
         if everyone not in best:
             alone = [name for i, name in enumerate(self.names) if not self._alone(i)]
@@ -270,6 +324,31 @@ class _Planner:
 
     def _alone(self, index: int) -> bool:
         return bool(self.fits[:, index].any())
+
+
+def _joint_landmarks(
+    sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
+) -> Genomes:
+    """The networks with the most room for all devices, and for each two of them.
+
+    What two devices can both run may be on neither's own front.
+    """
+    groups = [tuple(sessions), *combinations(sessions, 2)]
+    space = next(iter(sessions.values())).supernet.space
+    rng = np.random.default_rng(0)
+
+    def needs(group: tuple[str, ...]) -> Callable[[Genomes], Floats]:
+        def load(genomes: Genomes) -> Floats:
+            shares = [
+                sessions[name].predictor.predict_ms(genomes)
+                / (asked[name].latency_ms or np.inf)
+                for name in group
+            ]
+            return np.asarray(np.max(shares, axis=0))
+
+        return load
+
+    return np.stack([descend(space, needs(group), rng)[0] for group in groups])
 
 
 def _members(mask: int) -> tuple[int, ...]:
@@ -301,6 +380,7 @@ def _fulfil_together(
         fits = True
         for name, bench in benches.items():
             predicted_ms = sessions[name].predictor.estimate(config).ms
+            # A network that the runtime fails on raises: it is the only one.
             quiet_ms = bench.confirm([config])[config.id].quiet_ms
             level[name] = EXPECTED_RATIO * quiet_ms / predicted_ms
             fits &= EXPECTED_RATIO * quiet_ms <= (asked[name].latency_ms or 0.0)

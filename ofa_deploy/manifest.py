@@ -19,7 +19,7 @@ from ofa_deploy.errors import SpaceError
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space_file import MAX_RESOLUTION
-from ofa_deploy.verify import AccuracyClaim, ParityReport
+from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
 from profilers.codec import (
     decode_conditions,
     decode_device,
@@ -108,6 +108,7 @@ class Manifest:
         supernet_sha256: Digest of the supernet's description.
         constraints: What was asked for.
         verdicts: What was found of each; all are met.
+        candidates: Networks measured on the way, this one among them.
         resolution: Height and width of the input, `(1, 3, resolution, resolution)`.
         normalisation: Applied to RGB 0..255 after a bilinear resize.
         class_names: In output order.
@@ -131,6 +132,7 @@ class Manifest:
     supernet_sha256: str
     constraints: Constraints
     verdicts: tuple[Verdict, ...]
+    candidates: tuple[Candidate, ...]
     resolution: int
     normalisation: Normalisation
     class_names: tuple[str, ...]
@@ -189,6 +191,9 @@ def _decode(node: JsonNode) -> Manifest:
         supernet_sha256=entries["supernet_sha256"].text(),
         constraints=_decode_constraints(entries["constraints"]),
         verdicts=_decode_verdicts(entries["verdicts"], entries["constraints"]),
+        candidates=tuple(
+            _decode_candidate(item) for item in entries["candidates"].items()
+        ),
         resolution=entries["resolution"].integer(minimum=1, maximum=MAX_RESOLUTION),
         normalisation=decode_normalisation(entries["normalisation"]),
         class_names=tuple(item.text() for item in entries["class_names"].items()),
@@ -290,6 +295,16 @@ def _decode_verdict(node: JsonNode) -> Verdict:
         found=entries["found"].number(minimum=0),
         bound=entries["bound"].number(minimum=0),
         evidence=entries["evidence"].choice(get_args(Evidence)),
+    )
+
+
+def _decode_candidate(node: JsonNode) -> Candidate:
+    entries = node.fields(*Candidate.__dataclass_fields__)
+    return Candidate(
+        config_id=entries["config_id"].text(),
+        predicted_ms=entries["predicted_ms"].positive(),
+        confirmed_ms=entries["confirmed_ms"].positive(),
+        certified_ms=entries["certified_ms"].optional(JsonNode.positive),
     )
 
 

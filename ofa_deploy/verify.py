@@ -46,6 +46,24 @@ class AccuracyClaim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A network that was measured on the way to a bundle.
+
+    Args:
+        config_id: Which.
+        predicted_ms: In the quiet state.
+        confirmed_ms: Timed against the others of its round.
+        certified_ms: What was held against the latency asked for, its uncertainty
+            included; None where it was not certified, or no latency asked for.
+    """
+
+    config_id: str
+    predicted_ms: float
+    confirmed_ms: float
+    certified_ms: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
     """Two runners' outputs on the same inputs.
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ofa_deploy.cli import bundles
+from ofa_deploy.cli import bundles, measuring
 from ofa_deploy.cli import train as training
+from ofa_deploy.cli.outputs import require_folder
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.cli.tables import (
     show_bundle,
@@ -23,20 +23,11 @@ from ofa_deploy.cli.tables import (
     show_feasibility,
     show_fleet,
     show_frontier,
-    show_level,
     show_operators,
-    show_quality,
     show_range,
-    show_table,
-    show_table_json,
     show_widths,
 )
 from ofa_deploy.profiling import NETWORK_COUNT
-
-if TYPE_CHECKING:
-    from ofa_deploy.space import SearchSpace
-    from profilers.backends.base import Backend
-    from profilers.table import LatencyTable
 
 app = typer.Typer(
     help="Specialise a once-for-all supernet to a device and a latency budget.",
@@ -101,7 +92,7 @@ def probe(
     runtime = backend.runtime(threads=target.threads)
     if plot is not None:
         require_plots()
-        _require_folder("--plot", plot)
+        require_folder("--plot", plot)
     prober = Prober(
         backend=backend, threads=target.threads, settings=MeasureSettings.screen()
     )
@@ -150,66 +141,17 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure the blocks of a space on this machine, and keep the table."""
-    from ofa_deploy.errors import MeasurementError, SpaceError
-    from ofa_deploy.feasibility import reachable_range
-    from ofa_deploy.held_out import measure_and_judge
-    from ofa_deploy.pipeline import DEFAULT_SUPERNET
-    from ofa_deploy.predict.latency import fit_latency_predictor
-    from ofa_deploy.profiling import cache_folder, level_change, measure_table
-    from ofa_deploy.target import parse_target
-    from ofa_deploy.zoo import open_supernet
-    from profilers.backends import get_backend
-
-    target = parse_target(device)
-    if space and supernet:
-        raise SpaceError(
-            f"--space {space} and --supernet {supernet} name two spaces; give one"
-        )
-    _require_folder("--out", out)
-    if evaluate == 1:
-        raise MeasurementError("--evaluate 1: one network judges nothing; give 2, or 0")
-    measured = (
-        training.named_space(space)
-        if space
-        else open_supernet(supernet or DEFAULT_SUPERNET).space
+    measuring.profile(
+        device=device,
+        supernet=supernet,
+        space=space,
+        networks=networks,
+        evaluate=evaluate,
+        out=out,
+        console=_console,
+        quiet=_no_console,
+        as_json=as_json,
     )
-    backend, folder, quality = get_backend(target.backend), cache_folder(), None
-    earlier = _earlier_table(measured, backend, target.threads)
-    start_s = time.monotonic()
-    with StageBar(_no_console if as_json else _console) as bar:
-        if evaluate:
-            table, quality = measure_and_judge(
-                measured,
-                backend=backend,
-                threads=target.threads,
-                folder=folder,
-                network_count=networks,
-                count=evaluate,
-                reporter=bar,
-            )
-        else:
-            table = measure_table(
-                measured,
-                backend=backend,
-                threads=target.threads,
-                folder=folder,
-                network_count=networks,
-                reporter=bar,
-            )
-    minutes = (time.monotonic() - start_s) / 60
-    if out is not None:
-        table.save(out)
-    change = None if earlier is None else level_change(table, earlier)
-    predictor = fit_latency_predictor(measured, table)
-    reachable = reachable_range(predictor)
-    if as_json:
-        show_table_json(table, reachable, quality, change, minutes=minutes)
-    else:
-        show_table(_console, table, predictor, minutes=minutes)
-        show_level(_console, change)
-        if quality is not None:
-            show_quality(_console, quality)
-        show_range(_console, reachable)
 
 
 @app.command()
@@ -355,7 +297,7 @@ def frontier(
     """Show all that a supernet offers on this machine: latency, accuracy and size."""
     from ofa_deploy.fronts import frontier as find
 
-    _require_folder("--out", out)
+    require_folder("--out", out)
     with StageBar(_no_console if as_json else _console) as bar:
         found = find(device, supernet=supernet, table=table, seed=seed, reporter=bar)
         found.write_report(out)
@@ -460,41 +402,6 @@ def train(
         console=_no_console if as_json else _console,
         as_json=as_json,
     )
-
-
-def _earlier_table(
-    space: SearchSpace, backend: Backend, threads: int
-) -> LatencyTable | None:
-    """The table that a new one will take the place of; None if none can be read."""
-    from ofa_deploy.errors import FormatError, IncompatibleTables
-    from ofa_deploy.profiling import cache_folder, find_table, table_folders
-    from profilers.device import this_device
-
-    try:
-        found = find_table(
-            space,
-            this_device(accelerator=backend.accelerator()),
-            backend.runtime(threads=threads),
-            folders=table_folders(cache_folder()),
-        )
-    except (FormatError, IncompatibleTables):
-        return None  # measuring anew is the cure
-    return None if found is None else found[0]
-
-
-def _require_folder(option: str, file: Path | None) -> None:
-    """Refuse a file that cannot be written before minutes are spent on it."""
-    from ofa_deploy.errors import DeployError
-
-    if file is None:
-        return
-    if not file.absolute().parent.is_dir():
-        raise DeployError(
-            f"{option} {file}: there is no folder {file.absolute().parent}; make it, "
-            "or name another file"
-        )
-    if file.is_dir():
-        raise DeployError(f"{option} {file} is a folder; name a file in it")
 
 
 def main() -> None:

@@ -42,6 +42,11 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
             for place, verdict in enumerate(manifest.verdicts)
         ),
         (
+            "binding",
+            f"{manifest.binding.constraint}, {1 - manifest.binding.used_share:.1%} "
+            "room",
+        ),
+        (
             "measured",
             f"{measured.quiet_ms:.4g} ms ± {measured.standard_error_ratio:.1%} in the "
             f"quiet state{note}",

@@ -93,6 +93,22 @@ def bundle_report(
             [_verdict_row(v, asked.latency_label) for v in network.verdicts],
         ),
         _table(
+            "Candidates",
+            [
+                (
+                    candidate.config_id,
+                    f"predicted {candidate.predicted_ms:.4g} ms, timed against the "
+                    f"others {candidate.confirmed_ms:.4g} ms"
+                    + (
+                        ""
+                        if candidate.certified_ms is None
+                        else f", certified up to {candidate.certified_ms:.4g} ms"
+                    ),
+                )
+                for candidate in network.candidates
+            ],
+        ),
+        _table(
             "Measurement",
             [
                 (

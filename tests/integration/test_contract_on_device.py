@@ -145,6 +145,14 @@ def test_a_bundle_tells_of_every_constraint(everything: Bundle) -> None:
     assert manifest.binding in manifest.verdicts
 
 
+def test_a_bundle_keeps_what_was_measured_on_the_way(everything: Bundle) -> None:
+    manifest = everything.manifest
+    own = [c for c in manifest.candidates if c.config_id == manifest.config_id]
+    (candidate,) = own
+    assert candidate.certified_ms == manifest.verdicts[0].bound
+    assert candidate.predicted_ms == pytest.approx(manifest.predicted.ms)
+
+
 def test_a_percentile_comes_from_enough_runs(everything: Bundle) -> None:
     measured = everything.manifest.measured
     assert measured.p90_ms is not None

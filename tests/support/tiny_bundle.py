@@ -63,6 +63,7 @@ def write_bundle(
                     evidence="measured",
                 ),
             ),
+            candidates=(),
             resolution=plan.resolution,
             normalisation=supernet.normalisation,
             class_names=supernet.class_names,

@@ -309,6 +309,20 @@ def test_a_device_that_fails_at_once_says_why() -> None:
         run(device)
 
 
+def test_what_was_measured_on_the_way_is_kept() -> None:
+    device = bench(Constraints(latency_ms=budget_at(0.6)), certified=lambda count: 1.3)
+    found = run(device)
+    assert [candidate.config_id for candidate in found.candidates] == device.confirmed
+    bounds = {
+        candidate.config_id: candidate.certified_ms
+        for candidate in found.candidates
+        if candidate.certified_ms is not None
+    }
+    assert bounds == {
+        network.config.id: network.verdict("latency").bound for network in device.tried
+    }
+
+
 def test_a_budget_just_below_the_fastest_prediction_is_measured() -> None:
     fastest_ms = budget_at(0.0)
     device = bench(Constraints(latency_ms=fastest_ms * 0.99), factor=0.95)
