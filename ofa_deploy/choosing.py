@@ -134,22 +134,43 @@ class Chooser:
     evolution: Evolution
     seed: int = 0
 
-    def best(self, limits: PredictedLimits, *, count: int = 1) -> list[SubnetConfig]:
+    def best(
+        self,
+        limits: PredictedLimits,
+        *,
+        count: int = 1,
+        without: frozenset[str] = frozenset(),
+    ) -> list[SubnetConfig]:
         """The best networks within limits, `count` at most.
 
         The most accurate ones first; where an accuracy is to be kept, the fastest.
 
+        Args:
+            limits: Of predictions.
+            count: At most so many.
+            without: Ids of networks to leave out.
+
         Raises:
             InfeasibleBudget: There is none.
         """
-        space = self.predictors.space
-        rows = self._from_front(limits)[:count]
-        if len(rows):
-            return [space.decode(row) for row in rows]
-        problem = self._problem(limits)
+        found = self._first(self._from_front(limits), count, without)
+        if found:
+            return found
         rng = np.random.default_rng(self.seed)
-        found = self.evolution.search(problem, rng)
-        return [space.decode(row) for row in found.genomes[:count]]
+        searched = self.evolution.search(self._problem(limits), rng)
+        return self._first(searched.genomes, count, without)
+
+    def _first(
+        self, rows: Genomes, count: int, without: frozenset[str]
+    ) -> list[SubnetConfig]:
+        configs: list[SubnetConfig] = []
+        for row in rows:
+            if len(configs) == count:
+                break
+            config = self.predictors.space.decode(row)
+            if config.id not in without:
+                configs.append(config)
+        return configs
 
     def _from_front(self, limits: PredictedLimits) -> Genomes:
         costs = self.front.costs
@@ -222,7 +243,11 @@ def _negative(value: Objective) -> Objective:
 
 
 def ladder(
-    chooser: Chooser, limits: PredictedLimits, *, steps: tuple[float, ...]
+    chooser: Chooser,
+    limits: PredictedLimits,
+    *,
+    steps: tuple[float, ...],
+    without: frozenset[str] = frozenset(),
 ) -> list[SubnetConfig]:
     """Different networks around a latency limit, the most accurate at each step.
 
@@ -232,12 +257,13 @@ def ladder(
         chooser: Finds them.
         limits: Of predictions.
         steps: Multiples of the latency limit, descending.
+        without: Ids of networks to leave out.
 
     Raises:
         InfeasibleBudget: There is none at any step.
     """
     if limits.latency_ms is None or limits.min_accuracy is not None:
-        return chooser.best(limits, count=len(steps))
+        return chooser.best(limits, count=len(steps), without=without)
     found: dict[str, SubnetConfig] = {}
     refusal: InfeasibleBudget | None = None
     for step in steps:
@@ -247,11 +273,11 @@ def ladder(
             memory_bytes=limits.memory_bytes,
         )
         try:
-            (config,) = chooser.best(stepped)
+            configs = chooser.best(stepped, without=without)
         except InfeasibleBudget as error:
             refusal = refusal or error
         else:
-            found[config.id] = config
+            found |= {config.id: config for config in configs}
     if not found and refusal is not None:
         raise refusal
     return list(found.values())

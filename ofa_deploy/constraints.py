@@ -53,6 +53,8 @@ class Constraints:
             _settle(self, name, _whole)
         for name in _REAL_FIELDS:
             _settle(self, name, _real)
+        if getattr(self, "sustained_s") is None:  # noqa: B009 - whatever the types say
+            raise SpaceError("sustained_s=None is not a number; give 0 for no load")
         self._check_values()
         if self.latency_ms is None and self.min_accuracy is None:
             raise SpaceError(

@@ -15,8 +15,19 @@ from typing import Protocol
 
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, PredictedLimits, ladder
-from ofa_deploy.constraints import MEGABYTE, Constraints, binding
-from ofa_deploy.errors import BackendError, InfeasibleBudget, StaleTable
+from ofa_deploy.constraints import (
+    MEGABYTE,
+    ConstraintName,
+    Constraints,
+    binding,
+    in_words,
+)
+from ofa_deploy.errors import (
+    BackendError,
+    InfeasibleBudget,
+    MeasurementError,
+    ParityError,
+)
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.verify import Candidate
 
@@ -80,8 +91,9 @@ def fulfil(
 
     Raises:
         InfeasibleBudget: None keeps them, by prediction, or by what was measured.
-        BackendError: The runtime failed, and nothing was certified before.
-        StaleTable: The machine is no longer what its table says, likewise.
+        BackendError: The runtime failed, and nothing was shown to keep them before.
+        MeasurementError: Nothing could be measured, or the table is stale; likewise.
+        ParityError: A file computes something else; likewise.
     """
     loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
     best: VerifiedNetwork | None = None
@@ -93,15 +105,24 @@ def fulfil(
             found = bench.certify(config)
             loop.certified.append(found)
             if found.met:
-                best = found
+                best = _better(constraints, best, found)
                 if not loop.wasteful(found):
                     break
-    except (BackendError, StaleTable):
+    except (BackendError, MeasurementError, ParityError):
         if best is None:  # else what was shown stays shown
             raise
     if best is not None:
         return replace(best, candidates=loop.candidates())
     raise loop.refusal()
+
+
+def _better(
+    constraints: Constraints, best: VerifiedNetwork | None, found: VerifiedNetwork
+) -> VerifiedNetwork:
+    """The one to keep of two that keep everything."""
+    if best is None or constraints.min_accuracy is not None:
+        return found
+    return found if found.accuracy.value > best.accuracy.value else best
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,14 +248,16 @@ class _Loop:
         known.sort(key=lambda pair: abs(pair[0] - limit_bytes))
         (measured, planned), *others = known
         besides = measured - planned
-        hopeful = max(limit_bytes - besides, limit_bytes * planned / measured)
+        hopeful = limit_bytes - besides
+        if measured > 0:
+            hopeful = max(hopeful, limit_bytes * planned / measured)
         for other_measured, other_planned in others[:1]:
             rise, step = other_measured - measured, other_planned - planned
             if rise * step > 0:
                 hopeful = planned + step / rise * (limit_bytes - measured)
         # Not as much as one that took too much.
         missed = [planned for measured, planned in known if measured > limit_bytes]
-        return min([hopeful, *(MISSED_SHARE * planned for planned in missed)])
+        return max(1.0, min([hopeful, *(MISSED_SHARE * one for one in missed)]))
 
     @property
     def _optimism(self) -> float:
@@ -281,6 +304,11 @@ class _Loop:
         self, *, better_than: VerifiedNetwork | None
     ) -> SubnetConfig | None:
         """The network to certify next; None where there is none."""
+        if better_than is None and len(self.certified) == MAX_CERTIFIED - 1:
+            return self._last_resort() or self._next_ready(None)
+        return self._next_ready(better_than)
+
+    def _next_ready(self, better_than: VerifiedNetwork | None) -> SubnetConfig | None:
         while True:
             ready = self._ready(better_than)
             if ready:
@@ -321,15 +349,64 @@ class _Loop:
                 self.chooser,
                 self.limits,
                 steps=tuple(1 + step * rms for step in LADDER),
+                without=self._failed,
             )
         except InfeasibleBudget:
             if self.offered or self._only_latency:
                 return False
-            raise
+            configs = self._hopeful()
         if better_than is not None:
             configs = self._more_accurate(configs, better_than)
         new = [config for config in configs if config.id not in self.offered]
         return self._confirm(new)
+
+    @property
+    def _failed(self) -> frozenset[str]:
+        """Networks that the runtime could not run."""
+        return frozenset(self.offered - self.confirmed.keys())
+
+    def _hopeful(self) -> list[SubnetConfig]:
+        """Networks that the predictor's error and nothing else may let in.
+
+        Raises:
+            InfeasibleBudget: Not even such ones.
+        """
+        asked, predictors = self.constraints, self.chooser.predictors
+        limits, slack = self.limits, predictors.latency.upper_ratio
+        budget_ms = None if asked.budget_ms is None else asked.budget_ms * slack
+        try:
+            return self.chooser.best(
+                replace(limits, latency_ms=budget_ms), count=2, without=self._failed
+            )
+        except InfeasibleBudget as error:
+            nearest = error.nearest
+            told = "" if nearest is None else self._told_of(nearest)
+            raise InfeasibleBudget(
+                f"no network of {predictors.space.name} is predicted to keep all that "
+                f"is asked for on {self.where}: "
+                + ", ".join(
+                    f"{name} {in_words(name, limit)}"
+                    for name, limit in asked.limits.items()
+                )
+                + f"{told}. Loosen what it misses",
+                budget_ms=asked.budget_ms,
+                fastest_ms=None,
+                nearest=nearest,
+            ) from error
+
+    def _told_of(self, name: str) -> str:
+        predictors, row = self.chooser.predictors, self._row(name)
+        values: dict[ConstraintName, float] = {
+            "latency": float(predictors.latency.predict_ms(row)[0]),
+            "size": float(predictors.sizes.weight_bytes(row)[0]),
+            "memory": float(predictors.sizes.memory_bytes(row)[0]) / MEGABYTE,
+            "accuracy": float(predictors.accuracy(row)[0]),
+        }
+        told = ", ".join(
+            f"{constraint} {in_words(constraint, values[constraint])}"
+            for constraint in self.constraints.limits
+        )
+        return f"; the nearest, {name}, is predicted to have {told}"
 
     def _confirm(self, configs: Sequence[SubnetConfig]) -> bool:
         self.offered |= {config.id for config in configs}

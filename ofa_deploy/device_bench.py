@@ -103,10 +103,11 @@ class DeviceBench:
             StaleTable: The anchor model is not as fast as in the table.
             RunFailed: The runtime fails on all of them.
         """
-        self.reporter.begin("timing the candidates")
+        self.reporter.begin("writing the candidates")
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
             files = self._write_candidates(configs, Path(name))
             sizes = {name: loaded_bytes(path) for name, path in files.items()}
+            self.reporter.begin("timing the candidates")
             visits = self._visit_together(files)
         fit = fit_visits(
             list(visits.values()),
@@ -125,6 +126,24 @@ class DeviceBench:
             for name, latency_ms in quiet_ms.items()
         }
 
+    def check_drift(self) -> None:
+        """Time the anchor model alone, unless it was timed already.
+
+        Raises:
+            StaleTable: It is not as fast as in the table.
+        """
+        known = anchor_network(self.supernet.space) in self.table.networks
+        if self.anchor_ratio is not None or self.max_drift_ratio is None or not known:
+            return
+        self.reporter.begin("timing the anchor model")
+        visits = self._visit_together({})[_ANCHOR]
+        fit = fit_visits(
+            [visits],
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+        )
+        self._check_drift(math.exp(fit.effect_log[0]) / 1e6, visits)
+
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """See `Bench.certify`.
 
@@ -133,7 +152,6 @@ class DeviceBench:
             ParityError: The file computes something else.
             UnstableMeasurement: The percentile asked for is not known.
         """
-        self.reporter.begin("exporting and checking")
         exported = self._export(config)
         constraints = self.constraints
         self.reporter.begin("certifying the exported file")
@@ -198,6 +216,7 @@ class DeviceBench:
             calibration=self.images,
             target=self.target,
             folder=Path(folder),
+            begin=self.reporter.begin,
         )
 
     def _write_candidates(
@@ -240,7 +259,7 @@ class DeviceBench:
                 progress=self.reporter.advance,
             )
         found = {name: result.measurements[name].visits for name in result.measurements}
-        if not found.keys() - {_ANCHOR}:
+        if files and not found.keys() - {_ANCHOR}:
             raise RunFailed(
                 f"{self.target.backend} failed on all of {len(files)} networks: "
                 f"{next(iter(result.failures.values()))}"

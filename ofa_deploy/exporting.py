@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def export_network(
     calibration: NDArray[np.uint8],
     target: Target,
     folder: Path,
+    begin: Callable[[str], None] = lambda stage: None,
 ) -> ExportedNetwork:
     """Materialise, recalibrate, fuse, write, and compare with the unfused graph.
 
@@ -78,10 +79,12 @@ def export_network(
         calibration: Images for the batch-norm statistics, `(n, H, W, 3)` uint8.
         target: What the file is for.
         folder: Gets the files.
+        begin: Told of stages.
 
     Raises:
         ParityError: The file computes something else.
     """
+    begin("recalibrating")
     inputs = prepare(
         calibration, resolution=plan.resolution, normalisation=supernet.normalisation
     )
@@ -93,7 +96,9 @@ def export_network(
         backend=reference_backend,
         threads=target.threads,
     )
+    begin("exporting")
     model_file = write_model(plan, fuse(weights, plan), target=target, folder=folder)
+    begin("comparing with the unfused graph")
     images = _parity_inputs(inputs)
     unfused = emit_network(plan, weights, form="unfused", batch=None)
     with reference_backend.load(unfused, threads=target.threads) as session:

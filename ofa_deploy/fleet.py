@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -40,13 +40,17 @@ from ofa_deploy.pipeline import (
     writing,
 )
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.search.evolution import Limit, SearchProblem, descend
+from ofa_deploy.search.evolution import Limit, SearchProblem
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.target import parse_target
+from profilers.backends import get_backend
 
 FLEET_FILE = "fleet.json"
 # All groupings are looked at: 2 to the power of this.
 MAX_DEVICES = 12
+# Of so many devices every group is searched for.
+SEARCHED_DEVICES = 4
 # Networks looked for, for a group, before it is given up.
 MAX_TRIES = 6
 
@@ -148,6 +152,9 @@ def specialize_fleet(
     images, evaluation = read_inputs(
         source, calibration=calibration, eval_data=eval_data, reporter=reporter
     )
+    for name in asked:  # before any of them is profiled, which takes minutes
+        target = parse_target(name)
+        get_backend(target.backend).runtime(threads=target.threads)
     sessions = {
         name: Specializer(name, supernet=source, on_drift=on_drift, reporter=reporter)
         for name in asked
@@ -166,8 +173,7 @@ def specialize_fleet(
         except StaleTable:
             if on_drift != "reprofile":
                 raise
-            for session in sessions.values():
-                session.reprofile()
+            call.reprofile_stale()
             return call.make(out, reporter)
 
 
@@ -185,13 +191,35 @@ class _Call:
     def make(self, out: Path, reporter: Reporter) -> Fleet:
         """Group the devices, find each group its network, write all bundles."""
         planner = _Planner.of(self.sessions, self.asked)
-        groups = planner.groups(self.count)
         networks: dict[str, VerifiedNetwork] = {}
         with ExitStack() as stack:
+            try:
+                groups = planner.groups(self.count)
+            except InfeasibleBudget:
+                for name in self.asked:  # stale tables have no say in that
+                    self._bench(name, stack).check_drift()
+                raise
             for group in groups:
                 networks |= self._fulfil(group, stack)
             reporter.begin("writing the bundles")
             return _write(out, planner, self.sessions, networks, list(self.asked))
+
+    def reprofile_stale(self) -> None:
+        """Measure those devices anew that are not what their tables say."""
+        with ExitStack() as stack:
+            for name, session in self.sessions.items():
+                try:
+                    self._bench(name, stack).check_drift()
+                except StaleTable:
+                    session.reprofile()
+
+    def _bench(self, name: str, stack: ExitStack) -> DeviceBench:
+        return self.sessions[name].bench(
+            self.asked[name],
+            images=self.images,
+            evaluation=self.evaluation,
+            stack=stack,
+        )
 
     def _fulfil(
         self, group: tuple[str, ...], stack: ExitStack
@@ -206,15 +234,7 @@ class _Call:
                 seed=self.seed,
             )
             return {name: network}
-        benches = {
-            name: self.sessions[name].bench(
-                self.asked[name],
-                images=self.images,
-                evaluation=self.evaluation,
-                stack=stack,
-            )
-            for name in group
-        }
+        benches = {name: self._bench(name, stack) for name in group}
         return _fulfil_together(self.sessions, self.asked, benches, seed=self.seed)
 
 
@@ -252,7 +272,7 @@ class _Planner:
             np.concatenate(
                 [
                     *(session.front.genomes for session in sessions.values()),
-                    _joint_landmarks(sessions, asked),
+                    _joint_networks(sessions, asked),
                 ]
             ),
             axis=0,
@@ -326,29 +346,26 @@ class _Planner:
         return bool(self.fits[:, index].any())
 
 
-def _joint_landmarks(
+def _joint_networks(
     sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
 ) -> Genomes:
-    """The networks with the most room for all devices, and for each two of them.
+    """The best networks of groups of devices, `(n, genes)`.
 
-    What two devices can both run may be on neither's own front.
+    What two devices can both run may be on neither's own front. All groups of a few
+    devices are searched for; of many, the pairs, and all together.
     """
-    groups = [tuple(sessions), *combinations(sessions, 2)]
-    space = next(iter(sessions.values())).supernet.space
-    rng = np.random.default_rng(0)
-
-    def needs(group: tuple[str, ...]) -> Callable[[Genomes], Floats]:
-        def load(genomes: Genomes) -> Floats:
-            shares = [
-                sessions[name].predictor.predict_ms(genomes)
-                / (asked[name].latency_ms or np.inf)
-                for name in group
-            ]
-            return np.asarray(np.max(shares, axis=0))
-
-        return load
-
-    return np.stack([descend(space, needs(group), rng)[0] for group in groups])
+    names = tuple(sessions)
+    sizes = range(2, len(names) + 1) if len(names) <= SEARCHED_DEVICES else (2,)
+    groups = [group for size in sizes for group in combinations(names, size)]
+    if len(names) > SEARCHED_DEVICES:
+        groups.append(names)
+    found = []
+    for group in groups:
+        level = dict.fromkeys(group, EXPECTED_RATIO)
+        with suppress(InfeasibleBudget):
+            found.append(_search_together(sessions, asked, level, seed=0))
+    genes = len(sessions[names[0]].supernet.space.choice_counts)
+    return np.concatenate([np.empty((0, genes), dtype=np.int64), *found])
 
 
 def _members(mask: int) -> tuple[int, ...]:
@@ -409,6 +426,18 @@ def _best_together(
     seed: int,
 ) -> SubnetConfig:
     """The most accurate network expected to keep a group's budgets."""
+    genomes = _search_together(sessions, asked, level, seed=seed)
+    return next(iter(sessions.values())).supernet.space.decode(genomes[0])
+
+
+def _search_together(
+    sessions: Mapping[str, Specializer],
+    asked: Mapping[str, Constraints],
+    level: Mapping[str, float],
+    *,
+    seed: int,
+) -> Genomes:
+    """The most accurate networks expected to keep a group's budgets, best first."""
     first = sessions[next(iter(level))]
     limits = tuple(
         Limit(
@@ -422,8 +451,7 @@ def _best_together(
     problem = SearchProblem(
         space=first.supernet.space, score=first.predictors.accuracy, limits=limits
     )
-    found = EVOLUTION.search(problem, np.random.default_rng(seed))
-    return first.supernet.space.decode(found.genomes[0])
+    return EVOLUTION.search(problem, np.random.default_rng(seed)).genomes
 
 
 def _write(

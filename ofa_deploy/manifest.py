@@ -284,6 +284,8 @@ def _decode_verdicts(node: JsonNode, constraints: JsonNode) -> tuple[Verdict, ..
             f"verdicts must be of what was asked for: {', '.join(map(str, asked))}, "
             "with its limits"
         )
+    if not all(verdict.met for verdict in verdicts):
+        node.refuse("a bundle keeps what was asked for; this one does not")
     return verdicts
 
 

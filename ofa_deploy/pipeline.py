@@ -54,6 +54,7 @@ from ofa_deploy.search.evolution import Evolution
 from ofa_deploy.search.pareto import Front, Nsga2
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target, parse_target
+from ofa_deploy.verify import require_memory_gauge
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -250,8 +251,8 @@ class Specializer:
             InfeasibleBudget: No network keeps them, by prediction or by measurement.
             StaleTable: The machine is no longer what its table says.
         """
-        for row in self.feasibility(constraints):
-            _require_satisfiable(row, self)
+        if constraints.peak_memory_mb is not None:
+            require_memory_gauge()
         try:
             return self._fulfil(constraints, images, evaluation, stack, seed)
         except StaleTable:
@@ -313,12 +314,18 @@ class Specializer:
         bench = self.bench(
             constraints, images=images, evaluation=evaluation, stack=stack
         )
-        return fulfil(
-            constraints,
-            chooser=self.chooser(seed=seed),
-            bench=bench,
-            where=self.target.backend,
-        )
+        try:
+            for row in self.feasibility(constraints):
+                _require_satisfiable(row, self)
+            return fulfil(
+                constraints,
+                chooser=self.chooser(seed=seed),
+                bench=bench,
+                where=self.target.backend,
+            )
+        except InfeasibleBudget:
+            bench.check_drift()  # a stale table has no say in what is impossible
+            raise
 
     def report(self, network: VerifiedNetwork) -> dict[str, bytes]:
         """The page to look at, by its file name."""

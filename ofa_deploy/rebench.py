@@ -50,8 +50,8 @@ def rebench(
 
     Raises:
         MissingDependency: The runtime is not installed.
-        DeviceUnfit: The model's threads are more than this machine's cores.
-        RunFailed: The model does not run here.
+        RunFailed: The model does not run here, or has more threads than this machine
+            has cores.
         UnstableMeasurement: The percentile is not known.
     """
     manifest, reporter = bundle.manifest, reporter or Silent()
@@ -71,9 +71,12 @@ def rebench(
         progress=reporter.advance,
     )
     verdict = None
-    if asked.latency_ms is not None:
+    if asked.budget_ms is not None:
         verdict = judge_latency(
-            measurement, budget_ms=asked.latency_ms, percentile=asked.percentile
+            measurement,
+            budget_ms=asked.budget_ms,
+            percentile=asked.percentile,
+            paced=asked.pace is not None,
         )
     return Rebench(measurement=measurement, elsewhere=elsewhere, verdict=verdict)
 

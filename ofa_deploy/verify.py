@@ -15,6 +15,7 @@ from ofa_deploy.predict.latency import ONE_SIDED_95
 from profilers.backends.base import Session
 from profilers.fresh import FreshMeasurement
 from profilers.measurement import MeasureSettings
+from profilers.memory import MemoryGauge
 from profilers.stats import percentile_floor
 
 MAX_RELATIVE_ERROR = 1e-4
@@ -22,6 +23,10 @@ MAX_RELATIVE_ERROR = 1e-4
 MEDIAN_RUNS = 100
 # Visits of a process at a rate: between two the anchor is read, which takes time.
 PACED_VISITS = 5
+NO_MEMORY_GAUGE = (
+    "peak_memory_mb: this system does not tell how much memory a process takes; leave "
+    "that limit out"
+)
 # Of one process, however long the budget or slow the rate.
 MAX_PACED_S = 6 * 3600.0
 
@@ -135,7 +140,11 @@ def run_one_by_one(
 
 
 def judge_latency(
-    measurement: FreshMeasurement, *, budget_ms: float, percentile: int = 50
+    measurement: FreshMeasurement,
+    *,
+    budget_ms: float,
+    percentile: int = 50,
+    paced: bool = False,
 ) -> Verdict:
     """Hold a fresh measurement of the exported file against a budget.
 
@@ -143,6 +152,8 @@ def judge_latency(
         measurement: Of the file.
         budget_ms: What was asked for.
         percentile: Of all runs; 50 speaks of the quiet state.
+        paced: Runs were made at a rate, or after a load: what slows the whole machine
+            down is then what was asked about, and 50 is the median of all runs.
 
     Raises:
         UnstableMeasurement: The runs are too few for the percentile, or too short to
@@ -152,7 +163,7 @@ def judge_latency(
     bound_ms: float | None = measurement.quiet_ms * (
         1 + ONE_SIDED_95 * measurement.standard_error_ratio
     )
-    if percentile != 50:
+    if percentile != 50 or paced:
         found_ms = measurement.percentile_ms(percentile)
         bound_ms = measurement.percentile_upper_ms(percentile)
     if found_ms is None or bound_ms is None:
@@ -196,16 +207,14 @@ def judge(
                 measurement,
                 budget_ms=constraints.budget_ms,
                 percentile=constraints.percentile,
+                paced=constraints.pace is not None,
             )
         )
     if constraints.size_bytes is not None:
         verdicts.append(_exact("size", constraints.size_bytes, size_bytes))
     if constraints.peak_memory_mb is not None:
         if measurement.memory_mb is None:
-            raise DeviceUnfit(
-                f"peak_memory_mb={constraints.peak_memory_mb:g}: this system does not "
-                "tell how much memory a process takes; leave that limit out"
-            )
+            raise DeviceUnfit(NO_MEMORY_GAUGE)
         verdicts.append(
             _exact("memory", constraints.peak_memory_mb, measurement.memory_mb)
         )
@@ -220,6 +229,16 @@ def judge(
             )
         )
     return tuple(verdicts)
+
+
+def require_memory_gauge() -> None:
+    """Refuse a limit on memory where nobody counts it.
+
+    Raises:
+        DeviceUnfit: The system does not tell how much memory a process takes.
+    """
+    if MemoryGauge().peak_growth_mb() is None:
+        raise DeviceUnfit(NO_MEMORY_GAUGE)
 
 
 def _exact(constraint: ConstraintName, limit: float, found: float) -> Verdict:
@@ -237,7 +256,8 @@ def enough_runs(
 ) -> MeasureSettings:
     """Settings whose runs, over all processes, suffice for the percentile.
 
-    At a rate no more runs are made than that: they take as long as the application's.
+    At a rate no more runs are planned than that: they take as long as the
+    application's.
 
     Args:
         settings: Of one process, without constraints.

@@ -424,6 +424,8 @@ def _visit(
     That reading may stand before the next visit, if nothing happens in between.
     """
     time_ns = clock() - start_ns
+    if pacer is not None:
+        pacer.wait()
     bench.sample_ns(clock)  # brings the model back into the caches; not kept
     samples_ns = []
     for _ in range(settings.runs_per_visit):

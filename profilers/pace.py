@@ -83,4 +83,5 @@ class Pacer:
             self._sleep((self._due_ns - now_ns) / 1e9)
             now_ns = self._clock()
         # By the application's clock: what one sleep was too long, the next is shorter.
-        self._due_ns = max(self._due_ns + self._period_ns, now_ns)
+        next_ns = self._due_ns + self._period_ns
+        self._due_ns = next_ns if now_ns < next_ns else now_ns + self._period_ns

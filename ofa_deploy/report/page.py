@@ -35,6 +35,13 @@ REPORT_FILE = "report.html"
 # Nothing is fetched, and what is in the page is all that runs.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
+
+class Html(str):
+    """Text that is markup already; all other text is escaped."""
+
+    __slots__ = ()
+
+
 Rows = Sequence[tuple[str, str]]
 
 
@@ -216,17 +223,18 @@ def _staircase_section(
 
 
 def _verdict_row(verdict: Verdict, latency_label: str) -> tuple[str, str]:
-    mark = (
-        '<span class="yes">kept</span>'
-        if verdict.met
-        else '<span class="no">not</span>'
-    )
+    kind, word = ("yes", "kept") if verdict.met else ("no", "not kept")
     found, limit = verdict.told(verdict.bound), verdict.told(verdict.limit)
     side = "at least" if verdict.constraint == "accuracy" else "at most"
     upper = ", its uncertainty included" if verdict.constraint == "latency" else ""
     return (
         latency_label if verdict.constraint == "latency" else verdict.constraint,
-        f"{mark}: {found}{upper}, {verdict.evidence}; {side} {limit} was asked for",
+        Html(
+            f'<span class="{kind}">{word}</span>: '
+            + escape(
+                f"{found}{upper}, {verdict.evidence}; {side} {limit} was asked for"
+            )
+        ),
     )
 
 
@@ -278,10 +286,10 @@ def _plot(title: str, text: str, content: str) -> str:
 
 
 def _table(title: str, rows: Rows) -> str:
-    """Labels are text; cells are HTML where they begin with a tag."""
+    """Two columns; labels are text."""
     cells = "".join(
         f"<tr><th>{escape(label)}</th>"
-        f"<td>{cell if cell.startswith('<span') else escape(cell)}</td></tr>"
+        f"<td>{cell if isinstance(cell, Html) else escape(cell)}</td></tr>"
         for label, cell in rows
     )
     return f"<section><h2>{escape(title)}</h2><table>{cells}</table></section>"

@@ -38,13 +38,15 @@ FULL_DISK_MESSAGE = "No space left on device.*free space"
 # Every step of making a bundle that touches the disk: whose function, and which
 # call of it.
 WRITING: dict[str, tuple[Any, str, int]] = {
-    "making a folder to export to": (tempfile, "mkdtemp", 1),
-    "writing the model": (Path, "write_bytes", 1),
-    "writing the reference": (Path, "write_bytes", 2),
-    "making the folder beside out": (tempfile, "mkdtemp", 2),
+    "making a folder for the candidates": (tempfile, "mkdtemp", 1),
+    "writing a candidate": (Path, "write_bytes", 1),
+    "making a folder to export to": (tempfile, "mkdtemp", 2),
+    "writing the model": (Path, "write_bytes", 2),
+    "writing the reference": (Path, "write_bytes", 3),
+    "making the folder beside out": (tempfile, "mkdtemp", 3),
     "copying the first file": (shutil, "copyfile", 1),
     "copying the second file": (shutil, "copyfile", 2),
-    "writing the report": (Path, "write_bytes", 3),
+    "writing the report": (Path, "write_bytes", 4),
     "writing the samples": (Path, "write_text", 1),
     "making the manifest": (tempfile, "mkstemp", 1),
     "writing the manifest": (os, "fsync", 1),
@@ -92,7 +94,7 @@ def _quick() -> Iterator[None]:
         patch.setattr(
             DeviceBench,
             "_visit_together",
-            lambda _, names: dict.fromkeys(names, fresh(1.0).visits),
+            lambda _, files: dict.fromkeys(files, fresh(1.0).visits),
         )
         patch.setattr(
             device_bench, "measure_in_fresh_process", lambda *_, **__: fresh(1.0)

@@ -15,7 +15,7 @@ import pytest
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.report.charts import WidthLine
+from ofa_deploy.report.charts import WidthLine, draw_histogram
 from ofa_deploy.report.facts import block_shares, front_points, left_out, width_lines
 from ofa_deploy.report.page import bundle_report, front_report
 from ofa_deploy.report.svg import padded, ticks
@@ -167,15 +167,28 @@ def test_a_page_fetches_nothing(name: str, request: pytest.FixtureRequest) -> No
 
 
 def test_names_from_elsewhere_are_text_and_not_markup() -> None:
-    hostile = "<script>alert(1)</script>"
+    hostile = "<span></span><script>alert(1)</script>"
     device = replace(table().device, cpu_model=hostile)
+    conditions = replace(table().conditions_after, governor=hostile)
     page = front_report(
         predictor=chooser().predictors.latency,
-        table=replace(table(), device=device),
+        table=replace(table(), device=device, conditions_after=conditions),
         front=chooser().front,
     )
     assert hostile not in page
-    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("&lt;script&gt;alert(1)") == 2
+
+
+@pytest.mark.parametrize("budget_ms", [0.9, 1.0, 1.9])
+def test_a_budget_near_the_runs_is_drawn_wherever_it_lies(budget_ms: float) -> None:
+    drawn = draw_histogram(
+        np.linspace(1.1, 1.3, 500),
+        quiet_ms=1.05,
+        budget_ms=budget_ms,
+        budget_text="the budget",
+    )
+    assert 'class="budget"' in drawn
+    assert 'class="quiet"' in drawn
 
 
 # -- the facts -------------------------------------------------------------------------

@@ -109,4 +109,4 @@ def test_no_step_changes_and_predicts_nothing() -> None:
 def test_every_step_predicts_all_changes_and_some_pairs(steps: int) -> None:
     _, predicted = polish(starts(3), steps=steps)
     gene, _ = changes(SPACE)
-    assert predicted <= 3 * steps * (len(gene) + PAIRS)
+    assert 3 * len(gene) <= predicted <= 3 * steps * (len(gene) + PAIRS)

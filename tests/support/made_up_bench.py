@@ -66,8 +66,11 @@ class MadeUpBench:
         memory_mb: That is measured of a network.
         optimism: Predicted accuracies less measured ones; 0 where none is measured.
         broken: Ids of networks that the runtime fails on.
+        optimism_of: The same by the number of networks certified before; None to have
+            `optimism` throughout.
         fails_after: Networks certified until the device fails; None if it never does.
         failure: What it then raises.
+        fails_to: What it then fails to do, `confirm` or `certify`.
         confirmed: Ids in order.
         tried: Networks certified, in order.
     """
@@ -78,14 +81,17 @@ class MadeUpBench:
     certified: Callable[[int], float] = lambda count: 1.0
     memory_mb: Callable[[SubnetConfig], float] = lambda config: 1.0
     optimism: float = 0.0
+    optimism_of: Callable[[int], float] | None = None
     broken: set[str] = field(default_factory=set)
     fails_after: int | None = None
     failure: Exception | None = None
+    fails_to: str = "certify"
     confirmed: list[str] = field(default_factory=list)
     tried: list[VerifiedNetwork] = field(default_factory=list)
 
     def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
         """See `Bench`."""
+        self._fail_at("confirm")
         self.confirmed += [config.id for config in configs]
         return {
             config.id: Confirmed(
@@ -97,15 +103,17 @@ class MadeUpBench:
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """See `Bench`."""
-        if self.failure is not None and len(self.tried) == self.fails_after:
-            raise self.failure
+        self._fail_at("certify")
         latency_ms = self.quiet(config) * self.certified(len(self.tried))
         plan = lower(tiny.SPACE, config)
         measurement = replace(fresh(latency_ms), memory_mb=self.memory_mb(config))
         row = tiny.SPACE.encode(config)[None]
-        value = float(self.predictors.accuracy(row)[0]) - self.optimism
+        optimism = self.optimism
+        if self.optimism_of is not None:
+            optimism = self.optimism_of(len(self.tried))
+        value = float(self.predictors.accuracy(row)[0]) - optimism
         accuracy = AccuracyClaim(
-            kind="measured" if self.optimism else "predicted",
+            kind="measured" if optimism else "predicted",
             value=value,
             low=value,
             high=value,
@@ -131,6 +139,11 @@ class MadeUpBench:
             )
         )
         return self.tried[-1]
+
+    def _fail_at(self, step: str) -> None:
+        due = len(self.tried) == self.fails_after and self.fails_to == step
+        if self.failure is not None and due:
+            raise self.failure
 
     def size_bytes(self, config: SubnetConfig) -> int:
         """Of the file, were there one."""

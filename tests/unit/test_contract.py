@@ -15,7 +15,13 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import MEGABYTE, Constraints
 from ofa_deploy.contract import LADDER, MAX_CERTIFIED, MAX_LADDERS, fulfil
-from ofa_deploy.errors import InfeasibleBudget, RunFailed, StaleTable
+from ofa_deploy.errors import (
+    InfeasibleBudget,
+    ParityError,
+    RunFailed,
+    StaleTable,
+    UnstableMeasurement,
+)
 from ofa_deploy.feasibility import reachable_range
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import SubnetConfig
@@ -283,6 +289,59 @@ def test_networks_that_the_runtime_fails_on_are_left_out() -> None:
     assert device.confirmed.count(best.id) == 1
 
 
+def test_networks_that_fail_give_way_to_the_next_best() -> None:
+    # All that the first ladder offers fail; the next one must not offer them again.
+    constraints = Constraints(latency_ms=budget_at(0.6))
+    first = bench(constraints)
+    run(first)
+    device = bench(constraints)
+    device.broken = set(first.confirmed)
+    found = run(device)
+    fastest = tiny.SPACE.decode(chooser().predictors.fastest())
+    assert found.met
+    assert found.config != fastest
+
+
+def test_of_two_networks_that_fit_the_one_measured_more_accurate_is_kept() -> None:
+    # Half of the budget is left, so a better one is tried; images say it is none.
+    device = bench(Constraints(latency_ms=budget_at(0.6)), certified=lambda count: 0.5)
+    device.optimism_of = lambda count: 0.05 * (count + 1)
+    found = run(device)
+    assert len(device.tried) >= 2
+    assert found.accuracy.value == max(n.accuracy.value for n in device.tried)
+
+
+@pytest.mark.parametrize("measured_mb", [0.0, 50.0])
+def test_memory_that_says_nothing_of_the_model_is_survived(measured_mb: float) -> None:
+    limit_mb = 40.0
+    constraints = Constraints(latency_ms=budget_at(0.5), peak_memory_mb=limit_mb)
+    device = bench(constraints)
+    # Hardly grows: a line through two such networks leads far below nothing.
+    device.memory_mb = lambda config: measured_mb + 1e-9 * len(config.id)
+    if measured_mb > limit_mb:
+        with pytest.raises(InfeasibleBudget):
+            run(device)
+    else:
+        assert run(device).met
+
+
+def test_limits_that_only_the_predictors_error_may_let_in_are_measured() -> None:
+    fastest_ms = budget_at(0.0)
+    size = 10**9  # binds nothing
+    constraints = Constraints(latency_ms=fastest_ms * 1.002, size_bytes=size)
+    device = bench(constraints, factor=0.95)
+    assert run(device).met
+
+
+def test_a_refusal_of_several_limits_tells_what_was_asked_for() -> None:
+    constraints = Constraints(latency_ms=budget_at(0.0) * 0.5, size_bytes=10**9)
+    with pytest.raises(InfeasibleBudget) as caught:
+        run(bench(constraints))
+    assert f"latency {constraints.latency_ms:.4g} ms" in str(caught.value)
+    assert "size 1,000,000,000 bytes" in str(caught.value)
+    assert str(caught.value.nearest) in str(caught.value)
+
+
 def test_a_device_that_runs_nothing_is_refused_without_a_certified_network() -> None:
     device = bench(Constraints(latency_ms=budget_at(0.6)))
     device.broken = {tiny.SPACE.decode(row).id for row in ALL}
@@ -290,13 +349,23 @@ def test_a_device_that_runs_nothing_is_refused_without_a_certified_network() -> 
         run(device)
 
 
+@pytest.mark.parametrize("where", ["certify", "confirm"])
 @pytest.mark.parametrize(
-    "failure", [RunFailed("it crashed"), StaleTable("it is slower", ratio=1.2)]
+    "failure",
+    [
+        RunFailed("it crashed"),
+        StaleTable("it is slower", ratio=1.2),
+        UnstableMeasurement("none could be measured"),
+        ParityError("another answer", max_relative_error=1.0, top1_agreement=0.9),
+    ],
+    ids=lambda failure: type(failure).__name__,
 )
-def test_a_device_that_fails_half_way_leaves_what_was_shown(failure: Exception) -> None:
+def test_a_device_that_fails_half_way_leaves_what_was_shown(
+    failure: Exception, where: str
+) -> None:
     # The first network uses so little that a better one is looked for.
     device = bench(Constraints(latency_ms=budget_at(0.6)), certified=lambda count: 0.5)
-    device.fails_after, device.failure = 1, failure
+    device.fails_after, device.failure, device.fails_to = 1, failure, where
     found = run(device)
     assert found.met
     assert [network.config for network in device.tried] == [found.config]

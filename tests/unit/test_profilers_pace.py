@@ -40,6 +40,10 @@ class Application:
     def _sleep(self, seconds: float) -> None:
         self._now_ns += math.ceil(seconds * 1e9)
 
+    def pause(self, seconds: float) -> None:
+        """Do something else."""
+        self._now_ns += round(seconds * 1e9)
+
     def begin_times_s(self, count: int) -> list[float]:
         """Of that many runs."""
         begun = []
@@ -69,6 +73,14 @@ def test_without_a_rate_nothing_is_waited_for() -> None:
 def test_no_run_begins_before_its_period_is_over(rate_hz: float, run_s: float) -> None:
     times_s = Application(rate_hz, run_s=run_s).begin_times_s(6)
     assert all(b - a >= 1 / rate_hz - 1e-6 for a, b in pairwise(times_s))
+
+
+def test_after_a_long_break_runs_do_not_catch_up() -> None:
+    application = Application(50.0, run_s=0.003)
+    application.begin_times_s(3)
+    application.pause(0.105)
+    times_s = application.begin_times_s(4)
+    assert np.diff(times_s) == pytest.approx(0.02, abs=1e-6)
 
 
 def test_a_fake_clock_is_not_needed_for_a_real_pace() -> None:
