@@ -190,7 +190,7 @@ class _Call:
 
     def make(self, out: Path, reporter: Reporter) -> Fleet:
         """Group the devices, find each group its network, write all bundles."""
-        planner = _Planner.of(self.sessions, self.asked)
+        planner = Planner.of(self.sessions, self.asked)
         networks: dict[str, VerifiedNetwork] = {}
         with ExitStack() as stack:
             try:
@@ -235,7 +235,7 @@ class _Call:
             )
             return {name: network}
         benches = {name: self._bench(name, stack) for name in group}
-        return _fulfil_together(self.sessions, self.asked, benches, seed=self.seed)
+        return fulfil_together(self.sessions, self.asked, benches, seed=self.seed)
 
 
 def _require_count(device_count: int, max_models: int | None) -> int:
@@ -251,7 +251,7 @@ def _require_count(device_count: int, max_models: int | None) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Planner:
+class Planner:
     """Candidates from every device's front, and who could run them.
 
     Args:
@@ -267,7 +267,7 @@ class _Planner:
     @classmethod
     def of(
         cls, sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
-    ) -> _Planner:
+    ) -> Planner:
         genomes: Genomes = np.unique(
             np.concatenate(
                 [
@@ -372,7 +372,7 @@ def _members(mask: int) -> tuple[int, ...]:
     return tuple(index for index in range(mask.bit_length()) if mask >> index & 1)
 
 
-def _fulfil_together(
+def fulfil_together(
     sessions: Mapping[str, Specializer],
     asked: Mapping[str, Constraints],
     benches: Mapping[str, DeviceBench],
@@ -456,7 +456,7 @@ def _search_together(
 
 def _write(
     out: Path,
-    planner: _Planner,
+    planner: Planner,
     sessions: Mapping[str, Specializer],
     networks: Mapping[str, VerifiedNetwork],
     order: list[str],

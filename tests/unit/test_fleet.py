@@ -1,0 +1,120 @@
+"""How devices are grouped, and what becomes of a network that misses on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofa_deploy.choosing import Chooser
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.feasibility import reachable_range
+from ofa_deploy.fleet import MAX_TRIES, Planner, fulfil_together
+from tests.support import made_up_bench, tiny
+from tests.support.made_up_bench import Law, MadeUpBench
+
+
+@st.composite
+def planners(draw: st.DrawFn) -> Planner:
+    count = draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size = draw(st.integers(1, 12))
+    return Planner(
+        names=tuple(f"device {index}" for index in range(count)),
+        accuracy=rng.uniform(0.5, 1.0, size),
+        fits=rng.uniform(size=(size, count)) < draw(st.floats(0.2, 1.0)),
+    )
+
+
+def partitions(items: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
+    """All ways to group items."""
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for smaller in partitions(rest):
+        for place, group in enumerate(smaller):
+            yield [*smaller[:place], (first, *group), *smaller[place + 1 :]]
+        yield [(first,), *smaller]
+
+
+def worth(planner: Planner, groups: list[tuple[int, ...]]) -> float:
+    return sum(len(group) * planner.best_accuracy(group) for group in groups)
+
+
+@given(planners(), st.integers(1, 5))
+def test_devices_are_grouped_as_well_as_can_be(planner: Planner, count: int) -> None:
+    devices = tuple(range(len(planner.names)))
+    best = max(
+        worth(planner, groups) for groups in partitions(devices) if len(groups) <= count
+    )
+    if best == -np.inf:
+        with pytest.raises(InfeasibleBudget):
+            planner.groups(count)
+        return
+    groups = planner.groups(count)
+    assert len(groups) <= count
+    assert sorted(name for group in groups for name in group) == sorted(planner.names)
+    indices = [tuple(planner.names.index(name) for name in group) for group in groups]
+    assert worth(planner, indices) == pytest.approx(best)
+
+
+# -- a group ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def chooser() -> Chooser:
+    return made_up_bench.chooser()
+
+
+def off_by(factor: float) -> Law:
+    latency = chooser().predictors.latency
+    return lambda config: factor * latency.estimate(config).ms
+
+
+def group(budget_ms: float, slowdowns: dict[str, float]) -> tuple[Any, Any, Any]:
+    """Sessions, budgets and benches of devices that are off their tables."""
+    predictors = chooser().predictors
+    session = SimpleNamespace(
+        predictor=predictors.latency,
+        predictors=predictors,
+        supernet=SimpleNamespace(space=tiny.SPACE),
+    )
+    asked = {name: Constraints(latency_ms=budget_ms) for name in slowdowns}
+    benches = {
+        name: MadeUpBench(
+            predictors=predictors, constraints=asked[name], quiet=off_by(factor)
+        )
+        for name, factor in slowdowns.items()
+    }
+    return dict.fromkeys(slowdowns, session), asked, benches
+
+
+def middle_ms() -> float:
+    return reachable_range(chooser().predictors.latency).middle_ms
+
+
+def test_a_network_that_misses_on_one_device_is_replaced_for_all() -> None:
+    sessions, asked, benches = group(middle_ms(), {"exact": 1.0, "slower": 1.2})
+    networks = fulfil_together(sessions, asked, benches, seed=0)
+    (config,) = {network.config for network in networks.values()}
+    assert all(network.met for network in networks.values())
+    # Not some small network: the slower device's budget is used.
+    bound_ms = networks["slower"].verdict("latency").bound
+    assert bound_ms >= 0.85 * middle_ms()
+    assert len(benches["slower"].confirmed) > 1
+    assert config.id == benches["slower"].confirmed[-1]
+
+
+def test_devices_that_nothing_satisfies_together_are_told() -> None:
+    sessions, asked, benches = group(middle_ms(), {"exact": 1.0, "far too slow": 9.0})
+    with pytest.raises(InfeasibleBudget):
+        fulfil_together(sessions, asked, benches, seed=0)
+    assert len(benches["exact"].confirmed) <= MAX_TRIES
