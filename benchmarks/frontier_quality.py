@@ -44,7 +44,7 @@ def main() -> None:
         fronts.append(find_front(predictors, SEARCH, seed=seed))
         seconds.append(time.perf_counter() - start_s)
     start_s = time.perf_counter()
-    singles = single_searches(predictors, count=args.searches)
+    singles, predicted = single_searches(predictors, count=args.searches)
     single_s = time.perf_counter() - start_s
     everything = np.concatenate([singles, *(front.costs for front in fronts)])
     worst = everything.max(axis=0) * 1.001
@@ -75,7 +75,7 @@ def main() -> None:
             singles,
             of_singles,
             seconds=single_s,
-            predicted=args.searches * 50_000,
+            predicted=predicted,
         )
     )
     section.text(
@@ -124,12 +124,12 @@ def table_of(space: SearchSpace) -> LatencyTable:
     return LatencyTable.load(paths[0])
 
 
-def single_searches(predictors: Predictors, *, count: int) -> Costs:
-    """Costs of all networks that searches for a budget each return."""
+def single_searches(predictors: Predictors, *, count: int) -> tuple[Costs, int]:
+    """Costs of all networks that searches for a budget each return; and how many."""
     space, latency = predictors.space, predictors.latency
     fastest = predictors.fastest()
     ends = latency.predict_ms(np.stack([fastest, space.encode(space.largest())]))
-    found = []
+    found, predicted = [], 0
     budgets_ms = np.geomspace(1.01 * ends[0], ends[1], count)
     for seed, budget_ms in enumerate(
         track(budgets_ms, "searches", console=console, transient=True)
@@ -140,9 +140,10 @@ def single_searches(predictors: Predictors, *, count: int) -> Costs:
             latency_ms=latency.predict_ms,
             budget_ms=float(budget_ms),
         )
-        rng = np.random.default_rng(seed)
-        found.append(predictors.costs(Evolution().search(problem, rng).genomes))
-    return np.concatenate(found)
+        result = Evolution().search(problem, np.random.default_rng(seed))
+        found.append(predictors.costs(result.genomes))
+        predicted += result.evaluation_count
+    return np.concatenate(found), predicted
 
 
 def row(

@@ -48,7 +48,7 @@ LEAST_RATIO = 100.0
 ROUNDING = 1e-6
 LookUpTable = dict[str, dict[str, float]]
 # Of random networks' latencies.
-BUDGET_QUANTILES = (0.1, 0.5)
+BUDGET_QUANTILES = (0.1, 0.5, 0.9)
 # Imported by the package, and used by none of what is run here.
 STAND_INS = (
     *("torchvision", "torchvision.transforms", "torchvision.datasets"),
@@ -100,14 +100,18 @@ def main() -> None:
             row("`ofa`, our prices in a plain loop", budget_ms, plain_runs, ours),
             row("ours", budget_ms, ours, ours),
         ]
-        ratios.append(_median(table_runs) / _median(ours))
+        ratios.append(
+            tuple(_median(runs) / _median(ours) for runs in (table_runs, plain_runs))
+        )
         worst = min(run.accuracy for run in ours)
         best, least = (f(run.accuracy for run in theirs) for f in (max, min))
         gaps.append((worst - best, best - least))
     section.text(
         f"`{space.name}`, {BACKEND}, 1 thread, {args.seeds} seeds; a network's latency "
         "is the sum of its blocks', as the package has it. `ofa` with population 100 "
-        "and 500 generations, the published settings; ours as `specialize` searches. "
+        "and 500 generations, the published settings; ours as `specialize` searches "
+        f"where its front does not do: {EVOLUTION.population} and "
+        f"{EVOLUTION.generations}, then a polish. "
         "*its latency table* is the package's own class, with our measured blocks in "
         "it; *our prices in a plain loop* spares it the network that it sets up for "
         "each look-up, which its users do not have. Its accuracy predictor is its own "
@@ -117,11 +121,13 @@ def main() -> None:
         ["search", "budget ms", "seconds", "times ours", "worst seed", "best seed"],
         rows,
     )
-    section.bar(
-        f"at least {LEAST_RATIO:g} times as fast as `ofa` with its latency table: "
-        f"{min(ratios):.0f} times, the least of {len(ratios)} budgets",
-        passed=min(ratios) >= LEAST_RATIO,
-    )
+    for place, name in enumerate(("its latency table", "our prices in a plain loop")):
+        least = min(ratio[place] for ratio in ratios)
+        section.bar(
+            f"at least {LEAST_RATIO:g} times as fast as `ofa` with {name}: {least:.0f} "
+            f"times, the least of {len(ratios)} budgets",
+            passed=least >= LEAST_RATIO,
+        )
     section.bar(
         "our worst seed below their best by no more than their spread: "
         + ", ".join(f"{gap:+.3%} (spread {spread:.3%})" for gap, spread in gaps),

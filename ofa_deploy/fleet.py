@@ -268,6 +268,12 @@ class Planner:
     def of(
         cls, sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
     ) -> Planner:
+        """Candidates of the devices' fronts and groups.
+
+        Args:
+            sessions: By device.
+            asked: Their budgets.
+        """
         genomes: Genomes = np.unique(
             np.concatenate(
                 [
