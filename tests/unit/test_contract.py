@@ -398,6 +398,14 @@ def test_a_budget_just_below_the_fastest_prediction_is_measured() -> None:
     assert run(device).met
 
 
+@pytest.mark.parametrize("percentile", [90, 95, 99])
+def test_a_percentile_is_kept_by_all_runs(percentile: int) -> None:
+    device = bench(Constraints(latency_ms=budget_at(0.6), percentile=percentile))
+    found = run(device)
+    measured_ms = found.measurement.percentile_ms(percentile)
+    assert found.verdict("latency").found == measured_ms
+
+
 def test_a_rate_is_a_budget_by_itself() -> None:
     slowest_ms = budget_at(1.0)
     least = float(np.quantile(accuracies(), 0.2))
