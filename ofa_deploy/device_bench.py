@@ -40,7 +40,7 @@ from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs, judge
 from profilers.device import DeviceSpec, read_conditions
 from profilers.execute import execute
-from profilers.fresh import measure_in_fresh_process
+from profilers.fresh import FreshMeasurement, measure_in_fresh_process
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings, Visit
 from profilers.order import WorkOrder
@@ -64,6 +64,8 @@ CERTIFY_SETTINGS = replace(
 )
 # Further from its table, the anchor model says that the table is of another machine.
 MAX_DRIFT_RATIO = 0.05
+# Over its budget: three times what processes usually differ by.
+FAR_OFF = 1.03
 _ANCHOR = "the anchor model"
 
 
@@ -173,6 +175,7 @@ class DeviceBench:
             anchor_reference_ns=self.table.anchor_reference_ns,
             pace=constraints.pace,
             progress=self.reporter.advance,
+            give_up=self._is_far_off,
         )
         network = VerifiedNetwork(
             exported=exported,
@@ -202,6 +205,13 @@ class DeviceBench:
             progress=self.reporter.advance,
         )
         return self._judged(replace(network, accuracy=measured))
+
+    def _is_far_off(self, found: FreshMeasurement) -> bool:
+        """Whether a quiet latency is so far above its budget that no process helps."""
+        asked = self.constraints
+        if asked.budget_ms is None or asked.percentile != 50 or asked.pace is not None:
+            return False
+        return found.quiet_ms > FAR_OFF * asked.budget_ms
 
     def _judged(self, network: VerifiedNetwork) -> VerifiedNetwork:
         verdicts = judge(

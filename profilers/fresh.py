@@ -188,6 +188,7 @@ def measure_in_fresh_process(
     timeout_s: float | None = None,
     interpreter: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    give_up: Callable[[FreshMeasurement], bool] | None = None,
 ) -> FreshMeasurement:
     """Time a model file in fresh interpreter processes, one after the other.
 
@@ -205,6 +206,8 @@ def measure_in_fresh_process(
         timeout_s: For one process; None allows for `settings`, `pace` and the start.
         interpreter: Python to run; None takes this one.
         progress: Called with processes done and all of them.
+        give_up: Whether what two processes or more found so far is enough to know that
+            the rest would be for nothing; None to make them all.
 
     Raises:
         RunFailed: A process failed, crashed, or took too long.
@@ -229,12 +232,17 @@ def measure_in_fresh_process(
         )
         if progress is not None:
             progress(number + 1, processes)
-    return pool_reports(
-        reports,
-        settings=settings,
-        beta=beta,
-        anchor_reference_ns=anchor_reference_ns,
-    )
+        if len(reports) < 2 and processes > 1:
+            continue
+        pooled = pool_reports(
+            reports,
+            settings=settings,
+            beta=beta,
+            anchor_reference_ns=anchor_reference_ns,
+        )
+        if len(reports) == processes or (give_up is not None and give_up(pooled)):
+            break
+    return pooled
 
 
 def report_of_fresh_process(

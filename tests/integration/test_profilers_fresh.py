@@ -15,7 +15,7 @@ from profilers import (
     measure_in_fresh_process,
 )
 from profilers.errors import FormatError, RunFailed
-from profilers.fresh import ProcessReport, pool_reports
+from profilers.fresh import FreshMeasurement, ProcessReport, pool_reports
 from profilers.measurement import (
     Measurement,
     MeasurementRun,
@@ -99,6 +99,28 @@ def test_a_file_is_timed_by_processes_of_its_own(
     assert len(fresh.visits) >= 2 * SETTINGS.visits
     assert len(fresh.samples_ns) == len(fresh.visits) * SETTINGS.runs_per_visit
     assert min(fresh.quiet_ms, fresh.load_ms, fresh.first_inference_ms) > 0
+
+
+@pytest.mark.parametrize(("gives_up", "made"), [(True, 2), (False, 4)])
+def test_processes_that_would_be_for_nothing_are_not_started(
+    gives_up: bool, made: int, model_path: Path
+) -> None:
+    asked: list[int] = []
+
+    def give_up(found: FreshMeasurement) -> bool:
+        asked.append(found.process_count)
+        return gives_up
+
+    fresh = measure_in_fresh_process(
+        model_path,
+        backend_name="onnxruntime-cpu",
+        threads=1,
+        settings=SETTINGS,
+        processes=4,
+        give_up=give_up,
+    )
+    assert fresh.process_count == made
+    assert asked == ([2] if gives_up else [2, 3])
 
 
 def test_a_model_that_the_runtime_rejects_is_reported_in_its_words(
