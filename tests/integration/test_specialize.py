@@ -254,7 +254,7 @@ def test_a_file_that_is_no_image_is_refused(bundle: Bundle, tmp_path: Path) -> N
 # -- repeating -------------------------------------------------------------------------
 
 
-TIMED = {"created_at", "measured", "verdicts", "files"}
+TIMED = {"created_at", "measured", "verdicts", "candidates", "files"}
 
 
 @pytest.mark.slow

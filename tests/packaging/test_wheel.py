@@ -20,7 +20,7 @@ from tests.support.tiny_session import write_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("ofa_deploy", "profilers", "latency_tables")
-SHIPPED = {".py", ".typed", ".json", ".safetensors", ".npz", ".md"}
+SHIPPED = {".py", ".typed", ".json", ".safetensors", ".npz", ".md", ".css", ".js"}
 EXTRAS = ("openvino", "onnxruntime")
 
 # Runs commands, each a list of arguments, in one process. Prints, by top-level module

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from profilers.backends.fake import FakeClock
 from profilers.memory import MemoryGauge
 from profilers.pace import MAX_RATE_HZ, Pace, Pacer
+from profilers.process import package_environment
 from profilers.stats import percentile_floor, percentile_ms, percentile_upper_ms
 
 
@@ -142,23 +145,34 @@ def test_the_floor_of_a_percentile_is_enough_for_its_upper_bound(
 # -- memory ----------------------------------------------------------------------------
 
 
-def test_memory_that_is_taken_is_counted() -> None:
-    gauge = MemoryGauge()
-    block = np.ones(50_000_000, dtype=np.uint8)
-    grown_mb = gauge.peak_growth_mb()
-    if grown_mb is None:
+def grown_mb(statement: str) -> float:
+    """What a new process grew by; this one may have memory to spare."""
+    code = (
+        "import numpy as np\nfrom profilers.memory import MemoryGauge\n"
+        f"gauge = MemoryGauge()\n{statement}\nprint(gauge.peak_growth_mb())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=package_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if done.stdout.strip() == "None":
         pytest.skip("this system does not tell how much memory a process takes")
-    assert block.sum() == 50_000_000
-    assert 45 <= grown_mb <= 80
+    return float(done.stdout)
+
+
+def test_memory_that_is_taken_is_counted() -> None:
+    assert 45 <= grown_mb("block = np.ones(50_000_000, dtype=np.uint8)") <= 80
 
 
 def test_memory_that_was_given_back_is_counted_too() -> None:
-    gauge = MemoryGauge()
-    np.ones(50_000_000, dtype=np.uint8)
-    grown_mb = gauge.peak_growth_mb()
-    if grown_mb is None:
-        pytest.skip("this system does not tell how much memory a process takes")
-    assert grown_mb >= 45
+    assert 45 <= grown_mb("np.ones(50_000_000, dtype=np.uint8)") <= 80
+
+
+def test_a_process_that_takes_none_has_not_grown() -> None:
+    assert grown_mb("pass") < 5
 
 
 def test_a_system_that_does_not_tell_of_memory_gives_none(tmp_path: Path) -> None:
