@@ -117,15 +117,7 @@ class DeviceBench:
             sizes = {name: loaded_bytes(path) for name, path in files.items()}
             self.reporter.begin("timing the candidates")
             visits = self._visit_together(files)
-        fit = fit_visits(
-            list(visits.values()),
-            beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
-        )
-        quiet_ms = {
-            name: math.exp(effect) / 1e6
-            for name, effect in zip(visits, fit.effect_log, strict=True)
-        }
+        quiet_ms = self._quiet_ms(visits)
         anchor_ms = quiet_ms.pop(_ANCHOR, None)
         if self.anchor_ratio is None:  # once a call: later it can only be noise
             self._check_drift(anchor_ms, visits.get(_ANCHOR, ()))
@@ -144,13 +136,8 @@ class DeviceBench:
         if self.anchor_ratio is not None or self.max_drift_ratio is None or not known:
             return
         self.reporter.begin("timing the anchor model")
-        visits = self._visit_together({})[_ANCHOR]
-        fit = fit_visits(
-            [visits],
-            beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
-        )
-        self._check_drift(math.exp(fit.effect_log[0]) / 1e6, visits)
+        visits = self._visit_together({})
+        self._check_drift(self._quiet_ms(visits)[_ANCHOR], visits[_ANCHOR])
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """See `Bench.certify`.
@@ -281,6 +268,18 @@ class DeviceBench:
                 f"{next(iter(result.failures.values()))}"
             )
         return found
+
+    def _quiet_ms(self, visits: Mapping[str, Sequence[Visit]]) -> dict[str, float]:
+        """Latencies at the quiet level that the table speaks of."""
+        fit = fit_visits(
+            list(visits.values()),
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+        )
+        return {
+            name: math.exp(effect) / 1e6
+            for name, effect in zip(visits, fit.effect_log, strict=True)
+        }
 
     def _anchor_file(self, folder: Path) -> Path:
         space, backend_name = self.supernet.space, self.target.backend
