@@ -32,7 +32,7 @@ from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
-from ofa_deploy.verify import AccuracyClaim, Candidate
+from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
 from profilers.backends import get_backend
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
@@ -100,6 +100,7 @@ def assemble_bundle(
     out: Path,
     network: VerifiedNetwork,
     *,
+    parity: ParityReport,
     supernet: StoredSupernet,
     extra_files: Mapping[str, bytes],
 ) -> Bundle:
@@ -108,6 +109,7 @@ def assemble_bundle(
     Args:
         out: Its folder; must not exist, or be empty.
         network: What goes in.
+        parity: Of its file.
         supernet: Where the network comes from.
         extra_files: By name, such as a report.
 
@@ -142,7 +144,7 @@ def assemble_bundle(
             measured=measured_latency(network.measurement),
             predicted=network.predicted,
             accuracy=network.accuracy,
-            parity=exported.parity,
+            parity=parity,
             cost=NetworkCost(
                 mac_count=plan.mac_count,
                 parameter_count=plan.parameter_count,

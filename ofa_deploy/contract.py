@@ -8,7 +8,8 @@ own, and only what this shows is believed. Each answer corrects the next choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Protocol
@@ -26,13 +27,15 @@ from ofa_deploy.errors import (
     BackendError,
     InfeasibleBudget,
     MeasurementError,
-    ParityError,
 )
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.verify import Candidate
 
 # Networks certified at most: each takes several processes' time.
 MAX_CERTIFIED = 5
+# Once something was shown to keep everything, nothing better is begun after this: a
+# try takes up to half as long again, and nobody waits longer for the last percents.
+PATIENCE_S = 12.0
 # Times that networks are chosen and confirmed before one must do.
 MAX_LADDERS = 4
 # Steps of the ladder of candidates, in standard errors of the predictor.
@@ -79,7 +82,12 @@ class Bench(Protocol):
 
 
 def fulfil(
-    constraints: Constraints, *, chooser: Chooser, bench: Bench, where: str
+    constraints: Constraints,
+    *,
+    chooser: Chooser,
+    bench: Bench,
+    where: str,
+    clock_s: Callable[[], float] = time.monotonic,
 ) -> VerifiedNetwork:
     """The best network that was shown to keep the constraints.
 
@@ -88,14 +96,15 @@ def fulfil(
         chooser: Finds networks by prediction.
         bench: Measures them.
         where: Names the device in messages.
+        clock_s: Tells seconds, from any moment on.
 
     Raises:
         InfeasibleBudget: None keeps them, by prediction, or by what was measured.
         BackendError: The runtime failed, and nothing was shown to keep them before.
         MeasurementError: Nothing could be measured, or the table is stale; likewise.
-        ParityError: A file computes something else; likewise.
     """
     loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
+    begun_s = clock_s()
     best: VerifiedNetwork | None = None
     try:
         while len(loop.certified) < MAX_CERTIFIED:
@@ -106,9 +115,10 @@ def fulfil(
             loop.certified.append(found)
             if found.met:
                 best = _better(constraints, best, found)
-                if not loop.wasteful(found):
-                    break
-    except (BackendError, MeasurementError, ParityError):
+            impatient = clock_s() - begun_s > PATIENCE_S
+            if best is not None and (impatient or not loop.wasteful(best)):
+                break
+    except (BackendError, MeasurementError):
         if best is None:  # else what was shown stays shown
             raise
     if best is not None:

@@ -144,7 +144,6 @@ class DeviceBench:
 
         Raises:
             RunFailed: A process failed, crashed, or took too long.
-            ParityError: The file computes something else.
             UnstableMeasurement: The percentile asked for is not known.
         """
         exported = self._export(config)

@@ -1,4 +1,4 @@
-"""One network of a supernet as files, checked against the unfused reference."""
+"""One network of a supernet as files, and their outputs beside the unfused graph's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ofa_deploy.export import litert
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.fuse import fuse
-from ofa_deploy.materialise import materialise
+from ofa_deploy.materialise import Weights, materialise
 from ofa_deploy.plan import NetworkPlan
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.recalibrate import recalibrate
@@ -37,21 +37,23 @@ PARITY_IMAGES = 256
 REFERENCE_IMAGES = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExportedNetwork:
     """Files of a network in a folder.
 
     Args:
         plan: The network.
+        weights: Its own, unfused: what the files must compute.
+        target: What the files are for.
         folder: Where the files are.
         model_file: The one that the target's runtime loads.
-        parity: Of that file.
     """
 
     plan: NetworkPlan
+    weights: Weights
+    target: Target
     folder: Path
     model_file: str
-    parity: ParityReport
 
     @property
     def loaded_bytes(self) -> int:
@@ -68,10 +70,7 @@ def export_network(
     folder: Path,
     begin: Callable[[str], None] = lambda stage: None,
 ) -> ExportedNetwork:
-    """Materialise, recalibrate, fuse, write, and compare with the unfused graph.
-
-    Besides the model the folder gets the reference outputs on a few images, so that
-    the model can be checked again anywhere.
+    """Materialise, recalibrate, fuse, write.
 
     Args:
         supernet: Where the weights come from.
@@ -80,41 +79,70 @@ def export_network(
         target: What the file is for.
         folder: Gets the files.
         begin: Told of stages.
-
-    Raises:
-        ParityError: The file computes something else.
     """
     begin("recalibrating")
-    inputs = prepare(
-        calibration, resolution=plan.resolution, normalisation=supernet.normalisation
-    )
-    reference_backend = OnnxRuntimeCpu(optimize=False)
     weights = recalibrate(
         materialise(supernet.weights, plan),
         plan,
-        inputs,
-        backend=reference_backend,
+        prepare(
+            calibration,
+            resolution=plan.resolution,
+            normalisation=supernet.normalisation,
+        ),
+        backend=OnnxRuntimeCpu(optimize=False),
         threads=target.threads,
     )
     begin("exporting")
     model_file = write_model(plan, fuse(weights, plan), target=target, folder=folder)
-    begin("comparing with the unfused graph")
-    images = _parity_inputs(inputs)
-    unfused = emit_network(plan, weights, form="unfused", batch=None)
-    with reference_backend.load(unfused, threads=target.threads) as session:
-        expected = session.run({INPUT_NAME: images})[OUTPUT_NAME]
-    with get_backend(target.backend).load(
-        folder / model_file, threads=target.threads
-    ) as session:
-        found = run_one_by_one(session, images)
-    parity = compare_outputs(found, expected)
-    require_parity(parity, what=f"the exported {model_file}")
-    kept = slice(0, REFERENCE_IMAGES)
-    reference = {INPUT_NAME: images[kept], OUTPUT_NAME: expected[kept]}
-    (folder / REFERENCE_FILE).write_bytes(save(reference))
     return ExportedNetwork(
-        plan=plan, folder=folder, model_file=model_file, parity=parity
+        plan=plan,
+        weights=weights,
+        target=target,
+        folder=folder,
+        model_file=model_file,
     )
+
+
+def compare_exported(
+    exported: ExportedNetwork, images: NDArray[np.uint8], *, supernet: StoredSupernet
+) -> ParityReport:
+    """Hold a network's file against its unfused graph.
+
+    The folder gets the reference outputs on a few images, so that the file can be
+    checked again anywhere. It takes as long as timing does, and says nothing of speed:
+    only what is about to be handed out needs it.
+
+    Args:
+        exported: The files.
+        images: `(n, H, W, 3)` uint8; noise makes up for what is missing to
+            `PARITY_IMAGES`.
+        supernet: Whose normalisation the network expects.
+
+    Raises:
+        ParityError: The file computes something else.
+    """
+    plan, target, folder = exported.plan, exported.target, exported.folder
+    inputs = _parity_inputs(
+        prepare(
+            images[:PARITY_IMAGES],
+            resolution=plan.resolution,
+            normalisation=supernet.normalisation,
+        )
+    )
+    unfused = emit_network(plan, exported.weights, form="unfused", batch=None)
+    reference_backend = OnnxRuntimeCpu(optimize=False)
+    with reference_backend.load(unfused, threads=target.threads) as session:
+        expected = session.run({INPUT_NAME: inputs})[OUTPUT_NAME]
+    with get_backend(target.backend).load(
+        folder / exported.model_file, threads=target.threads
+    ) as session:
+        found = run_one_by_one(session, inputs)
+    parity = compare_outputs(found, expected)
+    require_parity(parity, what=f"the exported {exported.model_file}")
+    kept = slice(0, REFERENCE_IMAGES)
+    reference = {INPUT_NAME: inputs[kept], OUTPUT_NAME: expected[kept]}
+    (folder / REFERENCE_FILE).write_bytes(save(reference))
+    return parity
 
 
 def write_model(

@@ -44,6 +44,7 @@ from ofa_deploy.search.evolution import Limit, SearchProblem
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import parse_target
+from ofa_deploy.verify import ParityReport
 from profilers.backends import get_backend
 
 FLEET_FILE = "fleet.json"
@@ -201,8 +202,12 @@ class _Call:
                 raise
             for group in groups:
                 networks |= self._fulfil(group, stack)
+            parities = {
+                name: self.sessions[name].compare(network, self.images)
+                for name, network in networks.items()
+            }
             reporter.begin("writing the bundles")
-            return _write(out, planner, self.sessions, networks, list(self.asked))
+            return _write(out, planner, self.sessions, networks, parities)
 
     def reprofile_stale(self) -> None:
         """Measure those devices anew that are not what their tables say."""
@@ -465,11 +470,11 @@ def _write(
     planner: Planner,
     sessions: Mapping[str, Specializer],
     networks: Mapping[str, VerifiedNetwork],
-    order: list[str],
+    parities: Mapping[str, ParityReport],
 ) -> Fleet:
     """All bundles and the list of who runs what, whole or not at all."""
     numbers: dict[str, int] = {}
-    for name in order:
+    for name in sessions:
         numbers.setdefault(networks[name].config.id, len(numbers) + 1)
     members = tuple(
         FleetMember(
@@ -482,7 +487,7 @@ def _write(
             accuracy_alone=planner.best_accuracy((index,)),
             folder=re.sub(r"[^A-Za-z0-9.]+", "-", name),
         )
-        for index, name in enumerate(order)
+        for index, name in enumerate(sessions)
     )
     with new_bundle_folder(out) as folder:
         for member in members:
@@ -490,6 +495,7 @@ def _write(
             assemble_bundle(
                 folder / member.folder,
                 networks[member.device],
+                parity=parities[member.device],
                 supernet=session.supernet,
                 extra_files=session.report(networks[member.device]),
             ).close()

@@ -33,6 +33,7 @@ from ofa_deploy.errors import (
     InfeasibleBudget,
     StaleTable,
 )
+from ofa_deploy.exporting import compare_exported
 from ofa_deploy.feasibility import (
     CostRange,
     ReachableRange,
@@ -54,7 +55,7 @@ from ofa_deploy.search.evolution import Evolution
 from ofa_deploy.search.pareto import Front, Nsga2
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target, parse_target
-from ofa_deploy.verify import require_memory_gauge
+from ofa_deploy.verify import ParityReport, require_memory_gauge
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -221,10 +222,12 @@ class Specializer:
             network = self.fulfil(
                 asked, images=images, evaluation=evaluation, stack=stack, seed=seed
             )
+            parity = self.compare(network, images)
             self.reporter.begin("writing the bundle")
             return assemble_bundle(
                 out,
                 network,
+                parity=parity,
                 supernet=self.supernet,
                 extra_files=self.report(network),
             )
@@ -260,6 +263,17 @@ class Specializer:
                 raise
             self.reprofile()
             return self._fulfil(constraints, images, evaluation, stack, seed)
+
+    def compare(
+        self, network: VerifiedNetwork, images: NDArray[np.uint8]
+    ) -> ParityReport:
+        """Hold a network's file against its unfused graph.
+
+        Raises:
+            ParityError: The file computes something else.
+        """
+        self.reporter.begin("comparing with the unfused graph")
+        return compare_exported(network.exported, images, supernet=self.supernet)
 
     def bench(
         self,

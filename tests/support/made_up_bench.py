@@ -18,14 +18,13 @@ from ofa_deploy.predict.sizes import network_sizes
 from ofa_deploy.search.evolution import Evolution
 from ofa_deploy.search.pareto import Nsga2
 from ofa_deploy.space import SubnetConfig
-from ofa_deploy.verify import AccuracyClaim, ParityReport, judge
+from ofa_deploy.target import Target
+from ofa_deploy.verify import AccuracyClaim, judge
 from profilers import LatencyTable
 from tests.support import tiny
 from tests.support.tiny_session import fresh, table_here
 
-PARITY = ParityReport(
-    max_relative_error=0.0, top1_agreement=1.0, image_count=256, tolerance=1e-4
-)
+TARGET = Target(backend="onnxruntime-cpu", threads=1)
 # A network to a latency in ms.
 Law = Callable[[SubnetConfig], float]
 SIZE_OVERHEAD_BYTES = 5_000
@@ -130,7 +129,11 @@ class MadeUpBench:
         self.tried.append(
             VerifiedNetwork(
                 exported=ExportedNetwork(
-                    plan=plan, folder=Path(), model_file="model.onnx", parity=PARITY
+                    plan=plan,
+                    weights={},
+                    target=TARGET,
+                    folder=Path(),
+                    model_file="model.onnx",
                 ),
                 measurement=measurement,
                 predicted=self.predictors.latency.estimate(config),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ofa_deploy.bundle import Bundle, new_bundle_folder, record_files, write_manifest
 from ofa_deploy.constraints import Constraints, Verdict
-from ofa_deploy.exporting import export_network
+from ofa_deploy.exporting import compare_exported, export_network
 from ofa_deploy.manifest import (
     Manifest,
     MeasuredLatency,
@@ -47,6 +47,7 @@ def write_bundle(
             target=Target(backend=backend, threads=1),
             folder=folder,
         )
+        parity = compare_exported(exported, supernet.calibration, supernet=supernet)
         (folder / "latency_samples.json").write_text("[]\n")
         manifest = Manifest(
             created_at="2026-01-31T12:00:00+00:00",
@@ -95,7 +96,7 @@ def write_bundle(
             accuracy=AccuracyClaim(
                 kind="predicted", value=0.9, low=0.88, high=0.92, image_count=1000
             ),
-            parity=exported.parity,
+            parity=parity,
             cost=NetworkCost(
                 mac_count=plan.mac_count,
                 parameter_count=plan.parameter_count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -14,10 +15,15 @@ from hypothesis import strategies as st
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import MEGABYTE, Constraints
-from ofa_deploy.contract import LADDER, MAX_CERTIFIED, MAX_LADDERS, fulfil
+from ofa_deploy.contract import (
+    LADDER,
+    MAX_CERTIFIED,
+    MAX_LADDERS,
+    PATIENCE_S,
+    fulfil,
+)
 from ofa_deploy.errors import (
     InfeasibleBudget,
-    ParityError,
     RunFailed,
     StaleTable,
     UnstableMeasurement,
@@ -311,6 +317,41 @@ def test_of_two_networks_that_fit_the_one_measured_more_accurate_is_kept() -> No
     assert found.accuracy.value == max(n.accuracy.value for n in device.tried)
 
 
+@pytest.mark.parametrize(("call_s", "tries"), [(0.0, 2), (PATIENCE_S, 1)])
+def test_nothing_better_is_begun_once_it_has_taken_long(
+    call_s: float, tries: int
+) -> None:
+    # Half of the budget is left over, whatever is tried.
+    device = bench(Constraints(latency_ms=budget_at(0.6)), certified=lambda count: 0.5)
+    now_s = itertools.count(step=call_s * 1.01)
+    found = fulfil(
+        device.constraints,
+        chooser=chooser(),
+        bench=device,
+        where="a made-up device",
+        clock_s=lambda: next(now_s),
+    )
+    assert found.met
+    assert (len(device.tried) >= 2) == (tries >= 2)
+
+
+def test_time_does_not_end_a_call_that_has_shown_nothing() -> None:
+    device = bench(
+        Constraints(latency_ms=budget_at(0.6)),
+        certified=lambda count: 1.2 if count < 2 else 1.0,
+    )
+    now_s = itertools.count(step=2 * PATIENCE_S)
+    found = fulfil(
+        device.constraints,
+        chooser=chooser(),
+        bench=device,
+        where="a made-up device",
+        clock_s=lambda: next(now_s),
+    )
+    assert found.met
+    assert len(device.tried) >= 2
+
+
 @pytest.mark.parametrize("measured_mb", [0.0, 50.0])
 def test_memory_that_says_nothing_of_the_model_is_survived(measured_mb: float) -> None:
     limit_mb = 40.0
@@ -356,7 +397,6 @@ def test_a_device_that_runs_nothing_is_refused_without_a_certified_network() -> 
         RunFailed("it crashed"),
         StaleTable("it is slower", ratio=1.2),
         UnstableMeasurement("none could be measured"),
-        ParityError("another answer", max_relative_error=1.0, top1_agreement=0.9),
     ],
     ids=lambda failure: type(failure).__name__,
 )
