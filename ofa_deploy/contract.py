@@ -44,6 +44,8 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 # its own uncertainty, of something over half a percent, and, where the budget is of
 # slow runs or of another pace, what these usually add.
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
+# Room that is left besides after the second miss; three times as much after the third.
+MARGIN_RATIO = 0.01
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.06
 # A predictor that is further off says nothing of the ladder's steps.
@@ -189,11 +191,17 @@ class _Loop:
 
     @property
     def excess(self) -> float:
-        """Certified bounds over confirmed latencies."""
+        """Certified bounds over confirmed latencies; after misses, the worst and more.
+
+        What missed by a hair again and again would miss until nothing was left to try.
+        """
         ratios = [
             found.verdict("latency").bound / self.confirmed[found.config.id].quiet_ms
             for found in self.certified
         ]
+        misses = sum(not found.verdict("latency").met for found in self.certified)
+        if misses:
+            return max(ratios) * (1 + MARGIN_RATIO * misses * (misses - 1))
         if ratios:
             return median(ratios)
         plain = self.constraints.percentile == 50 and self.constraints.rate_hz is None

@@ -335,6 +335,20 @@ def test_nothing_better_is_begun_once_it_has_taken_long(
     assert (len(device.tried) >= 2) == (tries >= 2)
 
 
+def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
+    # Whatever is certified comes out at 4 % above the last one's ratio, three times.
+    device = bench(
+        Constraints(latency_ms=budget_at(0.6)),
+        certified=lambda count: 1.02 * 1.04 ** min(count, 3),
+    )
+    found = run(device)
+    assert found.met
+    assert len(device.tried) < MAX_CERTIFIED
+    fastest = tiny.SPACE.decode(chooser().predictors.fastest())
+    assert found.config != fastest
+    assert found.verdict("latency").used_share > 0.8
+
+
 def test_time_does_not_end_a_call_that_has_shown_nothing() -> None:
     device = bench(
         Constraints(latency_ms=budget_at(0.6)),
