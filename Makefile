@@ -63,7 +63,7 @@ $(DEV_STAMP): pyproject.toml constraints.txt
 	$(require_python)
 	@echo "Installing the library, torch and the tools into $(DEV) (minutes the first time) ..."
 	@test -x $(DEV)/bin/python || $(PYTHON) -m venv $(DEV)
-	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[openvino,litert,plots,train,dev]'
+	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[openvino,litert,plots,shrink,dev]'
 	@touch $@
 
 oracle: $(ORACLE_STAMP)

@@ -67,7 +67,7 @@ def measure(
         (kind, plan)
         for kind in KINDS
         for plan in plans
-        if (plan.config.id, kind) not in found
+        if (plan.name, kind) not in found
     ]
     if not missing:
         return found
@@ -91,9 +91,9 @@ def measure(
             )
             for plan in (plan for wanted, plan in missing if wanted == kind):
                 value = evaluator.accuracy(plan)
-                key = {"id": plan.config.id, "kind": kind, "supernet": supernet.sha256}
+                key = {"id": plan.name, "kind": kind, "supernet": supernet.sha256}
                 journal.add({**key, "accuracy": value})
-                found[plan.config.id, kind] = value
+                found[plan.name, kind] = value
                 bar.advance(task)
     return found
 
@@ -101,7 +101,7 @@ def measure(
 def publish(section: Section, plans: list[NetworkPlan], accuracies: Accuracies) -> None:
     """Summary, then every network."""
     points = {
-        kind: np.array([100 * accuracies[plan.config.id, kind] for plan in plans])
+        kind: np.array([100 * accuracies[plan.name, kind] for plan in plans])
         for kind in KINDS
     }
     section.text(
@@ -129,7 +129,7 @@ def publish(section: Section, plans: list[NetworkPlan], accuracies: Accuracies) 
         ["network", "MMACs", *KINDS, "gap to synthetic"],
         [
             [
-                f"`{plan.config.id}`",
+                f"`{plan.name}`",
                 f"{plan.mac_count / 1e6:.1f}",
                 *(f"{points[kind][index]:.2f}" for kind in KINDS),
                 f"{gaps['synthetic'][index]:.2f}",

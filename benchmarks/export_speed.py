@@ -53,7 +53,7 @@ def main() -> None:
     export_ms = statistics.median(run["emit"] + run["write"] for run in runs)
     whole_ms = statistics.median(sum(run.values()) for run in runs)
     section.text(
-        f"One random sub-network of `{space.name}` (`{plan.config.id}`, "
+        f"One random sub-network of `{space.name}` (`{plan.name}`, "
         f"{plan.parameter_count / 1e6:.1f} M parameters, a file of {size_mb:.1f} MB) "
         f"with random weights; median of {REPEATS}. The file is written as usual, "
         "without waiting for the disk."

@@ -17,7 +17,7 @@ from rich.progress import track
 
 REPEATS = 3
 MAX_FIRST_S = 120.0
-MAX_NEXT_S = 20.0
+MAX_NEXT_S = 30.0
 MAX_REFUSAL_S = 10.0
 
 # Profiles even where a table of this machine comes with the package.

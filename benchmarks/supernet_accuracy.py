@@ -65,7 +65,7 @@ def main() -> None:
         margin = 1.96 * (value * (1 - value) / len(data)) ** 0.5
         rows.append(
             [
-                f"{name} (`{plan.config.id}`)",
+                f"{name} (`{plan.name}`)",
                 f"{plan.mac_count / 1e6:.1f}",
                 f"{plan.parameter_count / 1e6:.2f}",
                 f"{value:.2%} ± {100 * margin:.2f}",

@@ -1,10 +1,10 @@
-"""The two calls that most people need: `specialize`, for a device or for a fleet."""
+"""The call that most people need: `specialize`, for a device, a fleet, or one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import DeviceError, SpaceError
+from ofa_deploy.errors import DataError, DeviceError, SpaceError
 from ofa_deploy.feasibility import CostRange
 from ofa_deploy.fleet import Fleet, specialize_fleet
 from ofa_deploy.pipeline import (
@@ -22,9 +22,16 @@ from ofa_deploy.pipeline import (
     opened,
     read_inputs,
 )
+from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import parse_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ofa_deploy.shrink.to_budget import ShrinkRecipe
+    from ofa_deploy.shrink.to_budget import Told as TrainingTold
 
 _ONE_OF = (
     "give either a device, such as 'openvino-cpu', or devices with their budgets, such "
@@ -63,6 +70,31 @@ def specialize(
 
 @overload
 def specialize(
+    device: str,
+    *,
+    model: nn.Module,
+    method: str = "pas",
+    data: str | Path | ImageSet,
+    out: str | Path,
+    latency_ms: float | None = None,
+    percentile: int = 50,
+    size_bytes: int | None = None,
+    peak_memory_mb: float | None = None,
+    min_accuracy: float | None = None,
+    rate_hz: float | None = None,
+    sustained_s: float = 0.0,
+    threads: int | None = None,
+    eval_data: str | Path | ImageSet | None = None,
+    normalisation: Normalisation | None = None,
+    recipe: ShrinkRecipe | None = None,
+    work: str | Path | None = None,
+    reporter: Reporter | None = None,
+    training_told: TrainingTold | None = None,
+) -> Bundle: ...
+
+
+@overload
+def specialize(
     *,
     devices: Mapping[str, float],
     max_models: int | None = None,
@@ -81,6 +113,9 @@ def specialize(
     *,
     devices: Mapping[str, float] | None = None,
     max_models: int | None = None,
+    model: nn.Module | None = None,
+    method: str = "pas",
+    data: str | Path | ImageSet | None = None,
     out: str | Path,
     latency_ms: float | None = None,
     percentile: int = 50,
@@ -96,18 +131,27 @@ def specialize(
     table: str | Path | None = None,
     on_drift: OnDrift = "refuse",
     seed: int = 0,
+    normalisation: Normalisation | None = None,
+    recipe: ShrinkRecipe | None = None,
+    work: str | Path | None = None,
     reporter: Reporter | None = None,
     told: Told = nobody,
+    training_told: TrainingTold | None = None,
 ) -> Bundle | Fleet:
     """A verified bundle whose model was shown to keep all limits on this machine.
 
     One call of a `Specializer`; keep one for several budgets. Given `devices`, a fleet
-    of bundles instead: see `ofa_deploy.fleet.specialize_fleet`.
+    of bundles instead: see `ofa_deploy.fleet.specialize_fleet`. Given a `model`, that
+    network is shrunk to the latency: see `ofa_deploy.shrink.to_budget.shrink`, which
+    needs torch.
 
     Args:
         device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
         devices: Budgets in ms by device, instead of a device and its limits.
         max_models: With `devices`: different networks at most.
+        model: A trained torch module to shrink, instead of a supernet.
+        method: With `model`: how, `pas`.
+        data: With `model`: labelled images to train on.
         out: Folder of the bundle; must not exist, or be empty.
         latency_ms: See `Constraints`, as the next six.
         percentile: Of the runs that the latency speaks of.
@@ -124,13 +168,43 @@ def specialize(
         table: A latency table's file to use instead of looking for one.
         on_drift: See `Specializer`.
         seed: Of searches.
+        normalisation: With `model`: of its inputs; None measures the images.
+        recipe: With `model`: epochs, rates, floor and step; None for the default.
+        work: With `model`: folder of checkpoints, from which a killed call goes on.
         reporter: Told of progress.
         told: Called with what the space can reach, before anything is searched.
+        training_told: With `model`: told of trainings.
 
     Raises:
         InfeasibleBudget: No network keeps the limits; carries what comes nearest.
         DeployError: Anything else that is wrong; see `ofa_deploy.errors`.
     """
+    own = {
+        "data": data,
+        "normalisation": normalisation,
+        "recipe": recipe,
+        "work": work,
+        "training_told": training_told,
+        "method": None if method == "pas" else method,
+    }
+    _refuse_given(
+        own if model is None else {}, "are for a network of your own (model=)"
+    )
+    _refuse_given(
+        {}
+        if model is None
+        else {
+            "devices": devices,
+            "max_models": max_models,
+            "supernet": None if supernet == DEFAULT_SUPERNET else supernet,
+            "calibration": calibration,
+            "table": table,
+            "on_drift": None if on_drift == "refuse" else on_drift,
+            "seed": seed or None,
+            "told": None if told is nobody else told,
+        },
+        "are for supernets, and a network of your own is none",
+    )
     limits = (latency_ms, size_bytes, peak_memory_mb, min_accuracy, rate_hz, threads)
     if devices is not None:
         if device is not None:
@@ -170,6 +244,29 @@ def specialize(
         rate_hz=rate_hz,
         sustained_s=sustained_s,
     )
+    if model is not None:
+        if data is None:
+            raise DataError(
+                "a network is trained while it is shrunk; give labelled images as "
+                "data= (a folder, .zip or .npz)"
+            )
+        from ofa_deploy.shrink import to_budget
+
+        return to_budget.shrink(
+            model,
+            device=device,
+            constraints=constraints,
+            method=method,
+            data=data,
+            out=out,
+            threads=threads,
+            eval_data=eval_data,
+            normalisation=normalisation,
+            recipe=recipe,
+            work=work,
+            reporter=reporter,
+            told=training_told or to_budget.nobody,
+        )
     require_free(Path(out))
     parse_target(device, threads=threads)
     reporter = reporter or Silent()
@@ -190,3 +287,14 @@ def specialize(
     return session.specialize(
         constraints, out=out, calibration=images, eval_data=evaluation, seed=seed
     )
+
+
+def _refuse_given(arguments: Mapping[str, object], why: str) -> None:
+    """Refuse arguments that would be ignored.
+
+    Raises:
+        SpaceError: Names those that are not None.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise SpaceError(f"{', '.join(given)}: these {why}; leave them out")

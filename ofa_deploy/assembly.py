@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -26,10 +27,9 @@ from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.manifest import (
     Manifest,
     MeasuredLatency,
-    NetworkCost,
 )
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
-from ofa_deploy.preprocess import prepare
+from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
@@ -76,8 +76,12 @@ class VerifiedNetwork:
 
     @property
     def config(self) -> SubnetConfig:
-        """Which network it is."""
-        return self.exported.plan.config
+        """Which sub-network it is.
+
+        Raises:
+            SpaceError: It is of no supernet.
+        """
+        return SubnetConfig.from_id(self.exported.facts.name)
 
     @property
     def met(self) -> bool:
@@ -96,12 +100,28 @@ class VerifiedNetwork:
         raise KeyError(constraint)
 
 
+class NetworkSource(Protocol):
+    """Where a network comes from: a supernet, or a network that was shrunk."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its description, or its weights."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of its inputs."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In output order."""
+
+
 def assemble_bundle(
     out: Path,
     network: VerifiedNetwork,
     *,
     parity: ParityReport,
-    supernet: StoredSupernet,
+    source: NetworkSource,
     extra_files: Mapping[str, bytes],
 ) -> Bundle:
     """Write the bundle, whole or not at all, and open it.
@@ -110,14 +130,14 @@ def assemble_bundle(
         out: Its folder; must not exist, or be empty.
         network: What goes in.
         parity: Of its file.
-        supernet: Where the network comes from.
+        source: Where the network comes from.
         extra_files: By name, such as a report.
 
     Raises:
         BundleError: `out` is not free.
     """
     out = out.resolve()  # "." will be another folder afterwards
-    exported, plan = network.exported, network.exported.plan
+    exported, facts = network.exported, network.exported.facts
     with new_bundle_folder(out) as folder:
         for file in exported.folder.iterdir():
             shutil.copyfile(file, folder / file.name)
@@ -127,15 +147,15 @@ def assemble_bundle(
         (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
         manifest = Manifest(
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            config_id=plan.config.id,
-            space_name=plan.space_name,
-            supernet_sha256=supernet.sha256,
+            config_id=facts.name,
+            space_name=facts.family,
+            supernet_sha256=source.sha256,
             constraints=network.constraints,
             verdicts=network.verdicts,
             candidates=network.candidates,
-            resolution=plan.resolution,
-            normalisation=supernet.normalisation,
-            class_names=supernet.class_names,
+            resolution=facts.resolution,
+            normalisation=source.normalisation,
+            class_names=source.class_names,
             model_file=exported.model_file,
             files=record_files(folder),
             device=network.device,
@@ -145,11 +165,7 @@ def assemble_bundle(
             predicted=network.predicted,
             accuracy=network.accuracy,
             parity=parity,
-            cost=NetworkCost(
-                mac_count=plan.mac_count,
-                parameter_count=plan.parameter_count,
-                peak_activation_bytes=plan.peak_activation_bytes,
-            ),
+            cost=facts.cost,
             versions={name: version(name) for name in VERSIONED_PACKAGES},
         )
         write_manifest(folder, manifest)
@@ -167,7 +183,8 @@ def predicted_accuracy(
     predictor, samples = supernet.accuracy, supernet.samples
     if predictor is None or samples is None:
         raise DeployError(NO_PREDICTOR)
-    genome = supernet.space.encode(exported.plan.config)
+    config = SubnetConfig.from_id(exported.facts.name)
+    genome = supernet.space.encode(config)
     # A regression does not know that accuracies end at 1.
     value = float(np.clip(predictor.predict(genome[None])[0], 0.0, 1.0))
     margin = TWO_SIDED_95 * predictor.residual_std
@@ -180,21 +197,21 @@ def predicted_accuracy(
     )
 
 
-def require_classes(evaluation: ImageSet, supernet: StoredSupernet) -> None:
-    """Refuse images of other classes than the supernet's.
+def require_classes(evaluation: ImageSet, source: NetworkSource) -> None:
+    """Refuse images of other classes than the network's.
 
     Raises:
         DataError: The classes, or their order, differ.
     """
-    if evaluation.class_names != supernet.class_names:
+    if evaluation.class_names != source.class_names:
         raise DataError(
             f"the evaluation data has classes {evaluation.class_names}, the "
-            f"supernet {supernet.class_names}; they must be the same"
+            f"network {source.class_names}; they must be the same"
         )
 
 
 def measured_accuracy(
-    supernet: StoredSupernet,
+    source: NetworkSource,
     exported: ExportedNetwork,
     evaluation: ImageSet,
     runtime: RuntimeSpec,
@@ -204,13 +221,13 @@ def measured_accuracy(
     """Top-1 accuracy of the exported file on labelled images.
 
     Raises:
-        DataError: The images have other classes than the supernet.
+        DataError: The images have other classes than the network.
     """
-    require_classes(evaluation, supernet)
+    require_classes(evaluation, source)
     inputs = prepare(
         evaluation.images,
-        resolution=exported.plan.resolution,
-        normalisation=supernet.normalisation,
+        resolution=exported.facts.resolution,
+        normalisation=source.normalisation,
     )
     path = exported.folder / exported.model_file
     with get_backend(runtime.backend).load(path, threads=runtime.threads) as session:

@@ -56,8 +56,8 @@ CONFIRM_SETTINGS = replace(
     pass_seconds=0.1,
 )
 # The tier's one percent is asked of all processes together: of each one, less. Five
-# times 20 visits are twice the runs that a 99th percentile needs; more would take longer
-# with a slow model, and say nothing of what differs between processes.
+# times 20 visits are twice the runs that a 99th percentile needs; more would take
+# longer with a slow model, and say nothing of what differs between processes.
 CERTIFY_SETTINGS = replace(
     MeasureSettings.certify(),
     visits=20,

@@ -15,7 +15,8 @@ DeployError
 │   └── StaleTable         the machine is not what it was; carries how far off
 ├── SpaceError             a config that is not in the space, or limits without sense
 ├── DataError              images that cannot be used
-├── TrainingError          a run folder that cannot be continued
+├── TrainingError          a run folder that cannot be continued, or a loss that is none
+├── TraceError             a network whose channels cannot be told; names the layer
 ├── UnmeasuredBlock        the latency table does not hold a block of the plan
 ├── InfeasibleBudget       carries the budget and what comes nearest
 ├── ParityError            carries the figures
@@ -62,6 +63,7 @@ __all__ = [
     "RunFailed",
     "SpaceError",
     "StaleTable",
+    "TraceError",
     "TrainingError",
     "UnmeasuredBlock",
     "UnstableMeasurement",
@@ -86,6 +88,10 @@ class StaleTable(MeasurementError):
 
 class DataError(DeployError):
     """Images, labels or their folder cannot be used."""
+
+
+class TraceError(DeployError):
+    """A network whose channels cannot be told; the message names the layer."""
 
 
 class TrainingError(DeployError):

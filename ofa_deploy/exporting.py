@@ -1,9 +1,10 @@
-"""One network of a supernet as files, and their outputs beside the unfused graph's."""
+"""One network as files, and what these compute beside what they should."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.fuse import fuse
 from ofa_deploy.materialise import Weights, materialise
-from ofa_deploy.plan import NetworkPlan
-from ofa_deploy.preprocess import prepare
+from ofa_deploy.plan import NetworkCost, NetworkPlan
+from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target
@@ -29,6 +30,8 @@ from ofa_deploy.verify import (
 from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
+Floats = NDArray[np.float32]
+
 ONNX_FILE = "model.onnx"
 IR_FILE = "model.xml"
 LITERT_FILE = "model.tflite"
@@ -37,20 +40,48 @@ PARITY_IMAGES = 256
 REFERENCE_IMAGES = 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """What is known of a network besides its weights.
+
+    Args:
+        name: Id of the sub-network; or how a network was made.
+        family: The space that it is of, or its kind.
+        resolution: Height and width of its input.
+        cost: Its sizes.
+    """
+
+    name: str
+    family: str
+    resolution: int
+    cost: NetworkCost
+
+    @classmethod
+    def of(cls, plan: NetworkPlan) -> NetworkFacts:
+        """Those of a plan."""
+        return cls(
+            name=plan.name,
+            family=plan.space_name,
+            resolution=plan.resolution,
+            cost=plan.cost,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExportedNetwork:
     """Files of a network in a folder.
 
     Args:
-        plan: The network.
-        weights: Its own, unfused: what the files must compute.
+        facts: Which network.
+        reference: What the files must compute: logits `(n, classes)` of inputs
+            `(n, 3, resolution, resolution)`, found in another way.
         target: What the files are for.
         folder: Where the files are.
         model_file: The one that the target's runtime loads.
     """
 
-    plan: NetworkPlan
-    weights: Weights
+    facts: NetworkFacts
+    reference: Callable[[Floats], Floats]
     target: Target
     folder: Path
     model_file: str
@@ -95,18 +126,30 @@ def export_network(
     begin("exporting")
     model_file = write_model(plan, fuse(weights, plan), target=target, folder=folder)
     return ExportedNetwork(
-        plan=plan,
-        weights=weights,
+        facts=NetworkFacts.of(plan),
+        reference=partial(_unfused_outputs, plan, weights, target.threads),
         target=target,
         folder=folder,
         model_file=model_file,
     )
 
 
+def _unfused_outputs(
+    plan: NetworkPlan, weights: Weights, threads: int, inputs: Floats
+) -> Floats:
+    """Logits of the graph as it was trained, run as it is written."""
+    unfused = emit_network(plan, weights, form="unfused", batch=None)
+    with OnnxRuntimeCpu(optimize=False).load(unfused, threads=threads) as session:
+        return session.run({INPUT_NAME: inputs})[OUTPUT_NAME]
+
+
 def compare_exported(
-    exported: ExportedNetwork, images: NDArray[np.uint8], *, supernet: StoredSupernet
+    exported: ExportedNetwork,
+    images: NDArray[np.uint8],
+    *,
+    normalisation: Normalisation,
 ) -> ParityReport:
-    """Hold a network's file against its unfused graph.
+    """Hold a network's file against what it must compute.
 
     The folder gets the reference outputs on a few images, so that the file can be
     checked again anywhere. It takes as long as timing does, and says nothing of speed:
@@ -116,23 +159,20 @@ def compare_exported(
         exported: The files.
         images: `(n, H, W, 3)` uint8; noise makes up for what is missing to
             `PARITY_IMAGES`.
-        supernet: Whose normalisation the network expects.
+        normalisation: Of the network's inputs.
 
     Raises:
         ParityError: The file computes something else.
     """
-    plan, target, folder = exported.plan, exported.target, exported.folder
+    target, folder = exported.target, exported.folder
     inputs = _parity_inputs(
         prepare(
             images[:PARITY_IMAGES],
-            resolution=plan.resolution,
-            normalisation=supernet.normalisation,
+            resolution=exported.facts.resolution,
+            normalisation=normalisation,
         )
     )
-    unfused = emit_network(plan, exported.weights, form="unfused", batch=None)
-    reference_backend = OnnxRuntimeCpu(optimize=False)
-    with reference_backend.load(unfused, threads=target.threads) as session:
-        expected = session.run({INPUT_NAME: inputs})[OUTPUT_NAME]
+    expected = exported.reference(inputs)
     with get_backend(target.backend).load(
         folder / exported.model_file, threads=target.threads
     ) as session:

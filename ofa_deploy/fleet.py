@@ -496,7 +496,7 @@ def _write(
                 folder / member.folder,
                 networks[member.device],
                 parity=parities[member.device],
-                supernet=session.supernet,
+                source=session.supernet,
                 extra_files=session.report(networks[member.device]),
             ).close()
         content = {

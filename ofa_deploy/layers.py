@@ -71,6 +71,103 @@ class ConvLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RepConvLayer:
+    """A 3×3 convolution that is trained as the sum of branches, and run as one.
+
+    The branches, each with a batch norm of its own: a 3×3 convolution, a 1×1
+    convolution, and the input itself where its size is kept. Of input and output of
+    different widths the narrower one's channels are handed on.
+
+    Source: X. Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021,
+    section 3.2.
+
+    Args:
+        name: Prefix of its stored tensors.
+        in_channels: Width of its input.
+        out_channels: Width of its output.
+        stride: 1 or 2.
+        activation: What follows the sum.
+        in_size: Height and width of the input.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    stride: int
+    activation: LayerActivation
+    in_size: int
+
+    @property
+    def branches(self) -> tuple[ConvLayer, ConvLayer]:
+        """The 3×3 and the 1×1 convolution."""
+        return self._branch("dense", kernel=3), self._branch("point", kernel=1)
+
+    @property
+    def identity_channels(self) -> int:
+        """Channels that the identity branch hands on; 0 for no such branch."""
+        narrower = min(self.in_channels, self.out_channels)
+        return narrower if self.stride == 1 else 0
+
+    @property
+    def identity_name(self) -> str:
+        """Prefix of the identity branch's tensors."""
+        return f"{self.name}.identity"
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Channels of each branch's batch norm, by the branch's name."""
+        found = {branch.name: branch.out_channels for branch in self.branches}
+        if self.identity_channels:
+            found[self.identity_name] = self.identity_channels
+        return found
+
+    @property
+    def merged(self) -> ConvLayer:
+        """The one convolution that it is once its branches are merged."""
+        return ConvLayer(
+            name=self.name,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            kernel=3,
+            kernels=(3,),
+            stride=self.stride,
+            depthwise=False,
+            batch_norm=True,
+            activation=self.activation,
+            in_size=self.in_size,
+        )
+
+    def _branch(self, part: str, *, kernel: int) -> ConvLayer:
+        return ConvLayer(
+            name=f"{self.name}.{part}",
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            kernel=kernel,
+            kernels=(kernel,),
+            stride=self.stride,
+            depthwise=False,
+            batch_norm=True,
+            activation="none",
+            in_size=self.in_size,
+        )
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return self.merged.out_size
+
+    @property
+    def mac_count(self) -> int:
+        """Multiply-accumulates of one image, branches merged."""
+        return self.merged.mac_count
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases, branches merged."""
+        return self.merged.parameter_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SqueezeExciteLayer:
     """Scale channels by a gate computed from their means: two 1×1 convs with bias."""
 
@@ -140,7 +237,7 @@ class LinearLayer:
         return self.mac_count + self.out_channels
 
 
-Layer = ConvLayer | SqueezeExciteLayer | PoolLayer | LinearLayer
+Layer = ConvLayer | RepConvLayer | SqueezeExciteLayer | PoolLayer | LinearLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +311,8 @@ class BlockPlan:
 
 
 def _layer_key(layer: Layer) -> str:
+    if isinstance(layer, RepConvLayer):
+        layer = layer.merged  # as it is run
     if isinstance(layer, ConvLayer):
         kind = "dw" if layer.depthwise else "conv"
         act = "" if layer.activation == "none" else f"-{layer.activation}"

@@ -16,6 +16,7 @@ from ofa_deploy.constraints import (
     binding,
 )
 from ofa_deploy.errors import SpaceError
+from ofa_deploy.plan import NetworkCost
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space_file import MAX_RESOLUTION
@@ -89,23 +90,16 @@ class MeasuredLatency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkCost:
-    """Sizes of the network."""
-
-    mac_count: int
-    parameter_count: int
-    peak_activation_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything needed to trust and re-check a bundle.
 
     Args:
         created_at: ISO 8601.
-        config_id: The sub-network.
-        space_name: The space it is of.
-        supernet_sha256: Digest of the supernet's description.
+        config_id: The sub-network; of a network that was shrunk, the method and a
+            digest of what it kept.
+        space_name: The space it is of; of a network that was shrunk, its kind.
+        supernet_sha256: Digest of the supernet's description; of a network that was
+            shrunk, of the weights that it had before.
         constraints: What was asked for.
         verdicts: What was found of each; all are met.
         candidates: Networks measured on the way, this one among them.

@@ -7,6 +7,8 @@ arrays. What the names are, per layer of a plan:
   `.norm.variance`; in a supernet also `.transform_7to5` and the like
 - squeeze-and-excite: `.reduce.weight`, `.reduce.bias`, `.expand.weight`, `.expand.bias`
 - classifier: `.weight`, `.bias`
+- convolution of several branches: `.dense` and `.point` as convolutions with batch
+  norm, `.identity.norm.gamma` and the like where there is such a branch
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ofa_deploy.layers import (
     Layer,
     LinearLayer,
     PoolLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 from ofa_deploy.plan import NetworkPlan
@@ -46,6 +49,8 @@ def stored_shapes(largest: NetworkPlan) -> dict[str, tuple[int, ...]]:
 
 def fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's tensors once its batch norm is folded, by name."""
+    if isinstance(layer, RepConvLayer):
+        layer = layer.merged
     shapes = _shared_shapes(layer)
     if isinstance(layer, ConvLayer) and layer.batch_norm:
         shapes["bias"] = (layer.out_channels,)
@@ -53,6 +58,8 @@ def fused_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    if isinstance(layer, RepConvLayer):
+        return _branch_shapes(layer)
     shapes = _shared_shapes(layer)
     if isinstance(layer, ConvLayer):
         for smaller, larger in pairwise(layer.kernels):
@@ -62,7 +69,19 @@ def _stored_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shared_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+def _branch_shapes(layer: RepConvLayer) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of all branches, by name within the layer."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{branch.name}.weight": branch.weight_shape for branch in layer.branches
+    }
+    for norm, channels in layer.norms.items():
+        shapes |= {f"{norm}.norm.{name}": (channels,) for name in NORM_TENSORS}
+    return {k.removeprefix(f"{layer.name}."): shape for k, shape in shapes.items()}
+
+
+def _shared_shapes(
+    layer: ConvLayer | SqueezeExciteLayer | PoolLayer | LinearLayer,
+) -> dict[str, tuple[int, ...]]:
     """Of the tensors that a layer has whether or not its batch norm is folded."""
     if isinstance(layer, PoolLayer):
         return {}
@@ -104,11 +123,23 @@ def _cut(stored: Weights, layer: Layer) -> dict[str, NDArray[np.float32]]:
         return {name: stored[f"{layer.name}.{name}"] for name in ("weight", "bias")}
     if isinstance(layer, SqueezeExciteLayer):
         return _cut_gate(stored, layer)
+    if isinstance(layer, RepConvLayer):
+        return _cut_branches(stored, layer)
     cut = {"weight": active_kernel(stored, layer)}
     if layer.batch_norm:
         for name in NORM_TENSORS:
             tensor = stored[f"{layer.name}.norm.{name}"]
             cut[f"norm.{name}"] = tensor[: layer.out_channels]
+    return cut
+
+
+def _cut_branches(
+    stored: Weights, layer: RepConvLayer
+) -> dict[str, NDArray[np.float32]]:
+    cut: dict[str, NDArray[np.float32]] = {}
+    for name, shape in _branch_shapes(layer).items():
+        tensor = stored[f"{layer.name}.{name}"]
+        cut[name] = tensor[tuple(slice(size) for size in shape)]
     return cut
 
 

@@ -228,7 +228,7 @@ class Specializer:
                 out,
                 network,
                 parity=parity,
-                supernet=self.supernet,
+                source=self.supernet,
                 extra_files=self.report(network),
             )
 
@@ -273,7 +273,9 @@ class Specializer:
             ParityError: The file computes something else.
         """
         self.reporter.begin("comparing with the unfused graph")
-        return compare_exported(network.exported, images, supernet=self.supernet)
+        return compare_exported(
+            network.exported, images, normalisation=self.supernet.normalisation
+        )
 
     def bench(
         self,

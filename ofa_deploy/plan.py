@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ofa_deploy.families.mbv3 import lower_block, pointwise
+from ofa_deploy.families import mbv3, repvgg
 from ofa_deploy.layers import (
     BlockPlan,
     ConvLayer,
     Layer,
     LinearLayer,
     PoolLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 from ofa_deploy.space import BlockConfig, SearchSpace, StageSpace, SubnetConfig
@@ -25,25 +26,47 @@ BYTES_PER_FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkCost:
+    """Sizes of a network.
+
+    Args:
+        mac_count: Multiply-accumulates of one image.
+        parameter_count: Weights and biases once batch norms are folded.
+        peak_activation_bytes: Most bytes of float32 activations alive at once.
+    """
+
+    mac_count: int
+    parameter_count: int
+    peak_activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkPlan:
     """A network as blocks in sequence; the input is `(N, 3, resolution, resolution)`.
 
     Args:
         space_name: The space it comes from.
-        config: The config it was lowered from.
+        name: The id of the config that it was lowered from; of a network that was made
+            from one, such as by pruning, another.
+        resolution: Height and width of the input.
         blocks: In order.
         class_count: Width of the output, `(N, class_count)` logits.
     """
 
     space_name: str
-    config: SubnetConfig
+    name: str
+    resolution: int
     blocks: tuple[BlockPlan, ...]
     class_count: int
 
     @property
-    def resolution(self) -> int:
-        """Height and width of the input."""
-        return self.config.resolution
+    def config(self) -> SubnetConfig:
+        """The config that it was lowered from.
+
+        Raises:
+            SpaceError: It was not.
+        """
+        return SubnetConfig.from_id(self.name)
 
     @property
     def layers(self) -> Iterator[Layer]:
@@ -66,6 +89,15 @@ class NetworkPlan:
         peak = max(block.peak_activation_count for block in self.blocks)
         return peak * BYTES_PER_FLOAT
 
+    @property
+    def cost(self) -> NetworkCost:
+        """Its sizes."""
+        return NetworkCost(
+            mac_count=self.mac_count,
+            parameter_count=self.parameter_count,
+            peak_activation_bytes=self.peak_activation_bytes,
+        )
+
 
 def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
     """The plan of a config.
@@ -80,6 +112,9 @@ def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
     ):
         for place, block_config in enumerate(block_configs):
             previous = blocks[-1]
+            lower_block = (
+                repvgg.lower_block if stage.block == "repvgg" else mbv3.lower_block
+            )
             blocks.append(
                 lower_block(
                     name=f"stage{index + 1}.block{place + 1}",
@@ -93,7 +128,8 @@ def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
     blocks.append(_lower_head(space, blocks[-1]))
     return NetworkPlan(
         space_name=space.name,
-        config=config,
+        name=config.id,
+        resolution=config.resolution,
         blocks=tuple(blocks),
         class_count=space.head.class_count,
     )
@@ -101,18 +137,15 @@ def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
 
 def _lower_stem(space: SearchSpace, resolution: int) -> list[BlockPlan]:
     stem = space.stem
-    conv = ConvLayer(
+    branched = RepConvLayer(
         name="stem.conv",
         in_channels=IMAGE_CHANNELS,
         out_channels=stem.out_channels,
-        kernel=3,
-        kernels=(3,),
         stride=stem.stride,
-        depthwise=False,
-        batch_norm=True,
         activation=stem.activation,
         in_size=resolution,
     )
+    conv = branched if space.stages[0].block == "repvgg" else branched.merged
     blocks = [
         BlockPlan(
             name="stem",
@@ -134,7 +167,7 @@ def _lower_stem(space: SearchSpace, resolution: int) -> list[BlockPlan]:
             squeeze_excite=False,
         )
         blocks.append(
-            lower_block(
+            mbv3.lower_block(
                 name="stem_block",
                 stage=first,
                 config=BlockConfig(kernel=3, expand=1),
@@ -147,36 +180,45 @@ def _lower_stem(space: SearchSpace, resolution: int) -> list[BlockPlan]:
 
 
 def _lower_head(space: SearchSpace, last: BlockPlan) -> BlockPlan:
-    head = space.head
-    expanded, features = head.expand_channels, head.feature_channels
+    head, channels, size = space.head, last.out_channels, last.out_size
+    layers: list[Layer] = []
+    if head.expand_channels is not None:
+        layers.append(
+            mbv3.pointwise(
+                "head.expand",
+                channels,
+                head.expand_channels,
+                size,
+                activation=head.activation,
+            )
+        )
+        channels = head.expand_channels
+    layers.append(PoolLayer(name="head.pool", channels=channels, in_size=size))
+    if head.feature_channels is not None:
+        layers.append(
+            mbv3.pointwise(
+                "head.mix",
+                channels,
+                head.feature_channels,
+                1,
+                activation=head.activation,
+                batch_norm=False,
+            )
+        )
+        channels = head.feature_channels
+    layers.append(
+        LinearLayer(
+            name="head.classifier",
+            in_channels=channels,
+            out_channels=head.class_count,
+        )
+    )
     return BlockPlan(
         name="head",
         in_channels=last.out_channels,
         out_channels=head.class_count,
-        in_size=last.out_size,
-        layers=(
-            pointwise(
-                "head.expand",
-                last.out_channels,
-                expanded,
-                last.out_size,
-                activation=head.activation,
-            ),
-            PoolLayer(name="head.pool", channels=expanded, in_size=last.out_size),
-            pointwise(
-                "head.mix",
-                expanded,
-                features,
-                1,
-                activation=head.activation,
-                batch_norm=False,
-            ),
-            LinearLayer(
-                name="head.classifier",
-                in_channels=features,
-                out_channels=head.class_count,
-            ),
-        ),
+        in_size=size,
+        layers=tuple(layers),
         residual=False,
     )
 
@@ -224,8 +266,10 @@ __all__ = [
     "BlockPlan",
     "ConvLayer",
     "LinearLayer",
+    "NetworkCost",
     "NetworkPlan",
     "PoolLayer",
+    "RepConvLayer",
     "SqueezeExciteLayer",
     "all_blocks",
     "lower",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ofa_deploy.calibration import require_enough
 from ofa_deploy.export.onnx import INPUT_NAME, emit_network
-from ofa_deploy.layers import ConvLayer
+from ofa_deploy.layers import ConvLayer, Layer, RepConvLayer
 from ofa_deploy.materialise import Weights
 from ofa_deploy.plan import NetworkPlan
 from profilers.backends.base import Backend
@@ -47,9 +47,9 @@ def recalibrate(
     """
     require_enough(inputs)
     names = [
-        f"{layer.name}.{part}"
+        f"{norm}.{part}"
         for layer in plan.layers
-        if isinstance(layer, ConvLayer) and layer.batch_norm
+        for norm in norm_names(layer)
         for part in ("mean", "variance")
     ]
     model = emit_network(plan, weights, form="statistics", batch=None)
@@ -65,6 +65,13 @@ def recalibrate(
         layer_name, part = name.rsplit(".", 1)
         result[f"{layer_name}.norm.{part}"] = (total / len(inputs)).astype(np.float32)
     return result
+
+
+def norm_names(layer: Layer) -> list[str]:
+    """What the batch norms of a layer stand behind: itself, or its branches."""
+    if isinstance(layer, RepConvLayer):
+        return list(layer.norms)
+    return [layer.name] if isinstance(layer, ConvLayer) and layer.batch_norm else []
 
 
 def _batches(inputs: NDArray[np.float32], batch_size: int) -> list[NDArray[np.float32]]:

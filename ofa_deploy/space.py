@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ofa_deploy.errors import SpaceError
 
 Activation = Literal["relu", "hswish"]
-BlockKind = Literal["mbconv", "fused_mbconv"]
+BlockKind = Literal["mbconv", "fused_mbconv", "repvgg"]
 Genomes = NDArray[np.int64]
 
 MAX_NAME_LENGTH = 64
@@ -35,12 +35,14 @@ class StageSpace:
         out_channels: Width of every block's output.
         stride: Of the first block, 1 or 2.
         kernels: Allowed kernel sizes, ascending and odd.
-        expands: Allowed ratios of a block's middle to its input width, ascending.
+        expands: Allowed ratios of a block's middle to its input width, ascending; of a
+            `repvgg` block in quarters, and to its output width.
         depths: Allowed block counts, ascending.
         activation: After the expansion and after the depthwise convolution.
         squeeze_excite: Whether blocks weigh their middle channels.
         block: `mbconv` expands by 1×1 and filters depthwise; `fused_mbconv` does both
-            in one dense k×k convolution.
+            in one dense k×k convolution; `repvgg` is two 3×3 convolutions, each trained
+            as several branches.
     """
 
     out_channels: int
@@ -65,6 +67,12 @@ class StageSpace:
             raise SpaceError(f"stride={self.stride} must be 1 or 2")
         if self.out_channels < 1:
             raise SpaceError(f"out_channels={self.out_channels} must be positive")
+        if self.block == "repvgg" and (self.kernels != (3,) or self.squeeze_excite):
+            raise SpaceError(
+                f"kernels={self.kernels}, squeeze_excite={self.squeeze_excite}: repvgg "
+                "blocks have 3×3 convolutions and nothing between them; give (3,) and "
+                "False"
+            )
 
     @property
     def max_depth(self) -> int:
@@ -75,6 +83,8 @@ class StageSpace:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StemSpace:
     """The fixed layers before the stages: a 3×3 convolution and, if asked, one block.
+
+    Before `repvgg` stages the convolution is trained as several branches, too.
 
     `block_channels` is the width of an expand-1 block after the convolution (block 0 of
     MobileNetV3), or None for no such block.
@@ -88,10 +98,13 @@ class StemSpace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSpace:
-    """The fixed layers after the stages: expand, mean pool, mix, classify."""
+    """The fixed layers after the stages: expand, mean pool, mix, classify.
 
-    expand_channels: int
-    feature_channels: int
+    `expand_channels` and `feature_channels` are None for no such layer.
+    """
+
+    expand_channels: int | None
+    feature_channels: int | None
     activation: Activation
     class_count: int
 

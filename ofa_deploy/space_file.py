@@ -115,8 +115,8 @@ def _decode_head(node: JsonNode) -> HeadSpace:
         "expand_channels", "feature_channels", "activation", "class_count"
     )
     return HeadSpace(
-        expand_channels=_channels(entries["expand_channels"]),
-        feature_channels=_channels(entries["feature_channels"]),
+        expand_channels=entries["expand_channels"].optional(_channels),
+        feature_channels=entries["feature_channels"].optional(_channels),
         activation=entries["activation"].choice(get_args(Activation)),
         class_count=entries["class_count"].integer(minimum=2, maximum=MAX_CLASSES),
     )

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ofa_deploy.cli import bundles, measuring
+from ofa_deploy.cli import bundles, measuring, shrinking
 from ofa_deploy.cli import train as training
 from ofa_deploy.cli.outputs import require_folder
 from ofa_deploy.cli.progress import StageBar
@@ -234,6 +234,61 @@ def specialize(
             seed=seed,
             reporter=bar,
             told=lambda rows: show_feasibility(console, rows),
+        )
+    show_bundle_json(bundle) if as_json else show_bundle(_console, bundle)
+
+
+@app.command()
+def shrink(
+    model: Annotated[
+        str,
+        typer.Option(help="What builds your network, such as net.py:build. It is run."),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder, .zip or .npz of labelled images.")
+    ],
+    latency_ms: Annotated[float, typer.Option(help="Budget in milliseconds.")],
+    out: Out,
+    weights: Annotated[
+        Path | None, typer.Option(help="Its weights, as .safetensors.")
+    ] = None,
+    device: Device = "openvino-cpu",
+    method: Annotated[str, typer.Option(help="How: pas.")] = "pas",
+    search_epochs: Annotated[
+        int, typer.Option(min=1, help="Passes while widths are searched.")
+    ] = 10,
+    finetune_epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over what was found.")
+    ] = 30,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoints; the same command goes on from it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shrink a network of your own to a budget on this machine."""
+    from ofa_deploy.api import specialize as run
+
+    console = _no_console if as_json else _console
+    network = shrinking.load_model(model, weights)
+    with StageBar(console) as bar:
+        bundle = run(
+            device,
+            model=network,
+            method=method,
+            data=data,
+            out=out,
+            latency_ms=latency_ms,
+            eval_data=eval_data,
+            recipe=shrinking.recipe(search_epochs, finetune_epochs),
+            work=work,
+            reporter=bar,
+            training_told=lambda stage, progress: bar.show_below(
+                shrinking.drawn(progress)
+            ),
         )
     show_bundle_json(bundle) if as_json else show_bundle(_console, bundle)
 

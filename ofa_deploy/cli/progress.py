@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -18,6 +19,18 @@ from rich.progress import (
 from ofa_deploy.dataset import ImageSet, load_images
 
 
+class _Bars(Progress):
+    """Bars with something below them."""
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See `rich.progress.Progress`."""
+        yield self.make_tasks_table(self.tasks)
+        if self.below is not None:
+            yield self.below
+
+
 class StageBar:
     """One bar per stage, with what is left of it; a pipeline `Reporter`.
 
@@ -26,7 +39,7 @@ class StageBar:
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _Bars(
             SpinnerColumn(),
             # A stage's name may hold a file's, and "[/x]" in it is no markup.
             TextColumn("{task.description}", markup=False),
@@ -49,7 +62,8 @@ class StageBar:
         self._progress.stop()
 
     def begin(self, stage: str) -> None:
-        """Start a stage's bar in place of the last one's."""
+        """Start a stage's bar in place of the last one's, and nothing below it."""
+        self._progress.below = None
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(stage, total=None, count="")
@@ -61,6 +75,10 @@ class StageBar:
             self._progress.update(
                 self._task, completed=done, total=total, count=f"{done}/{total}"
             )
+
+    def show_below(self, content: RenderableType) -> None:
+        """Show something below the bar, until the stage ends."""
+        self._progress.below = content
 
     def advance_stage(self, stage: str, done: int, total: int) -> None:
         """Move a stage's bar, starting it where it is new."""

@@ -18,7 +18,7 @@ from ofa_deploy.errors import (
     SpaceError,
     TrainingError,
 )
-from ofa_deploy.families import mbv3
+from ofa_deploy.families import mbv3, repvgg
 from ofa_deploy.manifest import MAX_THREADS
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
@@ -29,7 +29,12 @@ from profilers.json_reader import read_json
 if TYPE_CHECKING:
     from ofa_deploy.train.progressive import ProgressiveTraining, TrainingProgress
 
-SPACE_NAMES = ("mbv3-small", "mbv3-imagenet-w1.0", "mbv3-imagenet-w1.2")
+SPACE_NAMES = (
+    "mbv3-small",
+    "mbv3-imagenet-w1.0",
+    "mbv3-imagenet-w1.2",
+    "repvgg-small",
+)
 
 
 def named_space(name: str, *, class_count: int | None = None) -> SearchSpace:
@@ -39,6 +44,8 @@ def named_space(name: str, *, class_count: int | None = None) -> SearchSpace:
     """
     if name == "mbv3-small":
         return mbv3.small(class_count=class_count or 10)
+    if name == "repvgg-small":
+        return repvgg.small(class_count=class_count or 10)
     if name in SPACE_NAMES:
         width = float(name.rsplit("w", 1)[1])
         return mbv3.imagenet(width=width, class_count=class_count or 1000)

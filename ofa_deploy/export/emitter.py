@@ -11,6 +11,7 @@ from ofa_deploy.layers import (
     Layer,
     LinearLayer,
     PoolLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 
@@ -29,6 +30,8 @@ class Emitter(ABC, Generic[Value]):
         return self.add_sum(block, value, entered) if block.residual else value
 
     def _add_layer(self, layer: Layer, value: Value) -> Value:
+        if isinstance(layer, RepConvLayer):
+            return self.add_rep_conv(layer, value)
         if isinstance(layer, ConvLayer):
             return self.add_conv(layer, value)
         if isinstance(layer, SqueezeExciteLayer):
@@ -40,6 +43,10 @@ class Emitter(ABC, Generic[Value]):
     @abstractmethod
     def add_conv(self, layer: ConvLayer, value: Value) -> Value:
         """Add a convolution with its batch norm and activation."""
+
+    def add_rep_conv(self, layer: RepConvLayer, value: Value) -> Value:
+        """Add a convolution of several branches, merged."""
+        return self.add_conv(layer.merged, value)
 
     @abstractmethod
     def add_gate(self, layer: SqueezeExciteLayer, value: Value) -> Value:

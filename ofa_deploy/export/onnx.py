@@ -24,6 +24,7 @@ from ofa_deploy.layers import (
     LayerActivation,
     LinearLayer,
     PoolLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 from ofa_deploy.materialise import Weights, fused_shapes
@@ -64,7 +65,7 @@ def emit_network(
     graph.add("Identity", [value], OUTPUT_NAME)
     shape = [batch or "N", IMAGE_CHANNELS, plan.resolution, plan.resolution]
     return graph.serialise(
-        name=plan.config.id,
+        name=plan.name,
         input_shape=shape,
         output_shape=[batch or "N", plan.class_count],
     )
@@ -162,11 +163,46 @@ class OnnxGraph(Emitter[str]):
             pads=[padding] * 4,
             group=layer.groups,
         )
-        if layer.batch_norm and self._form == "unfused":
-            value = self._add_batch_norm(name, value)
-        elif layer.batch_norm and self._form == "statistics":
-            value = self._add_batch_statistics(name, layer.out_channels, value)
+        if layer.batch_norm:
+            value = self._add_norm(name, layer.out_channels, value)
         return self._add_activation(name, layer.activation, value)
+
+    def add_rep_conv(self, layer: RepConvLayer, value: str) -> str:
+        """See `Emitter`; unfused, every branch is there, with a norm of its own."""
+        if self._form == "fused":
+            return super().add_rep_conv(layer, value)
+        dense, point = (self.add_conv(branch, value) for branch in layer.branches)
+        total = self.add("Add", [dense, point], f"{layer.name}.branches")
+        if layer.identity_channels:
+            identity = self._add_identity(layer, value)
+            total = self.add("Add", [total, identity], f"{layer.name}.sum")
+        return self._add_activation(layer.name, layer.activation, total)
+
+    def _add_identity(self, layer: RepConvLayer, value: str) -> str:
+        """The input's own branch: the channels that both sides have, others zero."""
+        name, channels = layer.identity_name, layer.identity_channels
+        if layer.in_channels > channels:
+            bounds = {"first": 0, "last": channels, "axis": 1}
+            inputs = [
+                self.add_array(f"{name}.{part}", np.array([place], dtype=np.int64))
+                for part, place in bounds.items()
+            ]
+            value = self.add("Slice", [value, *inputs], f"{name}.prefix")
+        value = self._add_norm(name, channels, value)
+        if layer.out_channels > channels:
+            amounts = np.zeros(8, dtype=np.int64)
+            amounts[5] = layer.out_channels - channels  # behind the channels
+            pads = self.add_array(f"{name}.pads", amounts)
+            value = self.add("Pad", [value, pads], f"{name}.padded")
+        return value
+
+    def _add_norm(self, name: str, channels: int, value: str) -> str:
+        """A batch norm, if this form has any."""
+        if self._form == "unfused":
+            return self._add_batch_norm(name, value)
+        if self._form == "statistics":
+            return self._add_batch_statistics(name, channels, value)
+        return value
 
     def _add_activation(
         self, name: str, activation: LayerActivation, value: str

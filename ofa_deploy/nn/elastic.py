@@ -16,6 +16,7 @@ from ofa_deploy.layers import (
     ConvLayer,
     LayerActivation,
     LinearLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 
@@ -98,6 +99,41 @@ class ElasticConv(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return activate(x, layer.activation)
+
+
+class ElasticIdentity(nn.Module):
+    """The input itself, normalised: the third branch of a `RepConvLayer`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ElasticBatchNorm(channels)
+
+    def forward(self, x: Tensor, layer: RepConvLayer) -> Tensor:
+        """`(N, layer.out_channels, H, W)`: the channels of both sides, then zeros."""
+        channels = layer.identity_channels
+        passed = self.norm(x[:, :channels])
+        assert isinstance(passed, Tensor)
+        missing = layer.out_channels - channels
+        return F.pad(passed, (0, 0, 0, 0, 0, missing)) if missing else passed
+
+
+class ElasticRepConv(nn.Module):
+    """Branches cut to a `RepConvLayer`, summed, with the activation."""
+
+    def __init__(self, largest: RepConvLayer) -> None:
+        super().__init__()
+        dense, point = largest.branches
+        self.dense, self.point = ElasticConv(dense), ElasticConv(point)
+        channels = largest.identity_channels
+        self.identity = ElasticIdentity(channels) if channels else None
+
+    def forward(self, x: Tensor, layer: RepConvLayer) -> Tensor:
+        """Apply to `(N, layer.in_channels, in_size, in_size)`."""
+        dense, point = layer.branches
+        total: Tensor = self.dense(x, dense) + self.point(x, point)
+        if self.identity is not None:
+            total = total + self.identity(x, layer)
+        return activate(total, layer.activation)
 
 
 class ElasticSqueezeExcite(nn.Module):

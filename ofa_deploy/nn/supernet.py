@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.families.mbv3 import middle_channels
-from ofa_deploy.layers import ConvLayer, Layer, LinearLayer, PoolLayer
+from ofa_deploy.layers import ConvLayer, Layer, LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.elastic import (
     Classifier,
     ElasticConv,
+    ElasticRepConv,
     ElasticSqueezeExcite,
 )
 from ofa_deploy.plan import NetworkPlan, lower
@@ -61,16 +62,23 @@ class Supernet(nn.Module):
 def new_supernet(space: SearchSpace) -> Supernet:
     """An untrained supernet in the memory format that trains fastest on CPUs."""
     supernet = Supernet(space)
-    # Conv weights alone take the format; `nn.Module.to` has no typed overload for it.
-    for parameter in supernet.parameters():
+    store_channels_last(supernet)
+    return supernet
+
+
+def store_channels_last(network: nn.Module) -> None:
+    """Store convolutions' weights as they train fastest on CPUs."""
+    # These alone take the format; `nn.Module.to` has no typed overload for it.
+    for parameter in network.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(
                 memory_format=torch.channels_last
             )
-    return supernet
 
 
 def _build(layer: Layer) -> nn.Module | None:
+    if isinstance(layer, RepConvLayer):
+        return ElasticRepConv(layer)
     if isinstance(layer, ConvLayer):
         return ElasticConv(layer)
     if isinstance(layer, LinearLayer):
@@ -98,6 +106,9 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
     keeps the channels that matter most. Channels are sorted only inside the segments
     that already trained widths cut, so that those widths keep their channels.
 
+    Blocks of the `repvgg` kind stay as they are: their identity branches tie channels
+    to those before and behind.
+
     Args:
         supernet: Changed in place.
         supported_expands: How many of each stage's largest expand ratios have been
@@ -109,6 +120,8 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
             continue
         number = block.name.split(".")[0].removeprefix("stage")
         stage = supernet.space.stages[int(number) - 1]
+        if stage.block == "repvgg":
+            continue
         widths = [
             middle_channels(block.in_channels, expand)
             for expand in stage.expands[::-1][:supported_expands]

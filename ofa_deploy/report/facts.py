@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import ERROR, LATENCY_MS, WEIGHT_BYTES
 from ofa_deploy.constraints import MEGABYTE
-from ofa_deploy.layers import BlockPlan, ConvLayer
+from ofa_deploy.layers import BlockPlan, ConvLayer, RepConvLayer
 from ofa_deploy.plan import all_blocks, lower
 from ofa_deploy.predict.block_costs import features, look_up_blocks
 from ofa_deploy.predict.latency import (
@@ -181,7 +181,11 @@ def _kernel(block: BlockPlan) -> int | None:
 
 
 def _convolutions(block: BlockPlan) -> Sequence[ConvLayer]:
-    return [layer for layer in block.layers if isinstance(layer, ConvLayer)]
+    run = [
+        layer.merged if isinstance(layer, RepConvLayer) else layer
+        for layer in block.layers
+    ]
+    return [layer for layer in run if isinstance(layer, ConvLayer)]
 
 
 def _describe(block: BlockPlan) -> str:

@@ -61,15 +61,13 @@ def bundle_report(
         front: Of the space.
     """
     space, config = predictor.space, network.config
-    measured, asked = network.measurement, network.constraints
     chosen = chosen_point(network)
     points = front_points(space, front)
     seen = left_out(space, table)
-    note = " · shared host: indicative" if measured.indicative else ""
     latency = [v for v in network.verdicts if v.constraint == "latency"]
     budget_ms = latency[0].limit if latency else None
     sections = [
-        _plot(
+        plot(
             "Accuracy over latency",
             "The predicted Pareto front, darker with more weights, and the chosen "
             "network as measured. Click a network to read its name.",
@@ -77,7 +75,50 @@ def bundle_report(
             + '<p id="picked"></p>',
         ),
         _predicted_section(predictor, table, seen, chosen),
-        _plot(
+        plot(
+            "Where the milliseconds go",
+            "What each block adds to this network, by the predictor; the line is what "
+            "it took when timed alone.",
+            draw_blocks(block_shares(predictor, table, config)),
+        ),
+        _staircase_section(predictor, table, config.resolution),
+        *measured_sections(network, table),
+    ]
+    return page(
+        f"{space.name} on {table.runtime.backend}",
+        config.id,
+        measured_cards(network),
+        sections,
+    )
+
+
+def measured_cards(network: VerifiedNetwork) -> list[tuple[str, str]]:
+    """What was measured of a network, in four figures."""
+    measured, least = network.measurement, binding(network.verdicts)
+    note = " · shared host: indicative" if measured.indicative else ""
+    return [
+        (f"{measured.quiet_ms:.4g} ms", f"measured, quiet state{note}"),
+        (f"{network.accuracy.value:.2%}", f"top-1, {network.accuracy.kind}"),
+        (f"{network.exported.loaded_bytes / 1e6:.3g} MB", "model file"),
+        (
+            f"{1 - least.used_share:.1%}",
+            f"room to the binding limit: {least.constraint}",
+        ),
+    ]
+
+
+def measured_sections(network: VerifiedNetwork, table: LatencyTable) -> list[str]:
+    """How a network was shown to keep its limits.
+
+    Args:
+        network: Verified.
+        table: What it was chosen by.
+    """
+    measured, asked = network.measurement, network.constraints
+    latency = [v for v in network.verdicts if v.constraint == "latency"]
+    budget_ms = latency[0].limit if latency else None
+    return [
+        plot(
             "All timed runs",
             f"{len(measured.samples_ns):,} runs in {measured.process_count} fresh "
             "processes, whatever state the machine was in.",
@@ -88,13 +129,6 @@ def bundle_report(
                 budget_text=f"{asked.latency_label}: {budget_ms or 0:.4g} ms",
             ),
         ),
-        _plot(
-            "Where the milliseconds go",
-            "What each block adds to this network, by the predictor; the line is what "
-            "it took when timed alone.",
-            draw_blocks(block_shares(predictor, table, config)),
-        ),
-        _staircase_section(predictor, table, config.resolution),
         _table(
             "Verdicts",
             [_verdict_row(v, asked.latency_label) for v in network.verdicts],
@@ -141,17 +175,6 @@ def bundle_report(
         _table("Conditions", _conditions(measured.conditions)),
         _table("Device and table", _device(table)),
     ]
-    least = binding(network.verdicts)
-    cards = [
-        (f"{measured.quiet_ms:.4g} ms", f"measured, quiet state{note}"),
-        (f"{network.accuracy.value:.2%}", f"top-1, {network.accuracy.kind}"),
-        (f"{network.exported.loaded_bytes / 1e6:.3g} MB", "model file"),
-        (
-            f"{1 - least.used_share:.1%}",
-            f"room to the binding limit: {least.constraint}",
-        ),
-    ]
-    return _page(f"{space.name} on {table.runtime.backend}", config.id, cards, sections)
 
 
 def front_report(
@@ -162,7 +185,7 @@ def front_report(
     points = front_points(space, front)
     fastest, best = points[0], points[-1]
     sections = [
-        _plot(
+        plot(
             "Accuracy over latency",
             "The predicted Pareto front, darker with more weights. Click a network to "
             "read its name.",
@@ -178,7 +201,7 @@ def front_report(
         (f"{fastest.latency_ms:.4g} ms", f"fastest, {fastest.accuracy:.2%}"),
         (f"{best.accuracy:.2%}", f"most accurate, {best.latency_ms:.4g} ms"),
     ]
-    return _page(
+    return page(
         f"{space.name} on {table.runtime.backend}",
         "predicted; a bundle's file is measured",
         cards,
@@ -193,7 +216,7 @@ def _predicted_section(
     chosen: ChosenPoint | None,
 ) -> str:
     residuals = predictor.residuals
-    return _plot(
+    return plot(
         "Predicted against measured",
         f"{len(table.networks)} networks, each predicted without its own measurement: "
         f"off by {residuals.rms:.1%} (root mean square). Dashed: the 95 % interval.",
@@ -214,7 +237,7 @@ def _staircase_section(
     lines = width_lines(predictor.space, table, resolution=resolution)
     if not lines:
         return ""
-    return _plot(
+    return plot(
         "Channel staircase",
         f"Blocks timed alone at {resolution}×{resolution} images, by their width. "
         "Orange: a wider one costs no more.",
@@ -281,7 +304,8 @@ def _megabytes(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4g} MB"
 
 
-def _plot(title: str, text: str, content: str) -> str:
+def plot(title: str, text: str, content: str) -> str:
+    """A section with a picture; title and text are escaped, the content is markup."""
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{content}</section>"
 
 
@@ -295,12 +319,20 @@ def _table(title: str, rows: Rows) -> str:
     return f"<section><h2>{escape(title)}</h2><table>{cells}</table></section>"
 
 
-def _page(
+def page(
     title: str,
     subtitle: str,
     cards: Sequence[tuple[str, str]],
     sections: Sequence[str],
 ) -> str:
+    """The whole page.
+
+    Args:
+        title: At the top.
+        subtitle: Below it.
+        cards: Figures, each with its label.
+        sections: Markup.
+    """
     folder = files("ofa_deploy.report")
     style, script = (
         (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")

@@ -7,7 +7,7 @@ the position are the whole state.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from ofa_deploy.errors import TrainingError
 from profilers.files import write_atomically
 
 FORMAT_VERSION = "1"
-_MOMENTUM = "momentum/"
+_MOMENTUM, _EXTRA = "momentum/", "extra/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +42,26 @@ class Position:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint:
-    """Position, weights by name, and momentum by parameter name."""
+    """Position, weights by name, and momentum by parameter name.
+
+    `extra` is what else a method keeps from step to step, by names of its own.
+    """
 
     position: Position
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Save a run's state."""
     tensors = {k: v.detach().contiguous() for k, v in checkpoint.weights.items()}
-    for name, tensor in checkpoint.momentum.items():
-        tensors[_MOMENTUM + name] = tensor.detach().contiguous()
+    for prefix, others in (
+        (_MOMENTUM, checkpoint.momentum),
+        (_EXTRA, checkpoint.extra),
+    ):
+        for name, tensor in others.items():
+            tensors[prefix + name] = tensor.detach().contiguous()
     metadata = {
         "format_version": FORMAT_VERSION,
         "position": json.dumps(asdict(checkpoint.position), sort_keys=True),
@@ -84,13 +92,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     return Checkpoint(
         position=position,
-        weights={k: v for k, v in tensors.items() if not k.startswith(_MOMENTUM)},
-        momentum={
-            k.removeprefix(_MOMENTUM): v
-            for k, v in tensors.items()
-            if k.startswith(_MOMENTUM)
+        weights={
+            k: v for k, v in tensors.items() if not k.startswith((_MOMENTUM, _EXTRA))
         },
+        momentum=_under(tensors, _MOMENTUM),
+        extra=_under(tensors, _EXTRA),
     )
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 
@@ -25,9 +26,16 @@ class TrainingImages:
     Args:
         data: All images; the recipe's share of them is held out.
         recipe: Batch size, padding, validation share and seed.
+        normalisation: Of the network's inputs; None measures the training images.
     """
 
-    def __init__(self, data: ImageSet, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        data: ImageSet,
+        recipe: Recipe,
+        *,
+        normalisation: Normalisation | None = None,
+    ) -> None:
         self.training, self.validation = split_validation(
             data, fraction=recipe.validation_fraction
         )
@@ -42,13 +50,31 @@ class TrainingImages:
                 f"{len(self.training)} training images are fewer than one batch of "
                 f"{recipe.batch_size}"
             )
-        self.normalisation: Normalisation = measure_normalisation(self.training.images)
+        self.normalisation: Normalisation = normalisation or measure_normalisation(
+            self.training.images
+        )
         self.sha256 = _digest(data)
         self._recipe = recipe
         self._images = torch.from_numpy(
             np.ascontiguousarray(self.training.images.transpose(0, 3, 1, 2))
         )
         self._labels = torch.from_numpy(self.training.labels)
+
+    def for_recipe(self, recipe: Recipe) -> TrainingImages:
+        """The same images, augmented and batched as another recipe says.
+
+        Raises:
+            TrainingError: It holds out another share of them.
+        """
+        if recipe.validation_fraction != self._recipe.validation_fraction:
+            raise TrainingError(
+                f"validation_fraction={recipe.validation_fraction} after "
+                f"{self._recipe.validation_fraction}; trainings of one network hold "
+                "out the same images"
+            )
+        other = copy.copy(self)
+        other._recipe = recipe
+        return other
 
     @property
     def batches_per_epoch(self) -> int:

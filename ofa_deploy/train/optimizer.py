@@ -1,6 +1,6 @@
-"""The optimiser of a supernet: Muon for the dense convolutions, SGD for the rest.
+"""The optimiser of a network: Muon for the dense convolutions, SGD for the rest.
 
-Over a few epochs Muon brought the full network much further than SGD alone did. Source:
+Over a few epochs Muon brought full networks much further than SGD alone did. Source:
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024;
 `torch.optim.Muon` implements it for matrices, as which convolution weights are seen
 here.
@@ -8,26 +8,36 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.elastic import ElasticConv
-from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.train.recipe import Recipe
 
 
-class SupernetOptimizer:
-    """Steps all parameters of a supernet.
+class HybridOptimizer:
+    """Steps all parameters of a supernet, or of any other network.
 
     Args:
-        supernet: Whose parameters; they must keep their storage from now on.
+        network: Whose parameters; they must keep their storage from now on. Weights of
+            dense convolutions are stored channels-last.
         recipe: Momentum, weight decay and the ratio of the two rates.
+        rates: Of parameters that have a rate of their own, which no schedule changes
+            and no decay pulls at, by name.
     """
 
-    def __init__(self, supernet: Supernet, recipe: Recipe) -> None:
-        dense = _dense_weights(supernet)
-        self._parameters = dict(supernet.named_parameters())
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        *,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        dense = _dense_weights(network)
+        self._parameters = dict(network.named_parameters())
         self._matrices = {
             name: nn.Parameter(_as_matrix(self._parameters[name].data))
             for name in dense
@@ -36,21 +46,29 @@ class SupernetOptimizer:
             if matrix.data_ptr() != self._parameters[name].data_ptr():
                 raise TrainingError(f"{name} is not stored channels-last")
         self._rate_ratio = recipe.muon_rate_ratio
-        self._muon = torch.optim.Muon(
-            self._matrices.values(),
-            lr=1.0,
-            weight_decay=recipe.muon_weight_decay,
-            momentum=recipe.muon_momentum,
+        # Of no parameters there is no optimiser.
+        self._muon = (
+            torch.optim.Muon(
+                self._matrices.values(),
+                lr=1.0,
+                weight_decay=recipe.muon_weight_decay,
+                momentum=recipe.muon_momentum,
+            )
+            if self._matrices
+            else None
         )
         self._sgd = _sgd(
-            {k: v for k, v in self._parameters.items() if k not in dense}, recipe
+            {k: v for k, v in self._parameters.items() if k not in dense},
+            recipe,
+            rates=rates or {},
         )
 
     def set_learning_rate(self, rate: float) -> None:
         """Set SGD's rate, and Muon's in the recipe's ratio to it."""
         for group in self._sgd.param_groups:
-            group["lr"] = rate
-        for group in self._muon.param_groups:
+            if not group["fixed"]:
+                group["lr"] = rate
+        for group in () if self._muon is None else self._muon.param_groups:
             group["lr"] = rate * self._rate_ratio
 
     def zero_grad(self) -> None:
@@ -63,7 +81,8 @@ class SupernetOptimizer:
         for name, matrix in self._matrices.items():
             gradient = self._parameters[name].grad
             matrix.grad = None if gradient is None else _as_matrix(gradient)
-        self._muon.step()  # type: ignore[no-untyped-call]
+        if self._muon is not None:
+            self._muon.step()  # type: ignore[no-untyped-call]
         self._sgd.step()
 
     def momentum(self) -> dict[str, Tensor]:
@@ -85,22 +104,30 @@ class SupernetOptimizer:
     def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
         owners: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {}
         for name, parameter in self._parameters.items():
-            if name in self._matrices:
+            if self._muon is not None and name in self._matrices:
                 owners[name] = (self._muon, self._matrices[name])
             else:
                 owners[name] = (self._sgd, parameter)
         return owners
 
 
-def _dense_weights(supernet: Supernet) -> frozenset[str]:
+def _dense_weights(network: nn.Module) -> frozenset[str]:
     """Names of the weights that Muon steps: of normalised, ungrouped convolutions."""
     return frozenset(
         f"{name}.weight"
-        for name, module in supernet.named_modules()
-        if isinstance(module, ElasticConv)
-        and module.norm is not None
+        for name, module in network.named_modules()
+        if _is_normalised(module)
+        and isinstance(module.weight, Tensor)
         and module.weight.shape[1] > 1
     )
+
+
+def _is_normalised(module: nn.Module) -> bool:
+    """Whether a module is a convolution with a batch norm behind it."""
+    if isinstance(module, ElasticConv):
+        return module.norm is not None
+    # A bias would be for nothing before a batch norm.
+    return isinstance(module, nn.Conv2d) and module.bias is None and module.groups == 1
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -108,18 +135,30 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _sgd(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.SGD:
+def _sgd(
+    parameters: Mapping[str, nn.Parameter],
+    recipe: Recipe,
+    *,
+    rates: Mapping[str, float],
+) -> torch.optim.SGD:
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, parameter in parameters.items():
+        if name in rates:
+            continue
         # Decay would pull the kernel transforms from identity towards zero.
         exempt = parameter.ndim == 1 or "transform" in name
         (plain if exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay, "fixed": False},
+        {"params": plain, "weight_decay": 0.0, "fixed": False},
+    ]
+    groups += [
+        {"params": [parameters[name]], "weight_decay": 0.0, "lr": rate, "fixed": True}
+        for name, rate in rates.items()
+    ]
     return torch.optim.SGD(
-        [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
+        groups,
         lr=1.0,
         momentum=recipe.momentum,
         nesterov=True,

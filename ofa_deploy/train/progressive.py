@@ -42,8 +42,8 @@ from ofa_deploy.train.evaluate import (
     recalibrate_supernet,
 )
 from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.optimizer import SupernetOptimizer
-from ofa_deploy.train.recipe import Phase, Recipe, restrict
+from ofa_deploy.train.optimizer import HybridOptimizer
+from ofa_deploy.train.recipe import Phase, Recipe, learning_rate, restrict
 from profilers.files import write_atomically
 from profilers.json_reader import read_json
 
@@ -180,7 +180,7 @@ class ProgressiveTraining:
         self._phase_index = 0
         self._step = 0
         self._accuracies: dict[str, float] = {}
-        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
+        self._optimizer = HybridOptimizer(self.supernet, self.recipe)
         self._open_folder()
 
     # -- state -----------------------------------------------------------------
@@ -248,7 +248,7 @@ class ProgressiveTraining:
             ) from error
         self._phase_index, self._step = position.phase, position.step
         self._elapsed_before_s = position.elapsed_s
-        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
+        self._optimizer = HybridOptimizer(self.supernet, self.recipe)
         self._optimizer.restore_momentum(checkpoint.momentum)
         self._teachers = self._load_teachers()
 
@@ -325,7 +325,7 @@ class ProgressiveTraining:
         """Do what happens once before a phase's first step, and save."""
         self._phase_index, self._step = index, 0
         self._teachers = self._load_teachers()
-        self._optimizer = SupernetOptimizer(self.supernet, self.recipe)
+        self._optimizer = HybridOptimizer(self.supernet, self.recipe)
         if index < len(self.recipe.phases):
             phase = self.recipe.phases[index]
             if phase.sorted_expands is not None:
@@ -400,7 +400,7 @@ class ProgressiveTraining:
             self._phase_index, step, resolution=resolution, rng=rng
         )
         soft_targets = self._teach(inputs, resolution) if phase.distill else None
-        rate = _learning_rate(phase, step / self.steps_per_epoch)
+        rate = learning_rate(phase, step / self.steps_per_epoch)
         self._optimizer.set_learning_rate(rate)
         self._optimizer.zero_grad()
         total = 0.0
@@ -496,15 +496,6 @@ def _sample(
     ends = [space.largest(), space.smallest()] if phase.sandwich else []
     rows = space.sample(phase.subnet_count - len(ends), rng)
     return [*ends, *map(space.decode, rows)]
-
-
-def _learning_rate(phase: Phase, epoch: float) -> float:
-    """Linear warm-up from a fifth of the peak, then a cosine to zero."""
-    peak, warmup = phase.peak_learning_rate, phase.warmup_epochs
-    if epoch < warmup:
-        return peak * (0.2 + 0.8 * epoch / warmup)
-    share = (epoch - warmup) / (phase.epochs - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _step_cost(phase: Phase) -> float:

@@ -240,3 +240,17 @@ def restrict(space: SearchSpace, phase: Phase) -> SearchSpace:
         for stage in space.stages
     )
     return replace(space, stages=stages)
+
+
+def learning_rate(phase: Phase, epoch: float) -> float:
+    """Linear warm-up from a fifth of the peak, then a cosine to zero.
+
+    Args:
+        phase: Whose rate.
+        epoch: Of the phase, from 0.
+    """
+    peak, warmup = phase.peak_learning_rate, phase.warmup_epochs
+    if epoch < warmup:
+        return peak * (0.2 + 0.8 * epoch / warmup)
+    share = (epoch - warmup) / (phase.epochs - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))

@@ -75,3 +75,11 @@ def test_a_supernet_is_trained_and_specialised(cache: Path, tmp_path: Path) -> N
     words = ("--out", tmp_path / "mine", "--epochs-scale", "0.1")
     shown = run("train_your_own.py", *words, cache=cache)
     assert f"{tmp_path / 'mine' / 'bundle'}: " in shown
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_is_shrunk(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    words = ("--out", tmp_path / "mine", "--latency-ms", "100")
+    shown = run("shrink_your_own.py", *words, cache=cache)
+    assert f"{tmp_path / 'mine'}: " in shown

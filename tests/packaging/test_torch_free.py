@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TORCH_HALF = ("ofa_deploy.nn", "ofa_deploy.train")
+TORCH_HALF = ("ofa_deploy.nn", "ofa_deploy.shrink", "ofa_deploy.train")
 
 # Prints the first module whose import brings torch in, or nothing.
 PROBE = """

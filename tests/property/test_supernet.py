@@ -265,6 +265,7 @@ def active_masks(plan: NetworkPlan) -> dict[str, tuple[slice, ...]]:
             masks[f"{layer.name}.expand.weight"] = (channels, middle)
             masks[f"{layer.name}.expand.bias"] = (channels,)
         else:
+            assert isinstance(layer, ConvLayer)
             border = (layer.kernels[-1] - layer.kernel) // 2
             # 7 -> 5 -> 3 reads the whole centre of 5, whatever comes after.
             border = min(border, 1)

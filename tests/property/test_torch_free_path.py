@@ -20,7 +20,7 @@ from ofa_deploy.export.onnx import (
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.exporting import compare_exported, export_network
 from ofa_deploy.families import mbv3
-from ofa_deploy.fuse import BATCH_NORM_EPS, fold_batch_norm, fuse
+from ofa_deploy.fuse import BATCH_NORM_EPS, BatchNorm, fuse
 from ofa_deploy.layers import ConvLayer
 from ofa_deploy.materialise import Weights, materialise
 from ofa_deploy.nn.elastic import BATCH_NORM_EPS as TORCH_EPS
@@ -186,9 +186,8 @@ def test_folding_gives_what_the_batch_norm_gives() -> None:
     weight = rng.standard_normal((4, 3, 1, 1), dtype=np.float32)
     gamma, beta, mean = (rng.standard_normal(4, dtype=np.float32) for _ in range(3))
     variance = rng.uniform(0.1, 3, 4).astype(np.float32)
-    fused, bias = fold_batch_norm(
-        weight, gamma=gamma, beta=beta, mean=mean, variance=variance
-    )
+    norm = BatchNorm(gamma=gamma, beta=beta, mean=mean, variance=variance)
+    fused, bias = norm.fold(weight)
     pixel = rng.standard_normal(3, dtype=np.float32)
     convolved = weight[:, :, 0, 0] @ pixel
     normed = gamma * (convolved - mean) / np.sqrt(variance + 1e-5) + beta
@@ -199,7 +198,7 @@ def test_folding_another_number_of_channels_is_refused() -> None:
     four = np.ones(4, dtype=np.float32)
     weight = np.ones((5, 3, 1, 1), dtype=np.float32)
     with pytest.raises(ValueError, match=r"^norm covers 4 channels, weight has 5$"):
-        fold_batch_norm(weight, gamma=four, beta=four, mean=four, variance=four)
+        BatchNorm(gamma=four, beta=four, mean=four, variance=four).fold(weight)
 
 
 def test_both_halves_use_one_epsilon() -> None:
@@ -281,7 +280,9 @@ def test_an_exported_network_is_checked_on_256_images(
         target=Target(backend=backend, threads=1),
         folder=tmp_path,
     )
-    parity = compare_exported(exported, supernet.calibration, supernet=supernet)
+    parity = compare_exported(
+        exported, supernet.calibration, normalisation=supernet.normalisation
+    )
     assert parity.image_count == 256
     assert parity.agrees
 

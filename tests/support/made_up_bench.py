@@ -11,7 +11,7 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import Confirmed
-from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.exporting import ExportedNetwork, NetworkFacts
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.predict.sizes import network_sizes
@@ -64,6 +64,8 @@ class MadeUpBench:
         quiet: Latency when confirmed.
         certified: Latency when certified, of the quiet one; by the number of networks
             certified before.
+        error_ratio: Standard error of a certified latency, as a share of it; by the
+            number of networks certified before.
         memory_mb: That is measured of a network.
         optimism: Predicted accuracies less measured ones; 0 where none is measured.
         broken: Ids of networks that the runtime fails on.
@@ -80,6 +82,7 @@ class MadeUpBench:
     constraints: Constraints
     quiet: Law
     certified: Callable[[int], float] = lambda count: 1.0
+    error_ratio: Callable[[int], float] = lambda count: 0.0
     memory_mb: Callable[[SubnetConfig], float] = lambda config: 1.0
     optimism: float = 0.0
     optimism_of: Callable[[int], float] | None = None
@@ -107,7 +110,7 @@ class MadeUpBench:
         self._fail_at("certify")
         latency_ms = self.quiet(config) * self.certified(len(self.tried))
         plan = lower(tiny.SPACE, config)
-        found = fresh(latency_ms)
+        found = fresh(latency_ms, error_ratio=self.error_ratio(len(self.tried)))
         (visit,) = found.visits
         measurement = replace(
             found,
@@ -129,8 +132,8 @@ class MadeUpBench:
         self.tried.append(
             VerifiedNetwork(
                 exported=ExportedNetwork(
-                    plan=plan,
-                    weights={},
+                    facts=NetworkFacts.of(plan),
+                    reference=lambda inputs: inputs,
                     target=TARGET,
                     folder=Path(),
                     model_file="model.onnx",

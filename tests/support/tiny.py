@@ -16,6 +16,7 @@ from ofa_deploy.layers import (
     Layer,
     LinearLayer,
     PoolLayer,
+    RepConvLayer,
     SqueezeExciteLayer,
 )
 from ofa_deploy.materialise import NORM_TENSORS, materialise
@@ -135,7 +136,23 @@ def _random_layer(layer: Layer, rng: np.random.Generator) -> dict[str, Floats]:
             "expand.weight": _dense((channels, middle, 1, 1), rng),
             "expand.bias": _around(0, channels, rng),
         }
+    if isinstance(layer, RepConvLayer):
+        return _random_branches(layer, rng)
     return _random_conv(layer, rng)
+
+
+def _random_branches(
+    layer: RepConvLayer, rng: np.random.Generator
+) -> dict[str, Floats]:
+    arrays = {
+        f"{branch.name}.{name}": array
+        for branch in layer.branches
+        for name, array in _random_conv(branch, rng).items()
+    }
+    if layer.identity_channels:
+        for name, array in _random_norm(layer.identity_channels, rng).items():
+            arrays[f"{layer.identity_name}.{name}"] = array
+    return {name.removeprefix(f"{layer.name}."): a for name, a in arrays.items()}
 
 
 def _random_conv(layer: ConvLayer, rng: np.random.Generator) -> dict[str, Floats]:
@@ -146,12 +163,15 @@ def _random_conv(layer: ConvLayer, rng: np.random.Generator) -> dict[str, Floats
         matrix = np.eye(size, dtype=np.float32) + 0.1 * noise
         arrays[f"transform_{larger}to{smaller}"] = matrix
     if layer.batch_norm:
-        channels = layer.out_channels
-        centres = {"gamma": 1.0, "beta": 0.0, "mean": 0.0, "variance": 1.0}
-        for name in NORM_TENSORS:
-            tensor = _around(centres[name], channels, rng)
-            arrays[f"norm.{name}"] = tensor
+        arrays |= _random_norm(layer.out_channels, rng)
     return arrays
+
+
+def _random_norm(channels: int, rng: np.random.Generator) -> dict[str, Floats]:
+    centres = {"gamma": 1.0, "beta": 0.0, "mean": 0.0, "variance": 1.0}
+    return {
+        f"norm.{name}": _around(centres[name], channels, rng) for name in NORM_TENSORS
+    }
 
 
 def _dense(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:

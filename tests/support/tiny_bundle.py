@@ -10,7 +10,6 @@ from ofa_deploy.exporting import compare_exported, export_network
 from ofa_deploy.manifest import (
     Manifest,
     MeasuredLatency,
-    NetworkCost,
 )
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import LatencyEstimate
@@ -47,11 +46,13 @@ def write_bundle(
             target=Target(backend=backend, threads=1),
             folder=folder,
         )
-        parity = compare_exported(exported, supernet.calibration, supernet=supernet)
+        parity = compare_exported(
+            exported, supernet.calibration, normalisation=supernet.normalisation
+        )
         (folder / "latency_samples.json").write_text("[]\n")
         manifest = Manifest(
             created_at="2026-01-31T12:00:00+00:00",
-            config_id=plan.config.id,
+            config_id=plan.name,
             space_name=plan.space_name,
             supernet_sha256="0" * 64,
             constraints=Constraints(latency_ms=2.0),
@@ -97,11 +98,7 @@ def write_bundle(
                 kind="predicted", value=0.9, low=0.88, high=0.92, image_count=1000
             ),
             parity=parity,
-            cost=NetworkCost(
-                mac_count=plan.mac_count,
-                parameter_count=plan.parameter_count,
-                peak_activation_bytes=plan.peak_activation_bytes,
-            ),
+            cost=plan.cost,
             versions={"ofa-deploy": "0.1.0"},
         )
         write_manifest(folder, manifest)

@@ -411,7 +411,7 @@ def test_an_unknown_space_is_refused(data: Path, tmp_path: Path, run: Run) -> No
     assert_refused(
         train(run, data, tmp_path / "run", "--space", "huge"),
         "'huge' is neither a space (mbv3-small, mbv3-imagenet-w1.0, "
-        "mbv3-imagenet-w1.2) nor a .json file",
+        "mbv3-imagenet-w1.2, repvgg-small) nor a .json file",
     )
 
 

@@ -349,6 +349,18 @@ def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
     assert found.verdict("latency").used_share > 0.8
 
 
+def test_a_file_that_was_given_up_does_not_frighten_off_the_next() -> None:
+    # The bound of two processes is Student's: a spread of a percent makes it huge.
+    device = bench(
+        Constraints(latency_ms=budget_at(0.6)),
+        certified=lambda count: 1.05 if count == 0 else 1.0,
+    )
+    device.error_ratio = lambda count: 0.3 if count == 0 else 0.0
+    found = run(device)
+    assert found.met
+    assert found.verdict("latency").used_share > 0.85
+
+
 def test_time_does_not_end_a_call_that_has_shown_nothing() -> None:
     device = bench(
         Constraints(latency_ms=budget_at(0.6)),

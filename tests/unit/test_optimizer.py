@@ -12,7 +12,7 @@ from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet
 from ofa_deploy.plan import lower
 from ofa_deploy.space import SubnetConfig
-from ofa_deploy.train.optimizer import SupernetOptimizer
+from ofa_deploy.train.optimizer import HybridOptimizer
 from tests.support import tiny
 from tests.support.train_tiny import RECIPE
 
@@ -22,11 +22,11 @@ STILL = replace(RECIPE, weight_decay=0.0, muon_weight_decay=0.0)
 
 def after_one_step(
     config: SubnetConfig,
-) -> tuple[SupernetOptimizer, dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[HybridOptimizer, dict[str, Tensor], dict[str, Tensor]]:
     """The optimiser, and all parameters before and after a step on one network."""
     torch.manual_seed(0)
     supernet = new_supernet(tiny.SPACE)
-    optimizer = SupernetOptimizer(supernet, STILL)
+    optimizer = HybridOptimizer(supernet, STILL)
     before = {k: v.detach().clone() for k, v in supernet.named_parameters()}
     size = config.resolution
     logits = supernet(torch.randn(8, 3, size, size), lower(tiny.SPACE, config))
@@ -74,7 +74,7 @@ def test_a_dense_weight_moves_by_a_nearly_orthogonal_matrix() -> None:
 
 def test_momentum_moves_to_another_optimiser_unchanged() -> None:
     optimizer, _, _ = after_one_step(tiny.SPACE.largest())
-    other = SupernetOptimizer(new_supernet(tiny.SPACE), STILL)
+    other = HybridOptimizer(new_supernet(tiny.SPACE), STILL)
     assert other.momentum() == {}
     other.restore_momentum(optimizer.momentum())
     assert other.momentum().keys() == optimizer.momentum().keys()
@@ -84,4 +84,4 @@ def test_momentum_moves_to_another_optimiser_unchanged() -> None:
 
 def test_weights_that_are_not_channels_last_are_refused() -> None:
     with pytest.raises(TrainingError, match="is not stored channels-last"):
-        SupernetOptimizer(Supernet(tiny.SPACE), STILL)
+        HybridOptimizer(Supernet(tiny.SPACE), STILL)

@@ -266,7 +266,8 @@ def plan_of(*layers: Layer, in_channels: int, residual: bool) -> NetworkPlan:
     )
     return NetworkPlan(
         space_name="by hand",
-        config=tiny.SPACE.smallest(),
+        name="by hand",
+        resolution=4,
         blocks=(block,),
         class_count=3,
     )

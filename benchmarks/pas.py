@@ -1,0 +1,603 @@
+"""Pruning-as-Search on CIFAR-10: dense, pruned by MACs, by milliseconds, and uniform.
+
+Trainings take hours, so each stage is a command of its own, which goes on where it was
+stopped and leaves its weights (float16) and log in the repository; the last one
+measures and publishes. In this order:
+
+    dense           the network that everything else is made from
+    macs            half of its MACs, by Pruning-as-Search
+    scale           the uniform width that takes as long on OpenVINO as what came of it
+    uniform         that network, trained from nothing for as long as the two above
+    milliseconds    Pruning-as-Search again, by OpenVINO's latency, through `specialize`
+    report          everything measured, and the section of RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from branched_litert import emit_branched
+from inputs import add_data, add_work, console, new_parser, read_test_images
+from numpy.typing import NDArray
+from report import Section
+from safetensors.numpy import load_file, save_file
+
+from ofa_deploy.api import specialize
+from ofa_deploy.bundle import Bundle
+from ofa_deploy.cli.progress import StageBar, load_with_progress
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
+from ofa_deploy.export.runtime_format import model_suffix
+from ofa_deploy.exporting import write_model
+from ofa_deploy.families import repvgg
+from ofa_deploy.families.mbv3 import make_divisible
+from ofa_deploy.fuse import fuse
+from ofa_deploy.nn.static import StaticNet
+from ofa_deploy.plan import NetworkPlan, lower
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
+from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import settle_counts
+from ofa_deploy.shrink.to_budget import (
+    HISTORY_FILE,
+    ShrinkRecipe,
+    finetune,
+    freeze,
+    search_widths,
+    top_channels,
+)
+from ofa_deploy.space import SearchSpace
+from ofa_deploy.target import Target
+from ofa_deploy.train.allocator import keep_freed_memory
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.precision import prefers_bf16
+from ofa_deploy.train.recipe import Phase, Recipe
+from profilers.backends import get_backend
+from profilers.measure import measure_models
+from profilers.measurement import MeasureSettings, ModelUnderTest
+
+HERE = Path(__file__).parent
+LOGS, WEIGHTS = HERE / "logs", HERE / "weights"
+RESOLUTION = 32
+DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 36, 8, 24
+TARGET_SHARE = 0.5
+# Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
+STEP = 8
+BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
+SETTINGS = MeasureSettings.certify(seed=5)
+# Bars.
+LEAST_DENSE, MOST_LOST, LEAST_WON = 0.925, 0.005, 0.005
+MOST_OFF_MACS, MOST_FUSE_ERROR, LEAST_RATIO = 0.02, 1e-5, 1.5
+BUDGET_SHARES = (0.95, 1.0)
+
+Weights = dict[str, NDArray[np.float32]]
+
+
+def space() -> SearchSpace:
+    """The family for 32×32 images, at that resolution alone."""
+    return replace(repvgg.small(), resolutions=(RESOLUTION,))
+
+
+def dense_plan() -> NetworkPlan:
+    """Its largest network."""
+    return lower(space(), space().largest())
+
+
+def recipe(
+    name: str, *, epochs: int, peak_learning_rate: float, cutmix_share: float = 0.25
+) -> Recipe:
+    """One cycle."""
+    phase = Phase(
+        name=name,
+        epochs=epochs,
+        warmup_epochs=min(2.0, epochs / 4),
+        peak_learning_rate=peak_learning_rate,
+        distill=False,
+        cutmix_share=cutmix_share,
+    )
+    return Recipe(phases=(phase,))
+
+
+def from_nothing(name: str, *, epochs: int) -> Recipe:
+    """As the dense network and the uniform one are trained."""
+    return recipe(name, epochs=epochs, peak_learning_rate=0.1)
+
+
+def shrink_recipe() -> ShrinkRecipe:
+    """Of both pruned networks."""
+    return ShrinkRecipe(
+        search=recipe("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
+        finetune=recipe("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+    )
+
+
+# -- what stages leave -----------------------------------------------------------------
+
+
+def keep(stage: str, arrays: dict[str, NDArray[Any]], *logs: Path) -> None:
+    """Put a stage's result where it is committed; weights as float16."""
+    WEIGHTS.mkdir(exist_ok=True)
+    halves = {
+        name: array.astype(np.float16) if array.dtype == np.float32 else array
+        for name, array in arrays.items()
+    }
+    save_file(halves, WEIGHTS / f"pas-{stage}.safetensors")
+    for log in logs:
+        shutil.copyfile(log, LOGS / f"pas-{stage}-{log.parent.name}.jsonl")
+
+
+def kept(stage: str) -> Weights:
+    """A stage's arrays, weights as float32."""
+    path = WEIGHTS / f"pas-{stage}.safetensors"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing; run the stage {stage!r} first")
+    arrays: dict[str, Any] = load_file(path)
+    return {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array
+        for name, array in arrays.items()
+    }
+
+
+class Lines:
+    """A line an epoch, besides the bar."""
+
+    def __init__(self, bar: StageBar) -> None:
+        self._bar, self._epoch = bar, 0
+
+    def __call__(self, stage: str, progress: LoopProgress) -> None:
+        """See `to_budget.Told`."""
+        self._bar.advance_stage(stage, progress.step, progress.steps)
+        if progress.epoch == self._epoch or progress.accuracy is None:
+            return
+        self._epoch = progress.epoch
+        print(
+            f"{stage}: epoch {progress.epoch} of {progress.epochs}, loss "
+            f"{progress.loss:.3f}, validation {progress.accuracy:.4f}, "
+            f"{progress.images_per_s:.0f} images/s, {progress.eta_s / 60:.0f} min left "
+            f"{[count for count, _ in progress.kept.values()]}",
+            flush=True,
+        )
+
+
+def train(
+    network: StaticNet, stage: str, data: ImageSet, settings: Recipe, work: Path
+) -> None:
+    """Train a network, and keep its weights and its log."""
+    folder = work / "pas" / stage
+    loop = TrainingLoop(
+        network,
+        images=TrainingImages(data, settings),
+        recipe=settings,
+        resolution=RESOLUTION,
+        folder=folder,
+        bf16=prefers_bf16(),
+    )
+    with StageBar(console) as bar:
+        lines = Lines(bar)
+        loop.run(lambda progress: lines(stage, progress))
+    keep(stage, dict(network.weights()), folder / LOG_FILE)
+
+
+# -- stages ----------------------------------------------------------------------------
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """The network that everything else is made from."""
+    torch.manual_seed(0)
+    settings = from_nothing("dense", epochs=DENSE_EPOCHS)
+    train(StaticNet(dense_plan()), "dense", images(args), settings, args.work)
+
+
+def prune_by_macs(args: argparse.Namespace) -> None:
+    """Half of the MACs."""
+    settings, data = shrink_recipe(), images(args)
+    folder = args.work / "pas" / "macs"
+    training = TrainingImages(data, settings.search)
+    own = own_network(kept("dense"), training)
+    price = MacPrice(own.graph)
+    with StageBar(console) as bar:
+        lines = Lines(bar)
+        masked = search_widths(
+            own,
+            price=price,
+            target_share=TARGET_SHARE,
+            recipe=settings,
+            step=STEP,
+            images=training,
+            folder=folder / "search",
+            told=lines,
+        )
+        full = float(price(full_counts(own.graph)))
+        latents = masked.latents()
+        counts = settle_counts(
+            latents,
+            price=price,
+            most=TARGET_SHARE * full,
+            step=STEP,
+            floors=[STEP] * len(latents),
+        )
+        settled = torch.tensor(counts, dtype=torch.float64)
+        print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
+        freeze(masked, top_channels(latents, counts))
+        finetune(
+            own,
+            masked,
+            recipe=settings.finetune,
+            images=training,
+            folder=folder / "finetune",
+            told=Lines(bar),
+        )
+    arrays: dict[str, NDArray[Any]] = dict(static(own).weights())
+    for index, indices in enumerate(masked.kept()):
+        arrays[f"kept.{index}"] = indices.numpy()
+    keep("macs", arrays, folder / "search" / LOG_FILE, folder / "finetune" / LOG_FILE)
+
+
+def own_network(weights: Weights, training: TrainingImages) -> OwnNetwork:
+    """A network of the dense plan, ready to be pruned."""
+    return OwnNetwork.of(
+        StaticNet(dense_plan(), weights),
+        resolution=RESOLUTION,
+        normalisation=training.normalisation,
+        class_names=training.training.class_names,
+    )
+
+
+def static(own: OwnNetwork) -> StaticNet:
+    """Its module."""
+    if not isinstance(own.module, StaticNet):
+        raise TypeError(f"{type(own.module)} is no network of a plan")
+    return own.module
+
+
+def pruned_by_macs(training: TrainingImages) -> tuple[FusedNetwork, MaskedNetwork]:
+    """What the stage `macs` left: fused, and with its masks."""
+    arrays = kept("macs")
+    own = own_network(arrays, training)
+    masked = own.masked()
+    for index, mask in enumerate(masked.masks):
+        mask.keep_only(torch.from_numpy(arrays[f"kept.{index}"]))
+    fused = extract_plan(static(own), own.graph, masked.kept(), name="pas-macs")
+    return fused, masked
+
+
+def scaled_space(share: float) -> SearchSpace:
+    """The family with every width at a share of its own."""
+    whole = space()
+
+    def width(channels: int) -> int:
+        return make_divisible(channels * share)
+
+    return replace(
+        whole,
+        name=f"repvgg-small-x{share:.3f}",
+        stem=replace(whole.stem, out_channels=width(whole.stem.out_channels)),
+        stages=tuple(
+            replace(stage, out_channels=width(stage.out_channels))
+            for stage in whole.stages
+        ),
+    )
+
+
+def scaled_plan(share: float) -> NetworkPlan:
+    """Its largest network."""
+    scaled = scaled_space(share)
+    return lower(scaled, scaled.largest())
+
+
+def choose_scale(args: argparse.Namespace) -> None:
+    """The uniform width that is the nearest in measured latency, and not faster.
+
+    Nothing else may run meanwhile.
+    """
+    training = TrainingImages(images(args), shrink_recipe().search)
+    fused, _ = pruned_by_macs(training)
+    shares = [float(share) for share in np.arange(0.55, 0.90, 0.02)]
+    plans = {
+        share: lower(scaled_space(share), scaled_space(share).largest())
+        for share in shares
+    }
+    distinct = {plan.mac_count: share for share, plan in plans.items()}
+    models = {"pruned": emit_network(fused.plan, fused.weights, form="fused")}
+    for share in distinct.values():
+        network = StaticNet(plans[share])
+        models[f"{share:.3f}"] = emit_network(
+            plans[share], fuse(network.weights(), plans[share]), form="fused"
+        )
+    found = time_on("openvino-cpu", models)
+    pruned_ms = found.pop("pruned")
+    slower = {name: ms for name, ms in found.items() if ms >= pruned_ms}
+    chosen = min(slower, key=slower.__getitem__)
+    content = {
+        "share": float(chosen),
+        "pruned_ms": pruned_ms,
+        "uniform_ms": slower[chosen],
+        "all_ms": found,
+    }
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    (LOGS / "pas-scale.json").write_text(text)
+    print(text)
+
+
+def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, float]:
+    """Quiet-state milliseconds of models, timed against each other."""
+    with StageBar(console) as bar:
+        bar.begin(f"timing on {backend_name}")
+        run = measure_models(
+            [ModelUnderTest(name=name, model=model) for name, model in models.items()],
+            backend=get_backend(backend_name),
+            threads=1,
+            settings=SETTINGS,
+            rng=np.random.default_rng(SETTINGS.seed),
+            progress=bar.advance,
+        )
+    return {found.name: found.quiet_ms for found in run.measurements}
+
+
+def train_uniform(args: argparse.Namespace) -> None:
+    """The same family, scaled uniformly, for as many epochs as the pruned one took."""
+    share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
+    epochs = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
+    torch.manual_seed(0)
+    plan = scaled_plan(share)
+    settings = from_nothing("uniform", epochs=epochs)
+    train(StaticNet(plan), "uniform", images(args), settings, args.work)
+
+
+def prune_by_milliseconds(args: argparse.Namespace) -> None:
+    """The latency of the network pruned by MACs, as a budget.
+
+    Nothing else may run meanwhile.
+    """
+    data = images(args)
+    training = TrainingImages(data, shrink_recipe().search)
+    fused, _ = pruned_by_macs(training)
+    model = emit_network(fused.plan, fused.weights, form="fused")
+    budget_ms = time_on("openvino-cpu", {"macs": model})["macs"]
+    print(f"budget: {budget_ms:.4f} ms")
+    out = args.work / "pas" / "milliseconds" / "bundle"
+    with StageBar(console) as bar:
+        bundle = specialize(
+            "openvino-cpu",
+            latency_ms=budget_ms,
+            model=StaticNet(dense_plan(), kept("dense")),
+            method="pas",
+            data=data,
+            out=out,
+            recipe=shrink_recipe(),
+            work=args.work / "pas" / "milliseconds" / "work",
+            reporter=bar,
+            training_told=Lines(bar),
+        )
+    target = WEIGHTS / "pas-milliseconds"
+    shutil.copytree(bundle.path, target, dirs_exist_ok=True)
+    shutil.copyfile(bundle.path / HISTORY_FILE, LOGS / "pas-milliseconds.json")
+
+
+def images(args: argparse.Namespace) -> ImageSet:
+    """The training images, with those that validate."""
+    path = args.data / "train.zip"
+    return load_with_progress(path, skip_bad=False, console=console)
+
+
+# -- the report ------------------------------------------------------------------------
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Measure everything, and write the section."""
+    training = TrainingImages(images(args), shrink_recipe().search)
+    test = read_test_images(args.data)
+    dense = StaticNet(dense_plan(), kept("dense")).eval()
+    fused, _ = pruned_by_macs(training)
+    share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
+    uniform_plan = scaled_plan(share)
+    bundle = Bundle.open(WEIGHTS / "pas-milliseconds")
+    networks = {
+        "dense": (dense_plan(), fuse(dense.weights(), dense_plan())),
+        "PaS, half of the MACs": (fused.plan, dict(fused.weights)),
+        f"uniform × {share:.2f}": (uniform_plan, fuse(kept("uniform"), uniform_plan)),
+    }
+    models = {
+        name: emit_network(plan, weights, form="fused")
+        for name, (plan, weights) in networks.items()
+    }
+    models["PaS, milliseconds"] = (bundle.path / "model.onnx").read_bytes()
+    latencies = time_on("openvino-cpu", models)
+    inputs = prepare(
+        test.images, resolution=RESOLUTION, normalisation=training.normalisation
+    )
+    accuracies = {
+        name: accuracy_of(model, inputs, test) for name, model in models.items()
+    }
+    section = Section("pas", "Pruning-as-Search", results=args.results)
+    macs = {name: plan.mac_count for name, (plan, _) in networks.items()}
+    macs["PaS, milliseconds"] = bundle.manifest.cost.mac_count
+    write(section, accuracies, latencies, macs, bundle, dense)
+
+
+def accuracy_of(model: bytes, inputs: NDArray[np.float32], test: ImageSet) -> float:
+    """Top-1 on the test images, on ONNX Runtime."""
+    with (
+        StageBar(console) as bar,
+        get_backend("onnxruntime-cpu").load(model, threads=2) as session,
+    ):
+        bar.begin("testing")
+        return top1_accuracy(
+            session, inputs, test.labels, batch_size=1, progress=bar.advance
+        )
+
+
+def write(
+    section: Section,
+    accuracies: dict[str, float],
+    latencies: dict[str, float],
+    macs: dict[str, int],
+    bundle: Bundle,
+    dense: StaticNet,
+) -> None:
+    """Tables and bars."""
+    section.text(
+        f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
+        f"{DENSE_EPOCHS} epochs; pruned for {SEARCH_EPOCHS} and fine-tuned for "
+        f"{FINETUNE_EPOCHS}; the uniform one trained from nothing for all "
+        f"{DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS}. Test accuracy of the "
+        "exported models; OpenVINO, 1 thread, timed against each other."
+    )
+    section.table(
+        ["network", "MMACs", "of dense", "test accuracy", "OpenVINO ms"],
+        [
+            [
+                name,
+                f"{macs[name] / 1e6:.1f}",
+                f"{macs[name] / macs['dense']:.1%}",
+                f"{accuracies[name]:.2%}",
+                f"{latencies[name]:.4f}",
+            ]
+            for name in macs
+        ],
+    )
+    by_macs, by_ms = (
+        accuracies["PaS, half of the MACs"],
+        accuracies["PaS, milliseconds"],
+    )
+    uniform = next(value for name, value in accuracies.items() if "uniform" in name)
+    section.bar(
+        f"dense: {accuracies['dense']:.2%} (at least {LEAST_DENSE:.1%}) with "
+        f"{macs['dense'] / 1e6:.1f} MMACs (at most 80)",
+        passed=accuracies["dense"] >= LEAST_DENSE and macs["dense"] <= 8e7,
+    )
+    lost, won = accuracies["dense"] - by_macs, by_macs - uniform
+    section.bar(
+        f"half of the MACs: {lost:+.2%} lost (at most {MOST_LOST:.1%})",
+        passed=lost <= MOST_LOST,
+    )
+    section.bar(
+        f"above uniform scaling at the same measured latency: {won:+.2%} (at least "
+        f"{LEAST_WON:.1%})",
+        passed=won >= LEAST_WON,
+    )
+    share = macs["PaS, half of the MACs"] / macs["dense"]
+    section.bar(
+        f"MACs: {share:.2%} of the dense network's (within {MOST_OFF_MACS:.0%} of "
+        f"{TARGET_SHARE:.0%})",
+        passed=abs(share / TARGET_SHARE - 1) <= MOST_OFF_MACS,
+    )
+    verdict = bundle.manifest.binding
+    used = verdict.bound / verdict.limit
+    section.bar(
+        f"a latency as the target: certified {verdict.bound:.4f} of "
+        f"{verdict.limit:.4f} ms, {used:.1%} (between {BUDGET_SHARES[0]:.0%} and "
+        f"{BUDGET_SHARES[1]:.0%}); "
+        f"{by_ms:.2%} beside {by_macs:.2%} of the network pruned by MACs",
+        passed=BUDGET_SHARES[0] <= used <= BUDGET_SHARES[1] and by_ms >= by_macs,
+    )
+    error, ratios = fuse_error(dense), branch_ratios(dense)
+    section.bar(
+        f"fused against branches: relative error {error:.1e} (at most "
+        f"{MOST_FUSE_ERROR:g})",
+        passed=error <= MOST_FUSE_ERROR,
+    )
+    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    section.bar(
+        f"latency of the branches over that of the fused network: {told} (at least "
+        f"{LEAST_RATIO:g} each)",
+        passed=min(ratios.values()) >= LEAST_RATIO,
+    )
+    section.publish()
+
+
+def trainings() -> list[list[str]]:
+    """Epochs and wall time of every training, from their logs."""
+    rows = []
+    for log in sorted(LOGS.glob("pas-*.jsonl")):
+        last = json.loads(log.read_text().splitlines()[-1])
+        name = log.stem.removeprefix("pas-").replace("-", ", ")
+        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
+    history = json.loads((LOGS / "pas-milliseconds.json").read_text())
+    for part in ("search", "finetune"):
+        last = history[part][-1]
+        rows.append(
+            [
+                f"milliseconds, {part}",
+                f"{last['epoch']}",
+                f"{last['elapsed_s'] / 60:.0f}",
+            ]
+        )
+    return rows
+
+
+def fuse_error(dense: StaticNet) -> float:
+    """Largest difference of the two forms' logits, over the largest logit."""
+    rng = np.random.default_rng(0)
+    shape = (64, 3, RESOLUTION, RESOLUTION)
+    inputs = rng.standard_normal(shape, dtype=np.float32)
+    plan, weights = dense.plan, dense.weights()
+    outputs = []
+    for form, tensors in (("unfused", weights), ("fused", fuse(weights, plan))):
+        model = emit_network(plan, tensors, form=form, batch=None)  # type: ignore[arg-type]
+        backend = get_backend("onnxruntime-cpu")
+        with backend.load(model, threads=2) as session:
+            outputs.append(session.run({INPUT_NAME: inputs})[OUTPUT_NAME])
+    difference = np.abs(outputs[0] - outputs[1]).max()
+    return float(difference / np.abs(outputs[0]).max())
+
+
+def branch_ratios(dense: StaticNet) -> dict[str, float]:
+    """Latency of the network with its branches over that of the fused one."""
+    plan, weights = dense.plan, dense.weights()
+    ratios = {}
+    for name in BACKENDS:
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+            path = Path(folder)
+            fused = path / write_model(
+                plan,
+                fuse(weights, plan),
+                target=Target(backend=name, threads=1),
+                folder=path,
+            )
+            if model_suffix(name) == ".tflite":
+                branched = emit_branched(plan, weights)
+            else:
+                branched = emit_network(plan, weights, form="unfused")
+            found = time_on(name, {"fused": fused, "branched": branched})
+        ratios[name] = found["branched"] / found["fused"]
+    return ratios
+
+
+STAGES = {
+    "dense": train_dense,
+    "macs": prune_by_macs,
+    "scale": choose_scale,
+    "uniform": train_uniform,
+    "milliseconds": prune_by_milliseconds,
+    "report": publish,
+}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = new_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_data(parser)
+    add_work(parser)
+    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
+    args = parser.parse_args()
+    keep_freed_memory()
+    STAGES[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()

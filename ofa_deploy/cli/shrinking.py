@@ -1,0 +1,111 @@
+"""`ofa-deploy shrink`: a network of one's own, from a Python file and its weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ofa_deploy.errors import DataError, MissingDependency
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ofa_deploy.shrink.to_budget import ShrinkRecipe
+    from ofa_deploy.train.loop import LoopProgress
+
+BAR_WIDTH = 40
+
+
+def load_model(name: str, weights: Path | None) -> nn.Module:
+    """The network that `FILE.py:NAME` builds, with weights of a .safetensors file.
+
+    Args:
+        name: A Python file, and a function or class of it that is called with nothing.
+            The file is run: give only files you trust.
+        weights: By the names of `state_dict`; None for what `NAME` gives.
+
+    Raises:
+        DataError: There is no such file, function or weights, or they do not fit.
+        MissingDependency: torch is not installed.
+    """
+    file, _, attribute = name.rpartition(":")
+    path = Path(file)
+    if not attribute or path.suffix != ".py" or not path.is_file():
+        raise DataError(
+            f"--model {name!r} names no network; give a Python file and what builds "
+            "the network in it, such as net.py:build"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependency("PyTorch", extra="shrink") from error
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{path} cannot be read as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+        network = getattr(module, attribute)()
+    except Exception as error:  # whatever somebody else's code raises
+        raise DataError(
+            f"{name} cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, torch.nn.Module):
+        raise DataError(
+            f"{name} gives {type(network).__name__}; a torch.nn.Module is needed"
+        )
+    if weights is not None:
+        _load_weights(network, weights)
+    return network
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read as .safetensors: {error}") from error
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{path} holds weights of another network: {error}") from error
+
+
+def recipe(search_epochs: int, finetune_epochs: int) -> ShrinkRecipe:
+    """The default recipe, of another length."""
+    from ofa_deploy.shrink.to_budget import default_shrink_recipe
+
+    return default_shrink_recipe(
+        search_epochs=search_epochs, finetune_epochs=finetune_epochs
+    )
+
+
+def drawn(progress: LoopProgress) -> RenderableType:
+    """A training as it goes: its last figures, and what each group keeps."""
+    accuracy = "" if progress.accuracy is None else f" · {progress.accuracy:.2%}"
+    line = Text(
+        f"epoch {progress.epoch}/{progress.epochs} · loss {progress.loss:.3f}"
+        f"{accuracy} · {progress.images_per_s:.0f} images/s"
+    )
+    remarks = [Text(remark, style="yellow") for remark in progress.remarks]
+    table = [_kept_table(progress.kept)] if progress.kept else []
+    return Group(line, *remarks, *table)
+
+
+def _kept_table(kept: Mapping[str, tuple[int, int]]) -> Table:
+    table = Table("group", "kept", "", box=None)
+    for name, (count, had) in kept.items():
+        bar = ProgressBar(total=had, completed=count, width=BAR_WIDTH)
+        table.add_row(name, f"{count}/{had}", bar)
+    return table

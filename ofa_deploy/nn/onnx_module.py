@@ -1,0 +1,70 @@
+"""A user's torch module as ONNX, through torch's own exporter, and as OpenVINO IR."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ofa_deploy.errors import MissingDependency
+from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
+from ofa_deploy.export.openvino import write_ir
+from ofa_deploy.plan import IMAGE_CHANNELS
+from ofa_deploy.target import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ONNX_FILE, IR_FILE = "model.onnx", "model.xml"
+
+
+def write_module(
+    module: nn.Module, *, resolution: int, target: Target, folder: Path
+) -> str:
+    """Write a module as ONNX, and as what the target's runtime loads.
+
+    Args:
+        module: In eval mode.
+        resolution: Height and width of its input.
+        target: What the file is for.
+        folder: Gets the files.
+
+    Returns:
+        Name of the file to load.
+
+    Raises:
+        MissingDependency: torch's exporter lacks a package.
+    """
+    path = folder / ONNX_FILE
+    _export(module, resolution, path)
+    if target.backend == "openvino-cpu":
+        write_ir(path.read_bytes(), folder / IR_FILE)
+        return IR_FILE
+    return ONNX_FILE
+
+
+def _export(module: nn.Module, resolution: int, path: Path) -> None:
+    import torch
+
+    image = torch.zeros(1, IMAGE_CHANNELS, resolution, resolution)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                (image,),
+                path,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                opset_version=OPSET + 1,  # the least that the exporter writes itself
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise MissingDependency("onnxscript", extra="shrink") from error
+    finally:
+        logging.disable(disabled)

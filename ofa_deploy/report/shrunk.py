@@ -1,0 +1,165 @@
+"""The page of a network that was shrunk: what stayed of it, and how it was shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ofa_deploy.assembly import VerifiedNetwork
+from ofa_deploy.report.page import measured_cards, measured_sections, page, plot
+from ofa_deploy.report.svg import Plot, padded
+from profilers.table import LatencyTable
+
+FORMAT_VERSION = 1
+Log = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShrinkHistory:
+    """How a network became what it is.
+
+    Args:
+        method: Such as `pas`.
+        recipe: As JSON can hold it.
+        weights_sha256: Of the network before.
+        groups: Names of its groups of channels, in the order of the data.
+        channels: That each had.
+        search: Of every epoch of the search: loss, accuracy, channels kept, price.
+        finetune: Of every epoch afterwards.
+        kept: Channels that each group has now.
+    """
+
+    method: str
+    recipe: Mapping[str, Any]
+    weights_sha256: str
+    groups: tuple[str, ...]
+    channels: tuple[int, ...]
+    search: Log
+    finetune: Log
+    kept: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """As the bundle keeps it."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def shrunk_report(
+    network: VerifiedNetwork, *, history: ShrinkHistory, table: LatencyTable
+) -> str:
+    """What became of a network, and how it was shown.
+
+    Args:
+        network: Verified; all its constraints are met.
+        history: Of its shrinking.
+        table: Of its layers.
+    """
+    sections = [
+        plot(
+            "Kept channels",
+            "Of each group of channels: the whole bar is what it had, the dark part "
+            "what it kept.",
+            draw_kept(history),
+        ),
+        plot(
+            "Course of the search",
+            "Share of its channels that each group kept, epoch by epoch; the thick "
+            "line is the network's price, as a share of the whole network's.",
+            draw_course(history),
+        ),
+        plot(
+            "Accuracy on held-out images",
+            "While widths were searched, then while what was found was fine-tuned.",
+            draw_accuracy(history),
+        ),
+        *measured_sections(network, table),
+    ]
+    return page(
+        f"{network.exported.facts.family}, shrunk, on {table.runtime.backend}",
+        network.exported.facts.name,
+        measured_cards(network),
+        sections,
+    )
+
+
+def draw_kept(history: ShrinkHistory) -> str:
+    """A bar a group."""
+    row_height, names_width = 22, 190
+    count = len(history.groups)
+    bars = Plot(
+        name="kept",
+        label="Channels kept of each group",
+        x_label="channels",
+        y_label="",
+        x_range=(0.0, max(history.channels) * 1.04),
+        y_range=(0.0, float(count)),
+        height=row_height * count + 70,
+        margin_left=names_width,
+    )
+    for place, (name, had, kept) in enumerate(
+        zip(history.groups, history.channels, history.kept, strict=True)
+    ):
+        top, bottom = count - place - 0.15, count - place - 0.85
+        tip = f"{name}\n{kept} of {had} channels"
+        bars.bar((0.0, had), (bottom, top), kind="had", tip=tip)
+        bars.bar((0.0, kept), (bottom, top), kind="block", tip=tip)
+        bars.text(-0.01 * max(history.channels), (top + bottom) / 2, name, anchor="end")
+        bars.text(kept, (top + bottom) / 2, f" {kept}")
+    return bars.render(y_ticks=False)
+
+
+def draw_course(history: ShrinkHistory) -> str:
+    """Shares of channels by epoch, one line a group."""
+    epochs = [float(line["epoch"]) for line in history.search]
+    if not epochs:
+        return "<p>Nothing was searched: the whole network keeps the budget.</p>"
+    lines = Plot(
+        name="course",
+        label="Share of channels kept by epoch, of each group",
+        x_label="epoch of the search",
+        y_label="channels kept, %",
+        x_range=(0.0, max(epochs) * 1.02),
+        y_range=(0.0, 104.0),
+    )
+    for place, (name, had) in enumerate(
+        zip(history.groups, history.channels, strict=True)
+    ):
+        shares = [100.0, *(100 * line["kept"][place] / had for line in history.search)]
+        lines.line(
+            [0.0, *epochs],
+            shares,
+            kind=f"course course{place % 6}",
+            tip=f"{name}\n{shares[-1]:.0f} % of {had} channels at the end",
+        )
+    prices = [100.0, *(100 * line["price_share"] for line in history.search)]
+    lines.line(
+        [0.0, *epochs],
+        prices,
+        kind="price",
+        tip=f"price: {prices[-1]:.1f} % at the end",
+    )
+    return lines.render()
+
+
+def draw_accuracy(history: ShrinkHistory) -> str:
+    """Validation accuracy by epoch, both trainings one after the other."""
+    found = [100 * line["validation"] for line in (*history.search, *history.finetune)]
+    if not found:
+        return "<p>Nothing was trained.</p>"
+    epochs = [float(place) for place in range(1, len(found) + 1)]
+    drawn = Plot(
+        name="accuracy",
+        label="Accuracy on held-out images by epoch",
+        x_label="epoch",
+        y_label="top-1 accuracy, %",
+        x_range=(0.0, epochs[-1] * 1.02),
+        y_range=padded(found),
+    )
+    drawn.line(
+        epochs, found, kind="course course0", tip=f"at the end {found[-1]:.2f} %"
+    )
+    if history.search and history.finetune:
+        drawn.vertical(len(history.search), kind="budget", text="fine-tuning begins")
+    return drawn.render()

@@ -1,0 +1,1 @@
+"""Shrinking a user's own network to a budget, priced on the device."""

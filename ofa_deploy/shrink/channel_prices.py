@@ -1,0 +1,251 @@
+"""What a network's layers take on the device, by how many channels they have.
+
+Each layer is timed alone, at a grid of channel counts; between these its latency is
+interpolated. Layers are not a network: some whole networks of different widths are
+timed beside them, and say what the layers' sum is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ofa_deploy.errors import MeasurementError
+from ofa_deploy.layers import BlockPlan, ConvLayer
+from ofa_deploy.shrink.cost import Counts
+from ofa_deploy.shrink.groups import ChannelGraph, Consumer
+
+Floats = NDArray[np.float64]
+
+# Channel counts of a layer at which it is timed, on either side.
+GRID_POINTS = 5
+
+
+def channel_grid(channels: int, *, step: int, points: int = GRID_POINTS) -> list[int]:
+    """Counts from one step to all channels, evenly spaced, multiples of the step.
+
+    Args:
+        channels: Of the whole layer; always the last one.
+        step: Channels that the runtime's kernels work in.
+        points: How many at most.
+    """
+    first = min(step, channels)
+    counts = np.linspace(first, channels, points)
+    aligned = {min(channels, max(first, round(c / step) * step)) for c in counts}
+    return sorted(aligned | {channels})
+
+
+def side_grid(channels: int, group: int | None, *, step: int) -> list[int]:
+    """Counts of one side of a layer; of one that is not pruned, its width alone."""
+    return [channels] if group is None else channel_grid(channels, step=step)
+
+
+def timed_layer(layer: Consumer, *, read: int, written: int) -> BlockPlan:
+    """A layer between that many channels, as a block to be timed."""
+    conv = ConvLayer(
+        name="conv",
+        in_channels=read,
+        out_channels=written,
+        kernel=layer.kernel,
+        kernels=(layer.kernel,),
+        stride=layer.stride,
+        depthwise=layer.depthwise,
+        batch_norm=True,
+        activation="relu",
+        in_size=layer.in_size,
+    )
+    return BlockPlan(
+        name=layer.name,
+        in_channels=read,
+        out_channels=written,
+        in_size=layer.in_size,
+        layers=(conv,),
+        residual=False,
+    )
+
+
+def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
+    """All layers at all points of their grids, by key.
+
+    Linear layers are left out: behind a pool they are small. So are layers that stay as
+    they are: what every network of the graph has is in the calibration's constant.
+    """
+    found: dict[str, BlockPlan] = {}
+    for layer in graph.consumers:
+        if not _is_priced(layer):
+            continue
+        for read, written in _grid(layer, step=step):
+            block = timed_layer(layer, read=read, written=written)
+            found.setdefault(block.key, block)
+    return found
+
+
+def _is_priced(layer: Consumer) -> bool:
+    stays = layer.in_group is None and layer.out_group is None
+    return not (layer.is_linear or stays)
+
+
+def _grid(layer: Consumer, *, step: int) -> list[tuple[int, int]]:
+    written = side_grid(layer.out_channels, layer.out_group, step=step)
+    if layer.depthwise:
+        return [(count, count) for count in written]
+    read = side_grid(layer.in_channels, layer.in_group, step=step)
+    return list(product(read, written))
+
+
+class LatencyPrice:
+    """Milliseconds of a network by its groups' channel counts; differentiable.
+
+    Each layer's latency is interpolated bilinearly between the measured points of its
+    grid; the sum is scaled, and a constant added.
+
+    Args:
+        graph: Of the network.
+        latency_ms: Of timed layers, by key.
+        step: Of the grids.
+        scale: Of the sum.
+        constant_ms: What every network takes besides.
+
+    Raises:
+        MeasurementError: A layer was not measured.
+    """
+
+    unit = "ms"
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        *,
+        latency_ms: dict[str, float],
+        step: int,
+        scale: float = 1.0,
+        constant_ms: float = 0.0,
+    ) -> None:
+        self._graph, self._latency_ms, self._step = graph, latency_ms, step
+        self.scale, self.constant_ms = scale, constant_ms
+        self._counts = Counts(graph)
+        self._surfaces = [
+            (place, _surface(layer, latency_ms, step=step))
+            for place, layer in enumerate(graph.consumers)
+            if _is_priced(layer)
+        ]
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """See `Price`."""
+        read, written = self._counts.of_layers(counts)
+        total = sum(
+            (
+                surface.at(read[place], written[place])
+                for place, surface in self._surfaces
+            ),
+            start=torch.zeros((), dtype=torch.float64),
+        )
+        return self.scale * total + self.constant_ms
+
+    def scaled(self, ratio: float) -> LatencyPrice:
+        """The same with everything that many times as long."""
+        return LatencyPrice(
+            self._graph,
+            latency_ms=self._latency_ms,
+            step=self._step,
+            scale=self.scale * ratio,
+            constant_ms=self.constant_ms * ratio,
+        )
+
+    def calibrated(self, counts: Sequence[Tensor], measured_ms: Floats) -> LatencyPrice:
+        """Scale and constant that fit whole networks best, by relative squares.
+
+        Args:
+            counts: Of each network.
+            measured_ms: Their latencies.
+        """
+        plain = LatencyPrice(self._graph, latency_ms=self._latency_ms, step=self._step)
+        sums = np.array([float(plain(one)) for one in counts])
+        design = np.stack([sums, np.ones_like(sums)], axis=1) / measured_ms[:, None]
+        (scale, constant), *_ = np.linalg.lstsq(design, np.ones(len(sums)), rcond=None)
+        if constant < 0:  # a network takes no less than nothing besides its layers
+            scale = float(
+                (sums / measured_ms).sum() / ((sums / measured_ms) ** 2).sum()
+            )
+            constant = 0.0
+        return LatencyPrice(
+            self._graph,
+            latency_ms=self._latency_ms,
+            step=self._step,
+            scale=float(scale),
+            constant_ms=float(constant),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Surface:
+    """Latency over the channels read and written, `(read, written)` points."""
+
+    read: Tensor
+    written: Tensor
+    latency_ms: Tensor
+
+    def at(self, read: Tensor, written: Tensor) -> Tensor:
+        row, row_share = _place(self.read, read)
+        column, column_share = _place(self.written, written)
+        values = self.latency_ms
+        low = values[row, column] * (1 - column_share)
+        low = low + values[row, column + 1] * column_share
+        high = values[row + 1, column] * (1 - column_share)
+        high = high + values[row + 1, column + 1] * column_share
+        return low * (1 - row_share) + high * row_share
+
+
+def _place(points: Tensor, value: Tensor) -> tuple[int, Tensor]:
+    """The interval of ascending points that a value is in, and where in it.
+
+    Below the first point and above the last the nearest interval goes on.
+    """
+    index = int(torch.searchsorted(points, value.detach().to(points.dtype), right=True))
+    index = min(max(index - 1, 0), len(points) - 2)
+    low, high = float(points[index]), float(points[index + 1])
+    return index, (value - low) / (high - low)
+
+
+def _surface(layer: Consumer, latency_ms: dict[str, float], *, step: int) -> _Surface:
+    written = side_grid(layer.out_channels, layer.out_group, step=step)
+    read = (
+        [1]
+        if layer.depthwise
+        else side_grid(layer.in_channels, layer.in_group, step=step)
+    )
+    values = np.empty((len(read), len(written)))
+    for (row, in_count), (column, out_count) in product(
+        enumerate(read), enumerate(written)
+    ):
+        block = timed_layer(
+            layer, read=out_count if layer.depthwise else in_count, written=out_count
+        )
+        if block.key not in latency_ms:
+            raise MeasurementError(
+                f"{layer.name} with {in_count} and {out_count} channels was not "
+                "measured; measure the network's layers anew"
+            )
+        values[row, column] = latency_ms[block.key]
+    rows, columns = (_at_least_two(points) for points in (read, written))
+    grown = np.pad(
+        values,
+        ((0, len(rows) - len(read)), (0, len(columns) - len(written))),
+        mode="edge",
+    )
+    return _Surface(
+        read=torch.tensor(rows, dtype=torch.float64),
+        written=torch.tensor(columns, dtype=torch.float64),
+        latency_ms=torch.from_numpy(grown),
+    )
+
+
+def _at_least_two(points: list[int]) -> list[int]:
+    """A side that is never pruned has one point; an interval has two."""
+    return points if len(points) > 1 else [points[0], points[0] + 1]

@@ -1,0 +1,252 @@
+"""Measuring what a network's layers take on this machine, and keeping it as a table."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ofa_deploy.errors import MeasurementError
+from ofa_deploy.export.runtime_format import timed_block, write_timed
+from ofa_deploy.probe import Prober, channel_step
+from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS
+from ofa_deploy.reporting import Reporter
+from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
+from ofa_deploy.shrink.cost import full_counts
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.target import Target
+from profilers.backends.base import Backend
+from profilers.codec import encode_flat
+from profilers.device import this_device
+from profilers.execute import execute
+from profilers.files import write_atomically
+from profilers.journal import Journal
+from profilers.measurement import MeasureSettings
+from profilers.order import WorkOrder
+from profilers.table import LatencyTable, require_compatible
+
+# Whole networks that calibrate the sum of layers: all groups at one share, and random
+# ones.
+SHARES = (1.0, 0.8, 0.65, 0.5, 0.35)
+RANDOM_NETWORKS = 7
+# Where no step of a runtime can be told.
+DEFAULT_STEP = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DevicePrices:
+    """A network's price on a device.
+
+    Args:
+        price: By channel counts.
+        table: What it was fitted to; knows the quiet level.
+        step: Channel counts are multiples of this.
+        residual_ratio: Root mean square of measured over fitted networks, minus 1.
+    """
+
+    price: LatencyPrice
+    table: LatencyTable
+    step: int
+    residual_ratio: float
+
+
+def measure_prices(
+    own: OwnNetwork,
+    *,
+    target: Target,
+    backend: Backend,
+    step: int,
+    folder: Path,
+    reporter: Reporter,
+) -> DevicePrices:
+    """Time a network's layers and some of its narrowed forms; or read that they were.
+
+    After a kill the same call goes on where it stopped.
+
+    Args:
+        own: The network.
+        target: Where.
+        backend: Of the target.
+        step: Channels that the runtime's kernels work in.
+        folder: Of the table, and of the journal until then.
+        reporter: Told of progress.
+
+    Raises:
+        MeasurementError: A layer, or a network, could not be measured.
+    """
+    path = folder / _table_name(own, target, backend, step=step)
+    if path.is_file():
+        table = LatencyTable.load(path)
+        require_compatible(
+            table,
+            this_device(accelerator=backend.accelerator()),
+            backend.runtime(threads=target.threads),
+        )
+    else:
+        table = _measure(own, target, backend, step=step, path=path, reporter=reporter)
+    return fit_prices(own, table, step=step)
+
+
+def runtime_step(
+    target: Target, *, backend: Backend, folder: Path, reporter: Reporter
+) -> int:
+    """Channels that a runtime's kernels work in here; measured once a machine.
+
+    Args:
+        target: Where.
+        backend: Of the target.
+        folder: Keeps the answer.
+        reporter: Told of progress.
+    """
+    path = folder / f"step_{_where(target, backend)}.json"
+    if path.is_file():
+        return int(json.loads(path.read_text(encoding="utf-8"))["channels"])
+    prober = Prober(
+        backend=backend, threads=target.threads, settings=MeasureSettings.screen()
+    )
+    step = channel_step(prober.sweep_widths(reporter=reporter)) or DEFAULT_STEP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"channels": step}).encode())
+    return step
+
+
+def fit_prices(own: OwnNetwork, table: LatencyTable, *, step: int) -> DevicePrices:
+    """The price that a table says."""
+    counts = calibration_counts(own, step=step)
+    measured_ms = np.array([table.networks[name].quiet_ms for name in counts])
+    price = LatencyPrice(
+        own.graph,
+        latency_ms={key: m.quiet_ms for key, m in table.blocks.items()},
+        step=step,
+    ).calibrated(list(counts.values()), measured_ms)
+    fitted = np.array([float(price(one)) for one in counts.values()])
+    return DevicePrices(
+        price=price,
+        table=table,
+        step=step,
+        residual_ratio=float(np.sqrt(((measured_ms / fitted - 1) ** 2).mean())),
+    )
+
+
+def calibration_counts(own: OwnNetwork, *, step: int) -> dict[str, Tensor]:
+    """Channel counts of the networks to time, by name; always the same."""
+    full = full_counts(own.graph).double()
+    rng = np.random.default_rng(0)
+    shares = [np.full(len(full), share) for share in SHARES]
+    shares += [rng.uniform(0.2, 1.0, len(full)) for _ in range(RANDOM_NETWORKS)]
+    found = {}
+    for share in shares:
+        counts = torch.round(full * torch.from_numpy(share) / step) * step
+        counts = torch.minimum(full, counts.clamp(min=step))
+        found["c" + ".".join(f"{int(count)}" for count in counts)] = counts
+    return found
+
+
+def _measure(
+    own: OwnNetwork,
+    target: Target,
+    backend: Backend,
+    *,
+    step: int,
+    path: Path,
+    reporter: Reporter,
+) -> LatencyTable:
+    blocks = timed_layers(own.graph, step=step)
+    networks = calibration_counts(own, step=step)
+    anchor = next(iter(networks))  # the whole network
+
+    def write(name: str, folder: Path) -> Path:
+        if name in networks:
+            inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+            inside.mkdir(exist_ok=True)
+            kept = [torch.arange(int(count)) for count in networks[name]]
+            return inside / own.write(kept, target=target, folder=inside)
+        model = timed_block(
+            blocks[name],
+            backend_name=target.backend,
+            rng=np.random.default_rng(0),
+        )
+        return write_timed(folder, name, model, backend_name=target.backend)
+
+    order = WorkOrder(
+        names=(*blocks, *networks),
+        backend=target.backend,
+        threads=target.threads,
+        settings=PROFILE_SETTINGS,
+        group_size=BLOCK_GROUP_SIZE,
+        anchor_name=anchor,
+    )
+    device = this_device(accelerator=backend.accelerator())
+    runtime = backend.runtime(threads=target.threads)
+    reporter.begin(f"timing {len(blocks)} layers and {len(networks)} networks")
+    journal_path = path.with_suffix(".journal")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(
+        journal_path,
+        subject={
+            "device": device.fingerprint,
+            "runtime": encode_flat(runtime),
+            "settings": encode_flat(PROFILE_SETTINGS),
+            "order": order.digest,
+        },
+    ) as journal:
+        journal.retry_failures()
+        result = execute(order, write, journal=journal, progress=reporter.advance)
+    if result.failures:
+        name, reason = next(iter(result.failures.items()))
+        raise MeasurementError(
+            f"{len(result.failures)} of {len(order.names)} layers and networks could "
+            f"not be measured; {name}: {reason}. Without them no price is known; run "
+            "the same call again once the cause is gone"
+        )
+    table = LatencyTable(
+        origin="measured",
+        space_name=own.family,
+        space_sha256=_digest(own, step=step),
+        device=device,
+        runtime=runtime,
+        settings=PROFILE_SETTINGS,
+        conditions_before=result.conditions_before,
+        conditions_after=result.conditions_after,
+        drift=result.drift,
+        beta=result.beta,
+        anchor_reference_ns=result.anchor_reference_ns,
+        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        blocks={name: result.measurements[name] for name in blocks},
+        networks={name: result.measurements[name] for name in networks},
+        failures={},
+    )
+    table.save(path)
+    journal_path.unlink(missing_ok=True)
+    return table
+
+
+def _digest(own: OwnNetwork, *, step: int) -> str:
+    """Of everything that decides what is timed."""
+    names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
+    layers = [
+        (layer.name, layer.in_group, layer.out_group) for layer in own.graph.consumers
+    ]
+    code = own.graph.module.code  # activations, pools and skips cost, too
+    text = json.dumps([names, layers, own.resolution, code])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _table_name(own: OwnNetwork, target: Target, backend: Backend, *, step: int) -> str:
+    return f"own-{_digest(own, step=step)[:12]}_{_where(target, backend)}.json"
+
+
+def _where(target: Target, backend: Backend) -> str:
+    """Device and runtime, as file names have them."""
+    runtime = backend.runtime(threads=target.threads)
+    device = this_device(accelerator=backend.accelerator())
+    return (
+        f"{device.fingerprint}_{runtime.backend}-{runtime.version.split('-')[0]}_"
+        f"{runtime.precision}_t{runtime.threads}"
+    )

@@ -1,0 +1,220 @@
+"""A user's network: what it takes, what can go, and its narrowed forms as files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ofa_deploy.errors import DataError, TraceError
+from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
+from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
+from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.nn.static import PlannedNet
+from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
+from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
+from ofa_deploy.shrink.groups import ChannelGraph, trace_channels
+from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
+from ofa_deploy.target import Target
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OwnNetwork:
+    """A network that somebody brings.
+
+    Args:
+        module: From images `(N, 3, resolution, resolution)` to logits `(N, classes)`.
+        resolution: Height and width of its input.
+        normalisation: Of its inputs.
+        class_names: In output order.
+        graph: Its channels.
+    """
+
+    module: nn.Module
+    resolution: int
+    normalisation: Normalisation
+    class_names: tuple[str, ...]
+    graph: ChannelGraph
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        *,
+        resolution: int,
+        normalisation: Normalisation,
+        class_names: tuple[str, ...],
+    ) -> OwnNetwork:
+        """A copy of a network, traced.
+
+        Raises:
+            TraceError: It cannot be traced; names the layer.
+            DataError: It has another number of outputs than there are classes.
+        """
+        module = copy.deepcopy(module)
+        shape = (IMAGE_CHANNELS, resolution, resolution)
+        graph = trace_channels(module, input_shape=shape)
+        outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
+        if outputs != (1, len(class_names)):
+            raise DataError(
+                f"the network gives outputs of shape {outputs} for one image; the data "
+                f"has {len(class_names)} classes. Give a network whose last layer has "
+                "as many outputs, or other data"
+            )
+        if not graph.groups:
+            raise TraceError(
+                f"{type(module).__name__} has no channels that could be removed: it "
+                "has no convolution of its own, or every one is grouped"
+            )
+        return cls(
+            module=module,
+            resolution=resolution,
+            normalisation=normalisation,
+            class_names=class_names,
+            graph=graph,
+        )
+
+    @property
+    def family(self) -> str:
+        """Name of its kind: of the space, or of the class."""
+        if isinstance(self.module, PlannedNet):
+            return self.module.plan.space_name
+        return type(self.module).__name__
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it becomes a plain chain of convolutions, which any writer writes."""
+        return isinstance(self.module, PlannedNet) and all(
+            isinstance(layer, RepConvLayer | PoolLayer | LinearLayer)
+            for layer in self.module.plan.layers
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of its weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            array = tensor.detach().cpu().contiguous().numpy()
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def masked(self) -> MaskedNetwork:
+        """Itself with a mask behind each group; the weights are shared."""
+        return insert_masks(self.graph)
+
+    def export(
+        self,
+        masked: MaskedNetwork,
+        kept: Sequence[Tensor],
+        *,
+        method: str,
+        target: Target,
+        folder: Path,
+    ) -> ExportedNetwork:
+        """Write what is left of it without the masked channels.
+
+        Args:
+            masked: Its masked form, as it is now: what the file must compute.
+            kept: Indices of the channels that stay, of each group.
+            method: That chose them.
+            target: What the file is for.
+            folder: Gets the files.
+
+        Raises:
+            MissingDependency: A converter is not installed.
+        """
+        narrow = self._narrowed(kept)
+        return ExportedNetwork(
+            facts=NetworkFacts(
+                name=f"{method}-{_digest(kept)}",
+                family=self.family,
+                resolution=self.resolution,
+                cost=self._cost(narrow, kept),
+            ),
+            reference=_frozen(masked.module),
+            target=target,
+            folder=folder,
+            model_file=self._write(narrow, target, folder),
+        )
+
+    def write(self, kept: Sequence[Tensor], *, target: Target, folder: Path) -> str:
+        """Write a narrowed form of it, to be timed; returns the file to load.
+
+        Args:
+            kept: Indices of the channels that stay, of each group.
+            target: What the file is for.
+            folder: Gets the files.
+        """
+        return self._write(self._narrowed(kept), target, folder)
+
+    def _narrowed(self, kept: Sequence[Tensor]) -> FusedNetwork | nn.Module:
+        if isinstance(self.module, PlannedNet) and self.is_chain:
+            return extract_plan(self.module, self.graph, kept, name=_digest(kept))
+        return extract_module(self.module, self.graph, kept).eval()
+
+    def _write(
+        self, narrow: FusedNetwork | nn.Module, target: Target, folder: Path
+    ) -> str:
+        if isinstance(narrow, FusedNetwork):
+            return write_model(
+                narrow.plan, narrow.weights, target=target, folder=folder
+            )
+        return write_module(
+            narrow, resolution=self.resolution, target=target, folder=folder
+        )
+
+    def _cost(
+        self, narrow: FusedNetwork | nn.Module, kept: Sequence[Tensor]
+    ) -> NetworkCost:
+        if isinstance(narrow, FusedNetwork):
+            return narrow.plan.cost
+        counts = torch.tensor([float(len(indices)) for indices in kept])
+        macs = 1e6 * float(MacPrice(self.graph)(counts.double()))
+        parameters = sum(parameter.numel() for parameter in narrow.parameters())
+        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        peak = max(
+            layer.in_channels * layer.in_size**2
+            + layer.out_channels * layer.out_size**2
+            for layer in trace_channels(narrow, input_shape=shape).consumers
+        )
+        return NetworkCost(
+            mac_count=round(macs),
+            parameter_count=parameters,
+            peak_activation_bytes=peak * BYTES_PER_FLOAT,
+        )
+
+
+def run(module: nn.Module, inputs: Floats) -> Floats:
+    """Outputs of a module in eval mode; its mode is left as it was."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(inputs))
+    finally:
+        module.train(training)
+    result: Floats = outputs.float().numpy()
+    return result
+
+
+def _frozen(module: nn.Module) -> Callable[[Floats], Floats]:
+    """What a module computes now, whatever becomes of it."""
+    kept = copy.deepcopy(module)
+    return lambda inputs: run(kept, inputs)
+
+
+def _digest(kept: Sequence[Tensor]) -> str:
+    parts = [indices.to(torch.int64).numpy().tobytes() + b"/" for indices in kept]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]

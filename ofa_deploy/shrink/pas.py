@@ -1,0 +1,278 @@
+"""Pruning-as-Search: widths learned by gradient while the weights are trained.
+
+Source: Y. Li et al., "Pruning-as-Search: Efficient Neural Architecture Search via
+Channel Pruning and Structural Reparameterization", IJCAI 2022. What is other than
+there: the price can be the device's milliseconds; latents have a rate of their own and
+no decay; the strength of the regulariser follows from the steps that a channel should
+take to fall; layers keep a floor of channels, and one that collapses is opened again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ofa_deploy.errors import SpaceError
+from ofa_deploy.shrink.cost import Price, full_counts
+from ofa_deploy.shrink.masks import INITIAL_LATENT, THRESHOLD, MaskedNetwork
+
+# A layer that loses this share of the channels above its floor between two looks has
+# collapsed.
+COLLAPSED_SHARE = 0.5
+# Steps between two looks.
+COLLAPSE_WINDOW = 20
+# How far above the threshold channels are that were opened again: far enough not to
+# fall at once, their order kept.
+REOPENED_MARGIN = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PasSettings:
+    """How widths are searched.
+
+    Args:
+        target_share: Price to reach, as a share of the whole network's; in (0, 1].
+        latent_rate: Learning rate of the latent weights.
+        steps_to_flip: Steps that the regulariser alone, at its first value, takes to
+            remove a channel of the layer on which it pulls hardest.
+        momentum: Of the optimiser that steps the latents.
+        floor: Channels that every group keeps, or all it has.
+        step: Channel counts end as multiples of this, as the runtime likes them.
+    """
+
+    target_share: float
+    latent_rate: float = 0.02
+    steps_to_flip: int = 400
+    momentum: float = 0.9
+    floor: int = 8
+    step: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_share <= 1:
+            raise SpaceError(
+                f"target share {self.target_share:g} of the price; give a number above "
+                "0 and at most 1"
+            )
+        if self.floor < 1 or self.step < 1 or self.steps_to_flip < 1:
+            raise SpaceError(
+                f"floor={self.floor}, step={self.step}, "
+                f"steps_to_flip={self.steps_to_flip}; give at least 1"
+            )
+
+
+class PruningAsSearch:
+    """The regulariser, and what keeps it from emptying layers.
+
+    Args:
+        masked: The network that is trained, with its masks.
+        price: Of channel counts.
+        settings: How.
+    """
+
+    def __init__(
+        self, masked: MaskedNetwork, *, price: Price, settings: PasSettings
+    ) -> None:
+        self.masked = masked
+        self.settings = settings
+        self.price = price
+        self.floors = [min(settings.floor, g.channels) for g in masked.graph.groups]
+        self.full_price = float(price(full_counts(masked.graph)))
+        least = float(price(torch.tensor(self.floors, dtype=torch.float64)))
+        if least > settings.target_share * self.full_price:
+            raise SpaceError(
+                f"target {settings.target_share:.3g} of {self.full_price:.4g} "
+                f"{price.unit}: with {settings.floor} channels in every layer the "
+                f"network still costs {least:.4g}. Ask for more, or lower the floor"
+            )
+        self.strength = self._first_strength()
+        self.collapses: list[str] = []
+        self._steps = 0
+        self._counts_before = self._counts()
+
+    def _first_strength(self) -> float:
+        """So that the steepest latent falls by a half in `steps_to_flip` steps.
+
+        With momentum m and rate r a constant gradient g moves a latent by
+        `r / (1 - m) * g` a step.
+        """
+        settings = self.settings
+        counts = full_counts(self.masked.graph).requires_grad_()
+        (slope,) = torch.autograd.grad(self.price(counts) / self.full_price, counts)
+        distance = 1 - settings.target_share
+        steepest = float(slope.max()) * 2 * distance
+        if steepest <= 0:
+            return 0.0
+        per_step = settings.latent_rate / (1 - settings.momentum) * steepest
+        fall = INITIAL_LATENT - THRESHOLD
+        return fall / (per_step * settings.steps_to_flip)
+
+    # -- as a regulariser --------------------------------------------------------------
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """See `Regulariser`."""
+        return dict.fromkeys(self.masked.latent_names(), self.settings.latent_rate)
+
+    def loss(self) -> Tensor:
+        """`strength · (price / full price - target)²`."""
+        share = self.price(self.masked.counts) / self.full_price
+        return self.strength * (share - self.settings.target_share) ** 2
+
+    def after_step(self) -> None:
+        """Keep the floor; open a layer again that has collapsed."""
+        for mask, floor in zip(self.masked.masks, self.floors, strict=True):
+            if len(mask.kept()) < floor:
+                _reopen(mask.latent.data, floor)
+        self._steps += 1
+        if self._steps % COLLAPSE_WINDOW == 0:
+            self._look_for_collapse()
+
+    def facts(self) -> dict[str, object]:
+        """Kept channels of each group, and the price they make."""
+        return {
+            "kept": self._counts(),
+            "price_share": round(self.current_price() / self.full_price, 4),
+            "collapses": list(self.collapses),
+        }
+
+    def kept(self) -> Mapping[str, tuple[int, int]]:
+        """See `Regulariser`."""
+        return {
+            group.name: (count, group.channels)
+            for group, count in zip(
+                self.masked.graph.groups, self._counts(), strict=True
+            )
+        }
+
+    def remarks(self) -> tuple[str, ...]:
+        """See `Regulariser`."""
+        return tuple(
+            f"{name} collapsed and was opened again; the pull is halved"
+            for name in self.collapses
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Regulariser`."""
+        names = [group.name for group in self.masked.graph.groups]
+        return {
+            "strength": torch.tensor(self.strength, dtype=torch.float64),
+            "steps": torch.tensor(self._steps),
+            "counts_before": torch.tensor(self._counts_before),
+            "collapses": torch.tensor(
+                [names.index(name) for name in self.collapses], dtype=torch.long
+            ),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Regulariser`."""
+        groups = self.masked.graph.groups
+        self.strength = float(state["strength"])
+        self._steps = int(state["steps"])
+        self._counts_before = [int(count) for count in state["counts_before"]]
+        self.collapses = [groups[int(index)].name for index in state["collapses"]]
+
+    def current_price(self) -> float:
+        """Of the channels that are kept now."""
+        with torch.no_grad():
+            return float(self.price(self.masked.counts))
+
+    def _counts(self) -> list[int]:
+        return [len(mask.kept()) for mask in self.masked.masks]
+
+    def _look_for_collapse(self) -> None:
+        """All channels of a layer feel one pull; without another they fall at once.
+
+        Then the pull is too strong for the task to have a say: it is halved, and the
+        layer has its channels again, in the order in which they fell.
+        """
+        groups, least = self.masked.graph.groups, 2 * self.settings.step
+        for index, (before, now, floor) in enumerate(
+            zip(self._counts_before, self._counts(), self.floors, strict=True)
+        ):
+            # Above the floor, which is kept in any case; a step or two is no collapse.
+            lost = before - now
+            if lost >= least and lost > COLLAPSED_SHARE * (before - floor):
+                _reopen(self.masked.masks[index].latent.data, before)
+                self.collapses.append(groups[index].name)
+                self.strength /= 2
+        self._counts_before = self._counts()
+
+
+def _reopen(latent: Tensor, count: int) -> None:
+    """Raise the `count` largest latents above the threshold, in their order."""
+    chosen = latent.argsort(descending=True)[:count]
+    ranks = torch.linspace(1.0, 0.0, count + 1)[:count]
+    raised = THRESHOLD + REOPENED_MARGIN * ranks
+    latent[chosen] = torch.maximum(latent[chosen], raised)
+
+
+def settle_counts(
+    latents: Sequence[Tensor],
+    *,
+    price: Price,
+    most: float,
+    step: int,
+    floors: Sequence[int],
+) -> list[int]:
+    """Channel counts that the latents ask for, aligned, and as dear as is allowed.
+
+    Counts are rounded to the nearest multiple of `step`. Then, while the price is above
+    `most`, the group gives up a step whose latents there are the lowest; while a step
+    still fits, the group gets one whose latents there are the highest.
+
+    Args:
+        latents: Of each group, `(channels,)`.
+        price: Of channel counts.
+        most: Price not to exceed.
+        step: Of the counts.
+        floors: Least count of each group.
+
+    Raises:
+        SpaceError: Even the floors cost more.
+    """
+    ordered = [latent.detach().sort(descending=True).values for latent in latents]
+    counts = [
+        _aligned(int((latent > THRESHOLD).sum()), step, floor, len(latent))
+        for latent, floor in zip(ordered, floors, strict=True)
+    ]
+
+    def cost(of: list[int]) -> float:
+        return float(price(torch.tensor(of, dtype=torch.float64)))
+
+    while cost(counts) > most:
+        losses = {
+            index: float(ordered[index][less:count].mean())
+            for index, count in enumerate(counts)
+            if (less := _step_down(count, step, floors[index])) < count
+        }
+        if not losses:
+            raise SpaceError(
+                f"the least network costs {cost(counts):.4g} {price.unit}, more than "
+                f"{most:.4g}; ask for more, or lower the floor"
+            )
+        index = min(losses, key=losses.__getitem__)
+        counts[index] = _step_down(counts[index], step, floors[index])
+    while True:
+        gains = {}
+        for index, count in enumerate(counts):
+            more = min(len(ordered[index]), (count // step + 1) * step)
+            wider = [*counts[:index], more, *counts[index + 1 :]]
+            if more > count and cost(wider) <= most:
+                gains[index] = (float(ordered[index][count:more].mean()), more)
+        if not gains:
+            return counts
+        index = max(gains, key=lambda place: gains[place][0])
+        counts[index] = gains[index][1]
+
+
+def _aligned(count: int, step: int, floor: int, most: int) -> int:
+    """The multiple of `step` that is nearest, within the bounds."""
+    return min(most, max(floor, math.floor(count / step + 0.5) * step))
+
+
+def _step_down(count: int, step: int, floor: int) -> int:
+    return max(floor, (math.ceil(count / step) - 1) * step)

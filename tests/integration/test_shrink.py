@@ -1,0 +1,519 @@
+"""A network of one's own, from training to a verified bundle, on the real runtimes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofa_deploy import DeployError, InfeasibleBudget, specialize
+from ofa_deploy.cli.shrinking import load_model
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import DataError, SpaceError, TraceError, TrainingError
+from ofa_deploy.exporting import ExportedNetwork, compare_exported
+from ofa_deploy.families import repvgg
+from ofa_deploy.nn.static import StaticNet
+from ofa_deploy.plan import lower
+from ofa_deploy.report.page import REPORT_FILE
+from ofa_deploy.reporting import Silent
+from ofa_deploy.shrink import device_prices, to_budget
+from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
+from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.to_budget import (
+    HISTORY_FILE,
+    Shrinking,
+    ShrinkRecipe,
+    default_shrink_recipe,
+)
+from ofa_deploy.target import Target
+from ofa_deploy.train.checkpoint import read_checkpoint
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.recipe import Phase, Recipe
+from profilers import MeasureSettings
+from profilers.backends import get_backend
+from profilers.fresh import FreshMeasurement
+from tests.support import tiny, tiny_session
+
+SIZE = tiny.IMAGE_SIZE
+GENEROUS_MS = 10_000.0
+QUICK = MeasureSettings(
+    visits=3,
+    runs_per_visit=3,
+    warmup_runs=1,
+    warmup_windows=1,
+    anchor_repeats=1,
+    seed=0,
+    target_relative_error=10.0,
+    max_seconds=0.5,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_timing() -> Iterator[None]:
+    """Few runs: how precise the timing is, is not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_prices, "PROFILE_SETTINGS", QUICK)
+        patch.setattr(to_budget, "CERTIFY_SETTINGS", QUICK)
+        patch.setattr(to_budget, "CERTIFY_PROCESSES", 1)
+        # So few runs scatter; that something near the budget is found is not asked.
+        patch.setattr(to_budget, "NEAR_BUDGET", (0.5, 1.0))
+        patch.setattr(device_prices, "RANDOM_NETWORKS", 2)
+        torch.set_num_threads(1)
+        yield
+
+
+def data() -> ImageSet:
+    return tiny.images(per_class=40, seed=11)
+
+
+def recipe(**changes: Any) -> ShrinkRecipe:
+    found = default_shrink_recipe(search_epochs=6, finetune_epochs=4, batch_size=18)
+    found = replace(
+        found,
+        search=replace(found.search, crop_padding=1),
+        finetune=replace(found.finetune, crop_padding=1),
+        floor=4,
+        step=4,
+    )
+    return replace(found, **changes)
+
+
+def branched() -> StaticNet:
+    space = repvgg.small(class_count=3)
+    space = replace(
+        space,
+        resolutions=(SIZE,),
+        stem=replace(space.stem, out_channels=16),
+        stages=(repvgg.stage(32, depths=(1,)), repvgg.stage(48, depths=(1,))),
+    )
+    torch.manual_seed(0)
+    return StaticNet(lower(space, space.largest()))
+
+
+class ResidualNet(nn.Module):
+    """A user's network with a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.inner = nn.Conv2d(32, 48, 3, 1, 1, bias=False)
+        self.inner_norm = nn.BatchNorm2d(48)
+        self.outer = nn.Conv2d(48, 32, 3, 1, 1, bias=False)
+        self.outer_norm = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        y = self.outer_norm(self.outer(F.relu(self.inner_norm(self.inner(x)))))
+        return cast(Tensor, self.head(F.relu(x + y).mean((2, 3))))
+
+
+def train(network: nn.Module, *, epochs: int = 6) -> nn.Module:
+    phase = Phase(name="dense", epochs=epochs, peak_learning_rate=0.05, distill=False)
+    settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    TrainingLoop(
+        network,
+        images=TrainingImages(data(), settings),
+        recipe=settings,
+        resolution=SIZE,
+        folder=None,
+        bf16=False,
+    ).run()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def dense() -> StaticNet:
+    network = train(branched())
+    assert isinstance(network, StaticNet)
+    return network
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Prices measured by one test serve the others."""
+    folder = tmp_path_factory.mktemp("prices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_budget, "cache_folder", lambda: folder)
+        yield folder
+
+
+@pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu", "litert-cpu"])
+def test_a_network_of_ones_own_ends_in_a_verified_bundle(
+    backend: str, dense: StaticNet, caches: Path, tmp_path: Path
+) -> None:
+    if backend != "onnxruntime-cpu":
+        pytest.importorskip("openvino" if "openvino" in backend else "ai_edge_litert")
+    seen: list[LoopProgress] = []
+    before = dense.weights()
+    bundle = specialize(
+        backend,
+        model=dense,
+        data=data(),
+        out=tmp_path / "out",
+        latency_ms=GENEROUS_MS,
+        recipe=recipe(),
+        training_told=lambda stage, progress: seen.append(progress),
+    )
+    manifest = bundle.manifest
+    assert manifest.binding.met
+    assert manifest.accuracy.kind == "measured"
+    assert manifest.accuracy.value > 0.6
+    assert bundle.check().agrees
+    assert manifest.config_id.startswith("pas-")
+    assert all(np.array_equal(before[k], v) for k, v in dense.weights().items())
+    assert any(progress.kept for progress in seen)
+    assert "Kept channels" in (bundle.path / REPORT_FILE).read_text()
+
+
+def test_a_budget_that_binds_leaves_a_plain_chain_of_fewer_channels(
+    dense: StaticNet, caches: Path, tmp_path: Path
+) -> None:
+    own = OwnNetwork.of(
+        dense,
+        resolution=SIZE,
+        normalisation=tiny.NORMALISATION,
+        class_names=tiny.CLASS_NAMES,
+    )
+    prices = device_prices.measure_prices(
+        own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        backend=get_backend("onnxruntime-cpu"),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    full_ms = float(prices.price(full_counts(own.graph)))
+    bundle = specialize(
+        "onnxruntime-cpu",
+        model=dense,
+        data=data(),
+        out=tmp_path / "out",
+        latency_ms=0.85 * full_ms,
+        recipe=recipe(),
+    )
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert sum(history["kept"]) < sum(history["channels"])
+    assert all(count >= 4 and count % 4 == 0 for count in history["kept"])
+    assert len(history["search"]) == 6
+    assert bundle.manifest.cost.mac_count < dense.plan.mac_count
+    assert bundle.manifest.accuracy.value > 0.6
+    nodes = onnx.load(bundle.model_path).graph.node
+    kinds = {node.op_type for node in nodes}
+    assert kinds == {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm", "Identity"}
+
+
+@pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu"])
+def test_a_network_with_skips_keeps_them(
+    backend: str, caches: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    if backend == "openvino-cpu":
+        pytest.importorskip("openvino")
+    network = train(ResidualNet())
+    own = own_network(network)
+    masked = own.masked()
+    counts = [group.channels // 2 for group in own.graph.groups]
+    to_budget.freeze(masked, to_budget.top_channels(masked.latents(), counts))
+    exported = own.export(
+        masked,
+        masked.kept(),
+        method="pas",
+        target=Target(backend=backend, threads=1),
+        folder=tmp_path,
+    )
+    parity = compare_exported(exported, data().images, normalisation=tiny.NORMALISATION)
+    assert parity.agrees
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert "Add" in {node.op_type for node in nodes}
+    bundle = specialize(
+        backend,
+        model=network,
+        data=data(),
+        out=tmp_path / "out",
+        latency_ms=GENEROUS_MS,
+        recipe=recipe(),
+    )
+    assert bundle.check().agrees
+    assert bundle.manifest.space_name == "ResidualNet"
+
+
+def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    with pytest.raises(DeployError, match="RepVGG family"):
+        specialize(
+            "litert-cpu",
+            model=ResidualNet(),
+            data=data(),
+            out=tmp_path / "out",
+            latency_ms=GENEROUS_MS,
+            recipe=recipe(),
+        )
+
+
+def own_network(network: nn.Module) -> OwnNetwork:
+    return OwnNetwork.of(
+        network,
+        resolution=SIZE,
+        normalisation=tiny.NORMALISATION,
+        class_names=tiny.CLASS_NAMES,
+    )
+
+
+# -- what is timed corrects what is chosen ---------------------------------------------
+
+
+def shrinking(network: nn.Module, work: Path) -> tuple[Shrinking, DevicePrices]:
+    """A call for three fifths of what a network is priced at, and made-up prices."""
+    own = own_network(network)
+    prices = made_up_prices(own)
+    full_ms = float(prices.price(full_counts(own.graph)))
+    settings = recipe()
+    call = Shrinking(
+        own=own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        constraints=Constraints(latency_ms=0.6 * full_ms),
+        recipe=settings,
+        images=TrainingImages(data(), settings.search),
+        evaluation=data(),
+        work=work,
+        reporter=Silent(),
+    )
+    return call, prices
+
+
+def made_up_prices(own: OwnNetwork) -> DevicePrices:
+    blocks = timed_layers(own.graph, step=4)
+    price = LatencyPrice(
+        own.graph,
+        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
+        step=4,
+    )
+    table = tiny.latency_table(
+        tiny.SPACE, networks=[], network_ms=lambda config: 1.0, origin="measured"
+    )
+    return DevicePrices(price=price, table=table, step=4, residual_ratio=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+def test_a_structure_just_below_the_budget_is_found_whatever_prices_say(
+    factor: float,
+    dense: StaticNet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(to_budget, "NEAR_BUDGET", (0.9, 0.99))
+    call, prices = shrinking(dense, tmp_path)
+    call._run_name = "x"
+
+    def measure(exported: ExportedNetwork, prices: DevicePrices) -> FreshMeasurement:
+        return tiny_session.fresh(factor * exported.facts.cost.mac_count / 1e6)
+
+    monkeypatch.setattr(Shrinking, "_measure", lambda self, e, p: measure(e, p))
+    masked = call.own.masked()
+    generator = torch.Generator().manual_seed(0)
+    for mask in masked.masks:
+        mask.latent.data = torch.rand(len(mask.latent), generator=generator)
+    latents = masked.latents()
+    found = call.fit(masked, latents, prices)
+    assert 0.8 < found.used_share <= 1.0
+    kept = [mask.kept().tolist() for mask in masked.masks]
+    assert kept == [indices.tolist() for indices in found.kept]
+    # A call that was killed goes on with what was chosen.
+    again, prices = shrinking(dense, tmp_path)
+    again._run_name = "x"
+    assert again.fit(again.own.masked(), latents, prices).counts == found.counts
+    assert len(again.timed) == 1
+
+
+def test_a_budget_that_no_form_keeps_is_refused(
+    dense: StaticNet, caches: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InfeasibleBudget, match="Ask for at least") as caught:
+        specialize(
+            "onnxruntime-cpu",
+            model=dense,
+            data=data(),
+            out=tmp_path / "out",
+            latency_ms=1e-4,
+            recipe=recipe(),
+        )
+    assert (caught.value.fastest_ms or 0.0) > 1e-4
+    assert not (tmp_path / "out").exists()
+
+
+# -- resuming --------------------------------------------------------------------------
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_masks(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    def search(folder: Path, *, stop_after: int | None) -> list[Tensor]:
+        own = OwnNetwork.of(
+            dense,
+            resolution=SIZE,
+            normalisation=tiny.NORMALISATION,
+            class_names=tiny.CLASS_NAMES,
+        )
+
+        def told(stage: str, progress: LoopProgress) -> None:
+            if stop_after is not None and progress.step >= stop_after:
+                raise KeyboardInterrupt
+
+        settings = recipe()
+        masked = to_budget.search_widths(
+            own,
+            price=MacPrice(own.graph),
+            target_share=0.5,
+            recipe=settings,
+            step=4,
+            images=TrainingImages(data(), settings.search),
+            folder=folder,
+            told=told,
+        )
+        return [mask.latent.detach().clone() for mask in masked.masks]
+
+    whole = search(tmp_path / "whole", stop_after=None)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", stop_after=12)
+    assert (tmp_path / "cut" / CHECKPOINT_FILE).exists()
+    resumed = search(tmp_path / "cut", stop_after=None)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    network = branched()
+    phase = Phase(name="dense", epochs=3, peak_learning_rate=0.01, distill=False)
+    settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    loop = TrainingLoop(
+        network,
+        images=TrainingImages(data(), settings),
+        recipe=settings,
+        resolution=SIZE,
+        folder=tmp_path,
+        bf16=False,
+    )
+
+    def poison(progress: LoopProgress) -> None:
+        if progress.epoch == 2:
+            with torch.no_grad():
+                next(network.parameters()).fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="last good checkpoint is kept"):
+        loop.run(poison)
+    weights = read_checkpoint(tmp_path / CHECKPOINT_FILE).weights
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+# -- bad input -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"method": "magic"}, SpaceError, "method='magic'; give one of pas"),
+        (
+            {"latency_ms": None, "min_accuracy": 0.5},
+            SpaceError,
+            "no latency is asked for",
+        ),
+        ({"seed": 3}, SpaceError, "seed: these are for supernets"),
+        ({"data": None}, DataError, "give labelled images as data="),
+        ({"device": "abacus"}, DeployError, "device 'abacus' is unknown"),
+    ],
+    ids=["method", "latency", "seed", "data", "device"],
+)
+def test_what_cannot_be_shrunk_is_refused_with_a_reason(
+    changes: dict[str, Any],
+    kind: type[Exception],
+    told: str,
+    dense: StaticNet,
+    tmp_path: Path,
+) -> None:
+    given: dict[str, Any] = {
+        "device": "onnxruntime-cpu",
+        "model": dense,
+        "data": data(),
+        "out": tmp_path / "out",
+        "latency_ms": GENEROUS_MS,
+        "recipe": recipe(),
+        **changes,
+    }
+    with pytest.raises(kind, match=told):
+        specialize(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_another_number_of_classes_is_refused(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    images = data()
+    fewer = images.take(images.labels < 2)
+    fewer = replace(fewer, class_names=fewer.class_names[:2])
+    with pytest.raises(DataError, match=r"outputs of shape \(1, 3\).* 2 classes"):
+        specialize(
+            "onnxruntime-cpu",
+            model=dense,
+            data=fewer,
+            out=tmp_path / "out",
+            latency_ms=GENEROUS_MS,
+            recipe=recipe(),
+        )
+
+
+def test_a_network_without_removable_channels_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 3))
+    with pytest.raises(TraceError, match="no channels that could be removed"):
+        specialize(
+            "onnxruntime-cpu",
+            model=network,
+            data=data(),
+            out=tmp_path / "out",
+            latency_ms=GENEROUS_MS,
+            recipe=recipe(),
+        )
+
+
+def test_what_belongs_to_a_network_is_refused_without_one(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="data: these are for a network of your own"):
+        specialize(  # type: ignore[call-overload]
+            "onnxruntime-cpu", out=tmp_path, latency_ms=1.0, data=data()
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nothing", "names no network"),
+        ("net.py:missing", "cannot be built: AttributeError"),
+        ("net.py:number", "gives int"),
+        ("net.py:broken", "cannot be built: ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_builds_no_network_is_refused(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "def number():\n    return 1\ndef broken():\n    return 1 / 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=told):
+        load_model(text, None)
