@@ -260,6 +260,7 @@ def shrink(
     finetune_epochs: Annotated[
         int, typer.Option(min=1, help="Passes over what was found.")
     ] = 30,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
     eval_data: Annotated[
         Path | None, typer.Option(help="Labelled images to measure accuracy on.")
     ] = None,
@@ -283,7 +284,7 @@ def shrink(
             out=out,
             latency_ms=latency_ms,
             eval_data=eval_data,
-            recipe=shrinking.recipe(search_epochs, finetune_epochs),
+            recipe=shrinking.recipe(search_epochs, finetune_epochs, batch_size),
             work=work,
             reporter=bar,
             training_told=lambda stage, progress: bar.show_below(

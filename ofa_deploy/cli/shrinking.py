@@ -82,12 +82,14 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         raise DataError(f"{path} holds weights of another network: {error}") from error
 
 
-def recipe(search_epochs: int, finetune_epochs: int) -> ShrinkRecipe:
+def recipe(search_epochs: int, finetune_epochs: int, batch_size: int) -> ShrinkRecipe:
     """The default recipe, of another length."""
     from ofa_deploy.shrink.to_budget import default_shrink_recipe
 
     return default_shrink_recipe(
-        search_epochs=search_epochs, finetune_epochs=finetune_epochs
+        search_epochs=search_epochs,
+        finetune_epochs=finetune_epochs,
+        batch_size=batch_size,
     )
 
 

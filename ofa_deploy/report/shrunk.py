@@ -93,7 +93,7 @@ def draw_kept(history: ShrinkHistory) -> str:
         label="Channels kept of each group",
         x_label="channels",
         y_label="",
-        x_range=(0.0, max(history.channels) * 1.04),
+        x_range=(0.0, max(history.channels) * 1.16),
         y_range=(0.0, float(count)),
         height=row_height * count + 70,
         margin_left=names_width,
@@ -106,7 +106,8 @@ def draw_kept(history: ShrinkHistory) -> str:
         bars.bar((0.0, had), (bottom, top), kind="had", tip=tip)
         bars.bar((0.0, kept), (bottom, top), kind="block", tip=tip)
         bars.text(-0.01 * max(history.channels), (top + bottom) / 2, name, anchor="end")
-        bars.text(kept, (top + bottom) / 2, f" {kept}")
+        beside = kept + 0.01 * max(history.channels)
+        bars.text(beside, (top + bottom) / 2, f"{kept} of {had}")
     return bars.render(y_ticks=False)
 
 

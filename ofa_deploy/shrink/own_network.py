@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ class OwnNetwork:
         """
         module = copy.deepcopy(module)
         shape = (IMAGE_CHANNELS, resolution, resolution)
-        graph = trace_channels(module, input_shape=shape)
+        graph = _named(trace_channels(module, input_shape=shape), module)
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
         if outputs != (1, len(class_names)):
             raise DataError(
@@ -194,6 +194,17 @@ class OwnNetwork:
             parameter_count=parameters,
             peak_activation_bytes=peak * BYTES_PER_FLOAT,
         )
+
+
+def _named(graph: ChannelGraph, module: nn.Module) -> ChannelGraph:
+    """The graph, its groups named after the plan's layers where there is a plan."""
+    if not isinstance(module, PlannedNet):
+        return graph
+    names = module.layer_names()
+    groups = tuple(
+        replace(group, name=names.get(group.name, group.name)) for group in graph.groups
+    )
+    return replace(graph, groups=groups)
 
 
 def run(module: nn.Module, inputs: Floats) -> Floats:

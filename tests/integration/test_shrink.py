@@ -13,9 +13,11 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ofa_deploy import DeployError, InfeasibleBudget, specialize
+from ofa_deploy import Bundle, DeployError, InfeasibleBudget, specialize
+from ofa_deploy.cli import main
 from ofa_deploy.cli.shrinking import load_model
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
@@ -421,6 +423,64 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         loop.run(poison)
     weights = read_checkpoint(tmp_path / CHECKPOINT_FILE).weights
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+# -- the command -----------------------------------------------------------------------
+
+NET = """
+from dataclasses import replace
+from ofa_deploy.families import repvgg
+from ofa_deploy.nn.static import StaticNet
+from ofa_deploy.plan import lower
+
+def build():
+    space = repvgg.small(class_count=3)
+    stages = (repvgg.stage(32, depths=(1,)), repvgg.stage(48, depths=(1,)))
+    stem = replace(space.stem, out_channels=16)
+    space = replace(space, resolutions=(12,), stem=stem, stages=stages)
+    return StaticNet(lower(space, space.largest()))
+"""
+
+
+def test_the_command_shrinks_a_network_of_a_file(
+    dense: StaticNet,
+    caches: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    tensors = {name: t.contiguous() for name, t in dense.state_dict().items()}
+    save_file(tensors, tmp_path / "net.safetensors")
+    images = data()
+    np.savez(
+        tmp_path / "data.npz",
+        images=images.images,
+        labels=images.labels,
+        class_names=np.array(images.class_names),
+    )
+    words = ["--model", f"{tmp_path / 'net.py'}:build", "--latency-ms", "1000"]
+    words += ["--weights", str(tmp_path / "net.safetensors")]
+    words += ["--data", str(tmp_path / "data.npz"), "--device", "onnxruntime-cpu"]
+    words += ["--search-epochs", "1", "--finetune-epochs", "1"]
+    words += ["--batch-size", "18", "--out", str(tmp_path / "out"), "--json"]
+    monkeypatch.setattr("sys.argv", ["ofa-deploy", "shrink", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["config_id"].startswith("pas-")
+    assert Bundle.open(tmp_path / "out").check().agrees
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    save_file(ResidualNet().state_dict(), tmp_path / "net.safetensors")
+    name = f"{tmp_path / 'net.py'}:build"
+    with pytest.raises(DataError, match="weights of another network"):
+        load_model(name, tmp_path / "net.safetensors")
+    (tmp_path / "net.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"cannot be read as \.safetensors"):
+        load_model(name, tmp_path / "net.safetensors")
 
 
 # -- bad input -------------------------------------------------------------------------
