@@ -330,8 +330,9 @@ def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
         start_new_session=True,  # a terminal's Ctrl-C goes to the whole group
     )
     try:
-        # Written last before the timing, which takes three seconds at least.
-        wait_for(lambda: any(scratch.rglob("reference.safetensors")), process)
+        # Written last before the certifying, which takes seconds; candidates' files are
+        # a folder further down.
+        wait_for(lambda: any(scratch.glob("ofa-deploy-*/model.onnx")), process)
         os.killpg(process.pid, signal.SIGINT)
         output, told = process.communicate(timeout=PATIENCE_S)
     finally:

@@ -654,7 +654,7 @@ def test_evaluation_data_of_other_classes_leaves_nothing_behind(
         session.specialize(GENEROUS_MS, out=tmp_path / "bundle", eval_data=path)
     assert str(caught.value) == (
         "the evaluation data has classes ('class 0', 'class 1', 'class 2'), the "
-        "supernet ('blue', 'green', 'red'); they must be the same"
+        "network ('blue', 'green', 'red'); they must be the same"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["other.npz"]
 
