@@ -50,8 +50,8 @@ from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import settle_counts
-from ofa_deploy.shrink.to_budget import (
-    HISTORY_FILE,
+from ofa_deploy.shrink.to_budget import HISTORY_FILE
+from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
     finetune,
     freeze,
@@ -469,6 +469,7 @@ def write(
             for name in macs
         ],
     )
+    section.table(["training", "epochs", "minutes"], trainings())
     by_macs, by_ms = (
         accuracies["PaS, half of the MACs"],
         accuracies["PaS, milliseconds"],

@@ -30,8 +30,8 @@ from ofa_deploy.target import parse_target
 if TYPE_CHECKING:
     from torch import nn
 
-    from ofa_deploy.shrink.to_budget import ShrinkRecipe
-    from ofa_deploy.shrink.to_budget import Told as TrainingTold
+    from ofa_deploy.shrink.widths import ShrinkRecipe
+    from ofa_deploy.shrink.widths import Told as TrainingTold
 
 _ONE_OF = (
     "give either a device, such as 'openvino-cpu', or devices with their budgets, such "
@@ -250,9 +250,10 @@ def specialize(
                 "a network is trained while it is shrunk; give labelled images as "
                 "data= (a folder, .zip or .npz)"
             )
-        from ofa_deploy.shrink import to_budget
+        from ofa_deploy.shrink.to_budget import shrink
+        from ofa_deploy.shrink.widths import nobody as no_training_told
 
-        return to_budget.shrink(
+        return shrink(
             model,
             device=device,
             constraints=constraints,
@@ -265,7 +266,7 @@ def specialize(
             recipe=recipe,
             work=work,
             reporter=reporter,
-            told=training_told or to_budget.nobody,
+            told=training_told or no_training_told,
         )
     require_free(Path(out))
     parse_target(device, threads=threads)

@@ -18,7 +18,7 @@ from ofa_deploy.errors import DataError, MissingDependency
 if TYPE_CHECKING:
     from torch import nn
 
-    from ofa_deploy.shrink.to_budget import ShrinkRecipe
+    from ofa_deploy.shrink.widths import ShrinkRecipe
     from ofa_deploy.train.loop import LoopProgress
 
 BAR_WIDTH = 40
@@ -84,7 +84,7 @@ def _load_weights(network: nn.Module, path: Path) -> None:
 
 def recipe(search_epochs: int, finetune_epochs: int, batch_size: int) -> ShrinkRecipe:
     """The default recipe, of another length."""
-    from ofa_deploy.shrink.to_budget import default_shrink_recipe
+    from ofa_deploy.shrink.widths import default_shrink_recipe
 
     return default_shrink_recipe(
         search_epochs=search_epochs,

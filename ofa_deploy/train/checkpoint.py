@@ -39,6 +39,29 @@ class Position:
     data_sha256: str
     elapsed_s: float
 
+    def require(
+        self, *, recipe_sha256: str, data_sha256: str, folder: Path | None, cure: str
+    ) -> None:
+        """Refuse to go on with another recipe, or other data.
+
+        Args:
+            recipe_sha256: Of the recipe that is to go on, up to this phase's end.
+            data_sha256: Of its data.
+            folder: Where the run is.
+            cure: What to do instead.
+
+        Raises:
+            TrainingError: Names which of them differs.
+        """
+        for label, saved, current in (
+            ("recipe", self.recipe_sha256, recipe_sha256),
+            ("training data", self.data_sha256, data_sha256),
+        ):
+            if saved != current:
+                raise TrainingError(
+                    f"the {label} is not the one that {folder} was started with; {cure}"
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint:

@@ -281,15 +281,12 @@ class TrainingLoop:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
-        for label, saved, current in (
-            ("recipe", position.recipe_sha256, self.recipe.sha256(0)),
-            ("training data", position.data_sha256, self.images.sha256),
-        ):
-            if saved != current:
-                raise TrainingError(
-                    f"the {label} is not the one that {self.folder} was started with; "
-                    "continue with the same, or name another folder"
-                )
+        position.require(
+            recipe_sha256=self.recipe.sha256(0),
+            data_sha256=self.images.sha256,
+            folder=self.folder,
+            cure="continue with the same, or name another folder",
+        )
         try:
             self.network.load_state_dict(checkpoint.weights)
         except RuntimeError as error:

@@ -231,15 +231,12 @@ class ProgressiveTraining:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
-        for label, saved, current in (
-            ("recipe", position.recipe_sha256, self.recipe.sha256(position.phase)),
-            ("training data", position.data_sha256, self.images.sha256),
-        ):
-            if saved != current:
-                raise TrainingError(
-                    f"the {label} is not the one that {self.settings.folder} was "
-                    "started with; resume with the same, or start a new folder"
-                )
+        position.require(
+            recipe_sha256=self.recipe.sha256(position.phase),
+            data_sha256=self.images.sha256,
+            folder=self.settings.folder,
+            cure="resume with the same, or start a new folder",
+        )
         try:
             self.supernet.load_state_dict(checkpoint.weights)
         except RuntimeError as error:

@@ -35,24 +35,15 @@ from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.search.pareto import exhaustive_front
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import write_supernet
-from profilers import LatencyTable, MeasureSettings
+from profilers import LatencyTable
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.memory import MemoryGauge
 from tests.support import tiny
+from tests.support.quick import QUICK
 
 BACKEND = "onnxruntime-cpu"
 GENEROUS_MS = 10_000.0
-QUICK = MeasureSettings(
-    visits=3,
-    runs_per_visit=3,
-    warmup_runs=1,
-    warmup_windows=1,
-    anchor_repeats=1,
-    seed=0,
-    target_relative_error=10.0,
-    max_seconds=0.5,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,22 +16,12 @@ from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.train.finish import finish_supernet
 from ofa_deploy.train.progressive import ProgressiveTraining, RunSettings
 from ofa_deploy.train.recipe import Phase, Recipe
-from profilers import MeasureSettings
 from profilers.backends import get_backend
 from profilers.device import this_device
 from tests.support import tiny, train_tiny
+from tests.support.quick import QUICK
 
 BACKEND = "onnxruntime-cpu"
-QUICK = MeasureSettings(
-    visits=3,
-    runs_per_visit=3,
-    warmup_runs=1,
-    warmup_windows=1,
-    anchor_repeats=1,
-    seed=0,
-    target_relative_error=10.0,
-    max_seconds=0.5,
-)
 RECIPE = Recipe(
     phases=(
         Phase(name="full", epochs=2, peak_learning_rate=0.05, distill=False),

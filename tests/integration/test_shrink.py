@@ -33,34 +33,26 @@ from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.to_budget import (
-    HISTORY_FILE,
-    Shrinking,
+from ofa_deploy.shrink.to_budget import HISTORY_FILE, Shrinking
+from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
     default_shrink_recipe,
+    freeze,
+    search_widths,
+    top_channels,
 )
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe
-from profilers import MeasureSettings
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from tests.support import tiny, tiny_session
+from tests.support.quick import QUICK
 
 SIZE = tiny.IMAGE_SIZE
 GENEROUS_MS = 10_000.0
-QUICK = MeasureSettings(
-    visits=3,
-    runs_per_visit=3,
-    warmup_runs=1,
-    warmup_windows=1,
-    anchor_repeats=1,
-    seed=0,
-    target_relative_error=10.0,
-    max_seconds=0.5,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,7 +222,7 @@ def test_a_network_with_skips_keeps_them(
     own = own_network(network)
     masked = own.masked()
     counts = [group.channels // 2 for group in own.graph.groups]
-    to_budget.freeze(masked, to_budget.top_channels(masked.latents(), counts))
+    freeze(masked, top_channels(masked.latents(), counts))
     exported = own.export(
         masked,
         masked.kept(),
@@ -379,7 +371,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(
                 raise KeyboardInterrupt
 
         settings = recipe()
-        masked = to_budget.search_widths(
+        masked = search_widths(
             own,
             price=MacPrice(own.graph),
             target_share=0.5,

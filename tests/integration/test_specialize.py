@@ -33,24 +33,15 @@ from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import StoredSupernet, write_supernet
 from ofa_deploy.zoo import zoo_names
-from profilers import LatencyTable, MeasureSettings
+from profilers import LatencyTable
 from profilers.backends import backend_names, get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.device import available_cores, this_device
 from tests.support import tiny
 from tests.support.gpu import every_backend, usable_backends
+from tests.support.quick import QUICK
 
 GENEROUS_MS = 10_000.0
-QUICK = MeasureSettings(
-    visits=3,
-    runs_per_visit=3,
-    warmup_runs=1,
-    warmup_windows=1,
-    anchor_repeats=1,
-    seed=0,
-    target_relative_error=10.0,
-    max_seconds=0.5,
-)
 ZOO_SUPERNET = "cifar10-small"
 
 
