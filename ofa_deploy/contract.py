@@ -33,9 +33,10 @@ from ofa_deploy.verify import Candidate
 
 # Networks certified at most: each takes several processes' time.
 MAX_CERTIFIED = 5
-# Once something was shown to keep everything, nothing better is begun after this: a
-# try takes up to half as long again, and nobody waits longer for the last percents.
-PATIENCE_S = 12.0
+# Once something was shown to keep everything, nothing better is begun that would end
+# after this, if it took as long as the longest try before it: nobody waits longer for
+# the last percents.
+PATIENCE_S = 26.0
 # Times that networks are chosen and confirmed before one must do.
 MAX_LADDERS = 4
 # Steps of the ladder of candidates, in standard errors of the predictor.
@@ -46,8 +47,10 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
 # A bound in the quiet state is seldom further above what was found.
 USUAL_BOUND_RATIO = 1.03
-# Room that is left besides after the second miss; three times as much after the third.
-MARGIN_RATIO = 0.01
+# Room that is left besides after one miss, two, and more. The third says that the
+# machine has slowed down: what it will be next is not known, and far better than the
+# fastest network, the last resort, is what has room for that.
+MISS_MARGINS = (0.0, 0.02, 0.15)
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.06
 # A predictor that is further off says nothing of the ladder's steps.
@@ -108,10 +111,11 @@ def fulfil(
         MeasurementError: Nothing could be measured, or the table is stale; likewise.
     """
     loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
-    begun_s = clock_s()
+    begun_s, longest_s = clock_s(), 0.0
     best: VerifiedNetwork | None = None
     try:
         while len(loop.certified) < MAX_CERTIFIED:
+            tried_s = clock_s()
             config = loop.next_config(better_than=best)
             if config is None:
                 break
@@ -119,8 +123,10 @@ def fulfil(
             loop.certified.append(found)
             if found.met:
                 best = _better(constraints, best, found)
-            impatient = clock_s() - begun_s > PATIENCE_S
-            if best is not None and (impatient or not loop.wasteful(best)):
+            now_s = clock_s()
+            longest_s = max(longest_s, now_s - tried_s)
+            late = now_s + longest_s > begun_s + PATIENCE_S
+            if best is not None and (late or not loop.wasteful(best)):
                 break
     except (BackendError, MeasurementError):
         if best is None:  # else what was shown stays shown
@@ -200,7 +206,7 @@ class _Loop:
         ratios = [self._excess_of(found) for found in self.certified]
         misses = sum(not found.verdict("latency").met for found in self.certified)
         if misses:
-            return max(ratios) * (1 + MARGIN_RATIO * misses * (misses - 1))
+            return max(ratios) * (1 + MISS_MARGINS[min(misses, len(MISS_MARGINS)) - 1])
         if ratios:
             return median(ratios)
         return EXPECTED_RATIO if self._plain else EXPECTED_RATIO_OTHERWISE
