@@ -4,7 +4,8 @@ Trainings take hours, so each stage is a command of its own, which goes on where
 stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
-    dense           the network that everything else is made from
+    first           the network that everything else is made from: one cycle
+    dense           it once more, from there, for longer
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
     uniform         that network, trained from nothing for as long as the two above
@@ -47,12 +48,14 @@ from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
+from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import settle_counts
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
+    aligned_floor,
     finetune,
     freeze,
     search_widths,
@@ -72,7 +75,8 @@ from profilers.measurement import MeasureSettings, ModelUnderTest
 HERE = Path(__file__).parent
 LOGS, WEIGHTS = HERE / "logs", HERE / "weights"
 RESOLUTION = 32
-DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 36, 8, 24
+FIRST_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 36, 84, 8, 24
+ALL_EPOCHS = FIRST_EPOCHS + DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
@@ -82,6 +86,9 @@ SETTINGS = MeasureSettings.certify(seed=5)
 LEAST_DENSE, MOST_LOST, LEAST_WON = 0.925, 0.005, 0.005
 MOST_OFF_MACS, MOST_FUSE_ERROR, LEAST_RATIO = 0.02, 1e-5, 1.5
 BUDGET_SHARES = (0.95, 1.0)
+# Latencies as measured here that count as the same; the network with the better
+# accuracy is not to be the slower one.
+SAME_LATENCY = 0.02
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -111,9 +118,13 @@ def recipe(
     return Recipe(phases=(phase,))
 
 
-def from_nothing(name: str, *, epochs: int) -> Recipe:
-    """As the dense network and the uniform one are trained."""
-    return recipe(name, epochs=epochs, peak_learning_rate=0.1)
+def long_cycle(name: str, *, epochs: int) -> Recipe:
+    """As the dense network is trained to its end, and the uniform one from nothing.
+
+    More of the batches are mixed than in the first cycle, at whose end the images as
+    they are were learnt by heart.
+    """
+    return recipe(name, epochs=epochs, peak_learning_rate=0.1, cutmix_share=0.5)
 
 
 def shrink_recipe() -> ShrinkRecipe:
@@ -136,7 +147,9 @@ def keep(stage: str, arrays: dict[str, NDArray[Any]], *logs: Path) -> None:
     }
     save_file(halves, WEIGHTS / f"pas-{stage}.safetensors")
     for log in logs:
-        shutil.copyfile(log, LOGS / f"pas-{stage}-{log.parent.name}.jsonl")
+        part = log.parent.name.partition("-")[0]
+        name = stage if part == stage else f"{stage}-{part}"
+        shutil.copyfile(log, LOGS / f"pas-{name}.jsonl")
 
 
 def kept(stage: str) -> Weights:
@@ -155,16 +168,16 @@ class Lines:
     """A line an epoch, besides the bar."""
 
     def __init__(self, bar: StageBar) -> None:
-        self._bar, self._epoch = bar, 0
+        self._bar = bar
 
     def __call__(self, stage: str, progress: LoopProgress) -> None:
         """See `to_budget.Told`."""
         self._bar.advance_stage(stage, progress.step, progress.steps)
-        if progress.epoch == self._epoch or progress.accuracy is None:
+        done, rest = divmod(progress.step, progress.steps // progress.epochs)
+        if rest or progress.accuracy is None:
             return
-        self._epoch = progress.epoch
         print(
-            f"{stage}: epoch {progress.epoch} of {progress.epochs}, loss "
+            f"{stage}: epoch {done} of {progress.epochs}, loss "
             f"{progress.loss:.3f}, validation {progress.accuracy:.4f}, "
             f"{progress.images_per_s:.0f} images/s, {progress.eta_s / 60:.0f} min left "
             f"{[count for count, _ in progress.kept.values()]}",
@@ -194,19 +207,26 @@ def train(
 # -- stages ----------------------------------------------------------------------------
 
 
-def train_dense(args: argparse.Namespace) -> None:
-    """The network that everything else is made from."""
+def train_first(args: argparse.Namespace) -> None:
+    """The network that everything else is made from, in one cycle."""
     torch.manual_seed(0)
-    settings = from_nothing("dense", epochs=DENSE_EPOCHS)
-    train(StaticNet(dense_plan()), "dense", images(args), settings, args.work)
+    settings = recipe("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
+    train(StaticNet(dense_plan()), "first", images(args), settings, args.work)
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """The same in a second cycle, from the first one's end."""
+    settings = long_cycle("dense", epochs=DENSE_EPOCHS)
+    network = StaticNet(dense_plan(), kept("first"))
+    train(network, "dense", images(args), settings, args.work)
 
 
 def prune_by_macs(args: argparse.Namespace) -> None:
     """Half of the MACs."""
     settings, data = shrink_recipe(), images(args)
-    folder = args.work / "pas" / "macs"
     training = TrainingImages(data, settings.search)
     own = own_network(kept("dense"), training)
+    folder = args.work / "pas" / f"macs-{own.sha256[:12]}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
         lines = Lines(bar)
@@ -227,17 +247,18 @@ def prune_by_macs(args: argparse.Namespace) -> None:
             price=price,
             most=TARGET_SHARE * full,
             step=STEP,
-            floors=[STEP] * len(latents),
+            floors=[aligned_floor(settings, STEP)] * len(latents),
         )
         settled = torch.tensor(counts, dtype=torch.float64)
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
-        freeze(masked, top_channels(latents, counts))
+        chosen = top_channels(latents, counts)
+        freeze(masked, chosen)
         finetune(
             own,
             masked,
             recipe=settings.finetune,
             images=training,
-            folder=folder / "finetune",
+            folder=folder / f"finetune-{'-'.join(map(str, counts))}",
             told=Lines(bar),
         )
     arrays: dict[str, NDArray[Any]] = dict(static(own).weights())
@@ -305,11 +326,8 @@ def choose_scale(args: argparse.Namespace) -> None:
     """
     training = TrainingImages(images(args), shrink_recipe().search)
     fused, _ = pruned_by_macs(training)
-    shares = [float(share) for share in np.arange(0.55, 0.90, 0.02)]
-    plans = {
-        share: lower(scaled_space(share), scaled_space(share).largest())
-        for share in shares
-    }
+    shares = [float(share) for share in np.arange(0.55, 1.0, 0.02)]
+    plans = {share: scaled_plan(share) for share in shares}
     distinct = {plan.mac_count: share for share, plan in plans.items()}
     models = {"pruned": emit_network(fused.plan, fused.weights, form="fused")}
     for share in distinct.values():
@@ -324,6 +342,8 @@ def choose_scale(args: argparse.Namespace) -> None:
     content = {
         "share": float(chosen),
         "pruned_ms": pruned_ms,
+        # What is fitted to this ends at the latency of the network pruned by MACs.
+        "budget_ms": pruned_ms / AIMED_SHARE,
         "uniform_ms": slower[chosen],
         "all_ms": found,
     }
@@ -350,10 +370,9 @@ def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, 
 def train_uniform(args: argparse.Namespace) -> None:
     """The same family, scaled uniformly, for as many epochs as the pruned one took."""
     share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
-    epochs = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
     torch.manual_seed(0)
     plan = scaled_plan(share)
-    settings = from_nothing("uniform", epochs=epochs)
+    settings = long_cycle("uniform", epochs=ALL_EPOCHS)
     train(StaticNet(plan), "uniform", images(args), settings, args.work)
 
 
@@ -363,10 +382,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     Nothing else may run meanwhile.
     """
     data = images(args)
-    training = TrainingImages(data, shrink_recipe().search)
-    fused, _ = pruned_by_macs(training)
-    model = emit_network(fused.plan, fused.weights, form="fused")
-    budget_ms = time_on("openvino-cpu", {"macs": model})["macs"]
+    budget_ms = json.loads((LOGS / "pas-scale.json").read_text())["budget_ms"]
     print(f"budget: {budget_ms:.4f} ms")
     out = args.work / "pas" / "milliseconds" / "bundle"
     with StageBar(console) as bar:
@@ -451,9 +467,9 @@ def write(
     """Tables and bars."""
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
-        f"{DENSE_EPOCHS} epochs; pruned for {SEARCH_EPOCHS} and fine-tuned for "
-        f"{FINETUNE_EPOCHS}; the uniform one trained from nothing for all "
-        f"{DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS}. Test accuracy of the "
+        f"{FIRST_EPOCHS} and then {DENSE_EPOCHS} epochs; pruned for {SEARCH_EPOCHS} "
+        f"and fine-tuned for {FINETUNE_EPOCHS}; the uniform one trained from nothing "
+        f"for all {ALL_EPOCHS}. Test accuracy of the "
         "exported models; OpenVINO, 1 thread, timed against each other."
     )
     section.table(
@@ -474,7 +490,12 @@ def write(
         accuracies["PaS, half of the MACs"],
         accuracies["PaS, milliseconds"],
     )
-    uniform = next(value for name, value in accuracies.items() if "uniform" in name)
+    by_macs_ms, by_ms_ms = (
+        latencies["PaS, half of the MACs"],
+        latencies["PaS, milliseconds"],
+    )
+    (scaled,) = (name for name in accuracies if name.startswith("uniform"))
+    uniform, uniform_ms = accuracies[scaled], latencies[scaled]
     section.bar(
         f"dense: {accuracies['dense']:.2%} (at least {LEAST_DENSE:.1%}) with "
         f"{macs['dense'] / 1e6:.1f} MMACs (at most 80)",
@@ -486,9 +507,9 @@ def write(
         passed=lost <= MOST_LOST,
     )
     section.bar(
-        f"above uniform scaling at the same measured latency: {won:+.2%} (at least "
-        f"{LEAST_WON:.1%})",
-        passed=won >= LEAST_WON,
+        f"above uniform scaling at the same measured latency ({by_macs_ms:.4f} and "
+        f"{uniform_ms:.4f} ms): {won:+.2%} (at least {LEAST_WON:.1%})",
+        passed=won >= LEAST_WON and by_macs_ms <= (1 + SAME_LATENCY) * uniform_ms,
     )
     share = macs["PaS, half of the MACs"] / macs["dense"]
     section.bar(
@@ -502,8 +523,11 @@ def write(
         f"a latency as the target: certified {verdict.bound:.4f} of "
         f"{verdict.limit:.4f} ms, {used:.1%} (between {BUDGET_SHARES[0]:.0%} and "
         f"{BUDGET_SHARES[1]:.0%}); "
-        f"{by_ms:.2%} beside {by_macs:.2%} of the network pruned by MACs",
-        passed=BUDGET_SHARES[0] <= used <= BUDGET_SHARES[1] and by_ms >= by_macs,
+        f"{by_ms:.2%} beside {by_macs:.2%} of the network pruned by MACs, as measured "
+        f"here in {by_ms_ms:.4f} and {by_macs_ms:.4f} ms",
+        passed=BUDGET_SHARES[0] <= used <= BUDGET_SHARES[1]
+        and by_ms >= by_macs
+        and by_ms_ms <= (1 + SAME_LATENCY) * by_macs_ms,
     )
     error, ratios = fuse_error(dense), branch_ratios(dense)
     section.bar(
@@ -579,6 +603,7 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 
 STAGES = {
+    "first": train_first,
     "dense": train_dense,
     "macs": prune_by_macs,
     "scale": choose_scale,

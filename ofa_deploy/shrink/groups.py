@@ -45,6 +45,11 @@ _JOINING_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub}
     | {torch.add, torch.mul, torch.sub}
 )
+# Of these, what makes something of zeros.
+_FILLING_MODULES = (nn.BatchNorm2d, nn.Sigmoid, nn.Hardsigmoid)
+_FILLING: frozenset[Any] = frozenset(
+    {F.sigmoid, F.hardsigmoid, torch.sigmoid, "sigmoid"}
+)
 _JOINING_METHODS = frozenset({"add", "add_", "mul", "mul_"})
 
 
@@ -126,7 +131,7 @@ class ChannelGraph:
 class _Tracer(fx.Tracer):
     """Looks into everything but torch's own layers and what is merged as a whole.
 
-    `last_module` is the path of the module that was entered last: where it failed.
+    `last_module` is the path of the module whose forward is traced: where it failed.
     """
 
     last_module = ""
@@ -139,8 +144,10 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """See `torch.fx.Tracer`."""
-        self.last_module = self.path_of_module(m)
-        return super().call_module(m, forward, args, kwargs)
+        outer, self.last_module = self.last_module, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.last_module = outer
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """See `torch.fx.Tracer`."""
@@ -162,6 +169,18 @@ def trace_channels(
         TraceError: Names the layer that cannot be traced, or whose channels cannot be
             told.
     """
+    training = network.training
+    network.eval()
+    try:
+        module = _traced(network, input_shape=input_shape)
+    finally:
+        network.train(training)
+    module.train(training)
+    return _Grouping(module).result()
+
+
+def _traced(network: nn.Module, *, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+    """A network in eval mode as a graph that knows the shapes of all values."""
     tracer = _Tracer()
     try:
         graph = tracer.trace(network)
@@ -172,7 +191,6 @@ def trace_channels(
             "values or shapes of tensors"
         ) from error
     module = fx.GraphModule(network, graph)
-    training = network.training
     module.eval()
     try:
         with torch.no_grad():
@@ -182,9 +200,7 @@ def trace_channels(
             f"{type(network).__name__} does not run on images of shape {input_shape}: "
             f"{error}"
         ) from error
-    finally:
-        module.train(training)
-    return _Grouping(module).result()
+    return module
 
 
 @dataclass(slots=True)
@@ -322,9 +338,26 @@ class _Grouping:
         for node in self.parent:
             if self._root(node) is root and any(map(self._is_consumer, node.users)):
                 while _channels(node) != _channels(root):
-                    (node,) = (n for n in node.all_input_nodes if _has_channels(n))
+                    node = self._before_flattening(node)
                 found[node] = None
         return found
+
+    def _before_flattening(self, node: fx.Node) -> fx.Node:
+        """What a row of features was made from, if that keeps zeros zero.
+
+        The mask stands before it: what comes between must not fill zeros again.
+        """
+        sources = [n for n in node.all_input_nodes if _has_channels(n)]
+        if node.op == "call_module":
+            keeps = not isinstance(self._submodule(node), _FILLING_MODULES)
+        else:
+            keeps = node.target not in _FILLING
+        if len(sources) != 1 or not keeps:
+            raise TraceError(
+                f"{_place(node)} comes after maps were flattened, and makes something "
+                "of zeros; put it before the flattening"
+            )
+        return sources[0]
 
     def _is_consumer(self, node: fx.Node) -> bool:
         if node.op != "call_module":

@@ -17,7 +17,7 @@ from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
-from ofa_deploy.nn.static import PlannedNet
+from ofa_deploy.nn.static import FusedNet, PlannedNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.cost import MacPrice
@@ -27,6 +27,8 @@ from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.target import Target
 
 Floats = NDArray[np.float32]
+# Between masked and removed channels, over the largest output; rounding makes 1e-5.
+MOST_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +65,11 @@ class OwnNetwork:
             DataError: It has another number of outputs than there are classes.
         """
         module = copy.deepcopy(module)
+        if isinstance(module, PlannedNet) and module.plan.resolution != resolution:
+            raise DataError(
+                f"the network's plan is for images of {module.plan.resolution} pixels; "
+                f"these have {resolution}. Resize them, or lower a plan for them"
+            )
         shape = (IMAGE_CHANNELS, resolution, resolution)
         graph = _named(trace_channels(module, input_shape=shape), module)
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
@@ -77,13 +84,45 @@ class OwnNetwork:
                 f"{type(module).__name__} has no channels that could be removed: it "
                 "has no convolution of its own, or every one is grouped"
             )
-        return cls(
+        own = cls(
             module=module,
             resolution=resolution,
             normalisation=normalisation,
             class_names=class_names,
             graph=graph,
         )
+        own._require_exact()
+        return own
+
+    def _require_exact(self) -> None:
+        """Refuse a network that computes something else once channels are removed.
+
+        Whatever the tracing missed is found before hours of training, not after.
+        """
+        rng = np.random.default_rng(0)
+        kept = tuple(
+            torch.from_numpy(_some(group.channels, rng)) for group in self.graph.groups
+        )
+        masked, narrow = self.masked(), self._narrowed(kept)
+        for mask, indices in zip(masked.masks, kept, strict=True):
+            mask.keep_only(indices)
+        if isinstance(narrow, FusedNetwork):
+            narrow = FusedNet(narrow.plan, narrow.weights)
+        shape = (2, IMAGE_CHANNELS, self.resolution, self.resolution)
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        expected = run(masked.module, noise)
+        try:
+            found = run(narrow, noise)
+        except RuntimeError:  # shapes that do not fit any more
+            found = np.full_like(expected, np.nan)
+        difference = np.abs(found - expected).max() / np.abs(expected).max()
+        if not difference <= MOST_DIFFERENCE:
+            raise TraceError(
+                f"{type(self.module).__name__} computes something else once masked "
+                "channels are removed: some operation in it treats channels as more "
+                "than maps of their own. Rewrite it with convolutions, linear layers, "
+                "norms, activations, pools, sums and products"
+            )
 
     @property
     def family(self) -> str:
@@ -218,6 +257,11 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
         module.train(training)
     result: Floats = outputs.float().numpy()
     return result
+
+
+def _some(channels: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Three quarters of the channels' indices, ascending."""
+    return np.sort(rng.permutation(channels)[: max(1, channels * 3 // 4)])
 
 
 def _frozen(module: nn.Module) -> Callable[[Floats], Floats]:

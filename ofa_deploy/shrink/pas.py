@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from ofa_deploy.errors import SpaceError
+from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.masks import INITIAL_LATENT, THRESHOLD, MaskedNetwork
 
@@ -28,6 +28,13 @@ COLLAPSE_WINDOW = 20
 # How far above the threshold channels are that were opened again: far enough not to
 # fall at once, their order kept.
 REOPENED_MARGIN = 0.25
+# The pull fades as the price comes near its target, and is halved by every collapse:
+# while it is this far above the target, each look raises the strength by this much.
+REACHED = 1.01
+STRENGTHENED = 1.15
+# Shares of the price: a target nearer than the first is not pulled at any harder for
+# that, and no strength makes up for less than the second.
+LEAST_DISTANCE, LEAST_EXCESS = 0.2, 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +95,14 @@ class PruningAsSearch:
                 f"{price.unit}: with {settings.floor} channels in every layer the "
                 f"network still costs {least:.4g}. Ask for more, or lower the floor"
             )
-        self.strength = self._first_strength()
+        # What the pull is at first, which no strength makes it exceed.
+        self._first_strength = self._calibrated_strength()
+        self.strength = self._first_strength
         self.collapses: list[str] = []
         self._steps = 0
         self._counts_before = self._counts()
 
-    def _first_strength(self) -> float:
+    def _calibrated_strength(self) -> float:
         """So that the steepest latent falls by a half in `steps_to_flip` steps.
 
         With momentum m and rate r a constant gradient g moves a latent by
@@ -102,7 +111,7 @@ class PruningAsSearch:
         settings = self.settings
         counts = full_counts(self.masked.graph).requires_grad_()
         (slope,) = torch.autograd.grad(self.price(counts) / self.full_price, counts)
-        distance = 1 - settings.target_share
+        distance = max(1 - settings.target_share, LEAST_DISTANCE)
         steepest = float(slope.max()) * 2 * distance
         if steepest <= 0:
             return 0.0
@@ -129,13 +138,18 @@ class PruningAsSearch:
                 _reopen(mask.latent.data, floor)
         self._steps += 1
         if self._steps % COLLAPSE_WINDOW == 0:
-            self._look_for_collapse()
+            self._look()
 
     def facts(self) -> dict[str, object]:
-        """Kept channels of each group, and the price they make."""
+        """Kept channels of each group, how far their latents spread, and the price."""
         return {
             "kept": self._counts(),
-            "price_share": round(self.current_price() / self.full_price, 4),
+            "latent_std": [
+                round(float(latent.std(correction=0)), 4)
+                for latent in self.masked.latents()
+            ],
+            "price_share": round(self.current_share(), 4),
+            "strength": round(self.strength, 4),
             "collapses": list(self.collapses),
         }
 
@@ -159,6 +173,7 @@ class PruningAsSearch:
         """See `Regulariser`."""
         names = [group.name for group in self.masked.graph.groups]
         return {
+            "settings": self._settings_row(),
             "strength": torch.tensor(self.strength, dtype=torch.float64),
             "steps": torch.tensor(self._steps),
             "counts_before": torch.tensor(self._counts_before),
@@ -170,36 +185,67 @@ class PruningAsSearch:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `Regulariser`."""
         groups = self.masked.graph.groups
+        if not torch.equal(state["settings"], self._settings_row()):
+            raise TrainingError(
+                "the search that is to be continued was another one: of another "
+                "target, price, rate or floor. Continue with the same, or name "
+                "another folder"
+            )
         self.strength = float(state["strength"])
         self._steps = int(state["steps"])
         self._counts_before = [int(count) for count in state["counts_before"]]
         self.collapses = [groups[int(index)].name for index in state["collapses"]]
 
-    def current_price(self) -> float:
-        """Of the channels that are kept now."""
+    def _settings_row(self) -> Tensor:
+        """What decides a search besides its recipe, to tell another one by."""
+        values = [*astuple(self.settings), self.full_price, *self.floors]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def current_share(self) -> float:
+        """Price of what is kept now, as a share of the whole network's."""
         with torch.no_grad():
-            return float(self.price(self.masked.counts))
+            return float(self.price(self.masked.counts)) / self.full_price
 
     def _counts(self) -> list[int]:
         return [len(mask.kept()) for mask in self.masked.masks]
 
-    def _look_for_collapse(self) -> None:
-        """All channels of a layer feel one pull; without another they fall at once.
+    def _look(self) -> None:
+        """Open again what has collapsed, and pull less; else hold the pull.
 
-        Then the pull is too strong for the task to have a say: it is halved, and the
-        layer has its channels again, in the order in which they fell.
+        All channels of a layer feel one pull; without another they fall at once. Then
+        the pull is too strong for the task to have a say.
         """
-        groups, least = self.masked.graph.groups, 2 * self.settings.step
-        for index, (before, now, floor) in enumerate(
-            zip(self._counts_before, self._counts(), self.floors, strict=True)
-        ):
-            # Above the floor, which is kept in any case; a step or two is no collapse.
-            lost = before - now
-            if lost >= least and lost > COLLAPSED_SHARE * (before - floor):
-                _reopen(self.masked.masks[index].latent.data, before)
-                self.collapses.append(groups[index].name)
-                self.strength /= 2
+        collapsed = self._collapsed()
+        for index in collapsed:
+            _reopen(self.masked.masks[index].latent.data, self._counts_before[index])
+            self.collapses.append(self.masked.graph.groups[index].name)
+        if collapsed:
+            self.strength /= 2
+        else:
+            self.strength = max(self.strength, self._raised_strength())
         self._counts_before = self._counts()
+
+    def _collapsed(self) -> list[int]:
+        """Groups that lost most of their channels since the last look."""
+        least = 2 * self.settings.step
+        return [
+            index
+            for index, (before, now, floor) in enumerate(
+                zip(self._counts_before, self._counts(), self.floors, strict=True)
+            )
+            # Above the floor, which is kept in any case; a step or two is no collapse.
+            if before - now >= least
+            and before - now > COLLAPSED_SHARE * (before - floor)
+        ]
+
+    def _raised_strength(self) -> float:
+        """A little more, up to what pulls as hard as the first one did at first."""
+        target, share = self.settings.target_share, self.current_share()
+        if share <= REACHED * target:
+            return 0.0
+        distance = max(1 - target, LEAST_DISTANCE)
+        most = self._first_strength * distance / max(share - target, LEAST_EXCESS)
+        return min(STRENGTHENED * self.strength, most)
 
 
 def _reopen(latent: Tensor, count: int) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ofa_deploy.assembly import (
     VerifiedNetwork,
@@ -23,24 +23,22 @@ from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.constraints import Constraints, binding
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.dataset import ImageSet, load_images
-from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.errors import DataError, DeviceError, InfeasibleBudget, SpaceError
-from ofa_deploy.exporting import ExportedNetwork, compare_exported
+from ofa_deploy.exporting import compare_exported
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.report.shrunk import ShrinkHistory, shrunk_report
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import (
     DevicePrices,
     measure_prices,
     runtime_step,
 )
+from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import settle_counts
 from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
     Told,
@@ -50,74 +48,41 @@ from ofa_deploy.shrink.widths import (
     freeze,
     nobody,
     search_widths,
-    top_channels,
 )
 from ofa_deploy.target import Target, parse_target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress
-from ofa_deploy.verify import (
-    AccuracyClaim,
-    Candidate,
-    enough_runs,
-    judge,
-    require_memory_gauge,
-)
+from ofa_deploy.verify import judge, require_memory_gauge
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.files import write_atomically
-from profilers.fresh import FreshMeasurement, measure_in_fresh_process
-from profilers.timing import CERTIFY_PROCESSES
 
 HISTORY_FILE = "shrink.json"
-# Beside the search's checkpoint: the channel counts that were chosen after it.
-CHOSEN_FILE = "chosen.json"
 METHODS = ("pas",)
-# A structure whose certified latency is within these shares of the budget is kept: near
-# it, and far enough below that the same structure, timed again, keeps it too.
-NEAR_BUDGET = (0.96, 0.99)
-AIMED_SHARE = 0.978
-# Structures timed before the nearest must do.
-MAX_FITS = 6
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3
+# Of the share of its price that is asked of a network which was thought fast enough.
+SHARE_STEP = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fitted:
-    """A structure that was timed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk:
+    """A network that keeps its limits, and how it came to be.
 
     Args:
+        network: Verified.
         counts: Channels of each group.
-        kept: Their indices.
-        name: Of the structure.
-        predicted_ms: By the device's prices.
-        measurement: Of its file, in fresh processes.
-        bound_ms: What was held against the budget, its uncertainty included.
-        used_share: The most that it uses of any limit but the accuracy.
+        trainings: Folders of the search, and of each fine-tuning; none where the whole
+            network keeps the limits.
     """
 
+    network: VerifiedNetwork
     counts: tuple[int, ...]
-    kept: tuple[Tensor, ...]
-    name: str
-    predicted_ms: float
-    measurement: FreshMeasurement
-    bound_ms: float
-    used_share: float
-
-    @property
-    def candidate(self) -> Candidate:
-        """As a manifest tells it."""
-        return Candidate(
-            config_id=self.name,
-            predicted_ms=self.predicted_ms,
-            confirmed_ms=self.measurement.quiet_ms,
-            certified_ms=self.bound_ms,
-        )
+    trainings: tuple[Path, ...]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shrinking:
-    """One call: a network, a device, a budget, and what was learnt on the way.
+    """One call: a network, a device, and what is asked for.
 
     Args:
         own: The network.
@@ -140,8 +105,6 @@ class Shrinking:
     work: Path
     reporter: Reporter
     told: Told = nobody
-    timed: list[Fitted] = field(default_factory=list)
-    _run_name: str = ""
 
     def run(self, *, out: Path, prices_folder: Path) -> Bundle:
         """Price, search, fit, fine-tune, certify, write.
@@ -155,37 +118,24 @@ class Shrinking:
             ParityError: The file computes something else.
         """
         require_free(out)
-        backend = get_backend(self.target.backend)
-        step = self.recipe.step or runtime_step(
-            self.target, backend=backend, folder=prices_folder, reporter=self.reporter
-        )
-        prices = measure_prices(
-            self.own,
-            target=self.target,
-            backend=backend,
-            step=step,
-            folder=prices_folder,
-            reporter=self.reporter,
-        )
-        before = self.own.sha256
-        masked = self._search(prices, before)
-        latents = masked.latents()
-        fitted = self.fit(masked, latents, prices)
+        prices = self._prices(prices_folder)
+        before_sha256 = self.own.sha256
         with ExitStack() as stack:
-            network, fitted = self._finish(masked, latents, prices, fitted, stack)
+            shrunk = self.shrink(prices, stack)
+            network = shrunk.network
             self.reporter.begin("comparing with the trained network")
             parity = compare_exported(
                 network.exported,
                 self.evaluation.images,
                 normalisation=self.own.normalisation,
             )
-            history = self.history(before, fitted)
+            history = self._history(before_sha256, shrunk)
             self.reporter.begin("writing the bundle")
             return assemble_bundle(
                 out,
                 network,
                 parity=parity,
-                source=_Source(self.own, before),
+                source=_Source(self.own, before_sha256),
                 extra_files={
                     HISTORY_FILE: history.to_json().encode(),
                     REPORT_FILE: shrunk_report(
@@ -194,209 +144,135 @@ class Shrinking:
                 },
             )
 
-    @property
-    def budget_ms(self) -> float:
-        """Latency that is asked for."""
-        budget_ms = self.constraints.budget_ms
-        assert budget_ms is not None
-        return budget_ms
+    def _prices(self, folder: Path) -> DevicePrices:
+        backend = get_backend(self.target.backend)
+        step = self.recipe.step or runtime_step(
+            self.target, backend=backend, folder=folder, reporter=self.reporter
+        )
+        return measure_prices(
+            self.own,
+            target=self.target,
+            backend=backend,
+            step=step,
+            folder=folder,
+            reporter=self.reporter,
+        )
 
-    def _floors(self, prices: DevicePrices) -> list[int]:
-        floor = aligned_floor(self.recipe, prices.step)
-        return [min(floor, group.channels) for group in self.own.graph.groups]
+    def shrink(self, prices: DevicePrices, stack: ExitStack) -> Shrunk:
+        """As little as the limits ask for: nothing, where the whole network keeps them.
 
-    def _search(self, prices: DevicePrices, before_sha256: str) -> MaskedNetwork:
-        full_ms = float(prices.price(full_counts(self.own.graph)))
-        share = min(1.0, self.budget_ms / EXPECTED_RATIO / full_ms)
-        least = torch.tensor(self._floors(prices), dtype=torch.float64)
-        least_ms = float(prices.price(least))
-        if least_ms > share * full_ms:
-            raise InfeasibleBudget(
-                f"no form of {self.own.family} meets {self.budget_ms:g} ms on "
-                f"{self.target.backend}: with {self.recipe.floor} channels in every "
-                f"layer it is still priced at {least_ms:.4g} ms. Ask for at least "
-                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower the floor",
-                budget_ms=self.budget_ms,
-                fastest_ms=least_ms,
-            )
+        Args:
+            prices: The device's.
+            stack: Closes the folders of exported files.
+
+        Raises:
+            InfeasibleBudget: No form keeps the limits.
+        """
+        whole = self.fitting(self.own.masked(), prices)
+        share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
+        if share >= 1:
+            network = self._certify(whole, whole.full_ms, stack)
+            if network.met:
+                counts = tuple(group.channels for group in self.own.graph.groups)
+                return Shrunk(network=network, counts=counts, trainings=())
+            self._require_accuracy(network)
+            # In coarse steps: a call that goes on must ask for the same share again.
+            used_share = binding(network.verdicts).used_share
+            share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
+        self._require_reachable(whole, share)
         # What else decides the search is in the folder's name: another one's
         # checkpoints are never continued.
-        decides = [before_sha256, prices.table.space_sha256, prices.table.created_at]
+        decides = [self.own.sha256, prices.table.space_sha256, prices.table.created_at]
         decides += [str(share), str(prices.step), str(asdict(self.recipe))]
-        self._run_name = hashlib.sha256("/".join(decides).encode()).hexdigest()[:12]
+        decides += [str(asdict(self.own.normalisation))]
+        folder = self.work / _short_digest(decides)
         self.reporter.begin("searching widths")
-        return search_widths(
+        masked = search_widths(
             self.own,
             price=prices.price,
             target_share=share,
             recipe=self.recipe,
             step=prices.step,
             images=self.images,
-            folder=self._folder("search"),
+            folder=folder / "search",
             told=self._tell,
         )
+        return self._finish(self.fitting(masked, prices), folder, stack)
 
-    def _folder(self, part: str) -> Path:
-        return self.work / self._run_name / part
+    def fitting(self, masked: MaskedNetwork, prices: DevicePrices) -> Fitting:
+        """What fits structures to the budget; the masks' latents order channels."""
+        floor = aligned_floor(self.recipe, prices.step)
+        return Fitting(
+            own=self.own,
+            masked=masked,
+            latents=masked.latents(),
+            method="pas",
+            target=self.target,
+            constraints=self.constraints,
+            floors=[min(floor, group.channels) for group in self.own.graph.groups],
+            prices=prices,
+            reporter=self.reporter,
+        )
+
+    def _require_reachable(self, whole: Fitting, share: float) -> None:
+        least_ms = whole.price_ms(whole.floors)
+        if least_ms > share * whole.full_ms:
+            raise InfeasibleBudget(
+                f"no form of {self.own.family} meets {whole.budget_ms:g} ms on "
+                f"{self.target.backend}: with {self.recipe.floor} channels in every "
+                f"layer it is still priced at {least_ms:.4g} ms. Ask for at least "
+                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower the floor",
+                budget_ms=whole.budget_ms,
+                fastest_ms=least_ms,
+            )
+
+    def _require_accuracy(self, network: VerifiedNetwork) -> None:
+        """Nothing narrower would be more accurate."""
+        if any(v.constraint == "accuracy" and not v.met for v in network.verdicts):
+            raise self._missed(network)
 
     def _tell(self, stage: str, progress: LoopProgress) -> None:
         self.reporter.advance(progress.step, progress.steps)
         self.told(stage, progress)
 
-    def fit(
-        self, masked: MaskedNetwork, latents: Sequence[Tensor], prices: DevicePrices
-    ) -> Fitted:
-        """The widest structure, as the latents order channels, that keeps the budget.
-
-        Its file is timed with the weights that it has: these do not change how fast it
-        is. Each answer corrects the price. What a killed call had chosen is taken.
-
-        Raises:
-            InfeasibleBudget: None does, of those tried.
-        """
-        chosen = self._folder("search") / CHOSEN_FILE
-        if chosen.is_file():
-            counts = json.loads(chosen.read_text(encoding="utf-8"))
-            best = self._time(masked, latents, counts, prices)
-        else:
-            best = self._fit(masked, latents, prices)
-            chosen.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(chosen, json.dumps(best.counts).encode())
-        freeze(masked, best.kept)
-        return best
-
-    def _fit(
-        self, masked: MaskedNetwork, latents: Sequence[Tensor], prices: DevicePrices
-    ) -> Fitted:
-        low, high = NEAR_BUDGET
-        everything = tuple(group.channels for group in self.own.graph.groups)
-        most_ms = self.budget_ms / EXPECTED_RATIO
-        tried: list[Fitted] = []
-        while len(tried) < MAX_FITS:
-            counts = self._settle(latents, prices, most_ms)
-            if any(tuple(counts) == found.counts for found in tried):
-                break
-            found = self._time(masked, latents, counts, prices)
-            tried.append(found)
-            whole = found.counts == everything and found.used_share <= high
-            if whole or low <= found.used_share <= high:
-                return found
-            most_ms = found.predicted_ms * AIMED_SHARE / found.used_share
-        # With room for the next measurement's noise, or else with less.
-        for limit in (high, 1.0):
-            keeping = [found for found in tried if found.used_share <= limit]
-            if keeping:
-                return max(keeping, key=lambda found: found.used_share)
-        nearest = min(tried, key=lambda found: found.used_share)
-        raise InfeasibleBudget(
-            f"no form of {self.own.family} that was timed keeps all limits on "
-            f"{self.target.backend}: the nearest takes up to {nearest.bound_ms:.4g} ms "
-            f"of {self.budget_ms:g}, and {nearest.used_share:.0%} of what it uses most "
-            "of. Ask for more, or lower the floor of channels",
-            budget_ms=self.budget_ms,
-            fastest_ms=nearest.bound_ms,
-            nearest=nearest.name,
-        )
-
-    def _settle(
-        self, latents: Sequence[Tensor], prices: DevicePrices, most_ms: float
-    ) -> list[int]:
-        floors = self._floors(prices)
-        least = torch.tensor(floors, dtype=torch.float64)
-        return settle_counts(
-            latents,
-            price=prices.price,
-            most=max(most_ms, float(prices.price(least))),
-            step=prices.step,
-            floors=floors,
-        )
-
-    def _time(
-        self,
-        masked: MaskedNetwork,
-        latents: Sequence[Tensor],
-        counts: Sequence[int],
-        prices: DevicePrices,
-    ) -> Fitted:
-        kept = top_channels(latents, counts)
-        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
-            exported = self.own.export(
-                masked, kept, method="pas", target=self.target, folder=Path(name)
-            )
-            measurement = self._measure(exported, prices)
-            verdicts = judge(
-                replace(self.constraints, latency_ms=self.budget_ms, min_accuracy=None),
-                measurement=measurement,
-                size_bytes=exported.loaded_bytes,
-                accuracy=_UNKNOWN,
-            )
-        (bound_ms,) = (v.bound for v in verdicts if v.constraint == "latency")
-        found = Fitted(
-            counts=tuple(counts),
-            kept=kept,
-            name=exported.facts.name,
-            predicted_ms=float(prices.price(torch.tensor(counts, dtype=torch.float64))),
-            measurement=measurement,
-            bound_ms=bound_ms,
-            used_share=binding(verdicts).used_share,
-        )
-        self.timed.append(found)
-        return found
-
-    def _measure(
-        self, exported: ExportedNetwork, prices: DevicePrices
-    ) -> FreshMeasurement:
-        self.reporter.begin("certifying the exported file")
-        return measure_in_fresh_process(
-            exported.folder / exported.model_file,
-            backend_name=self.target.backend,
-            threads=self.target.threads,
-            settings=enough_runs(
-                CERTIFY_SETTINGS, self.constraints, processes=CERTIFY_PROCESSES
-            ),
-            processes=CERTIFY_PROCESSES,
-            beta=prices.table.beta,
-            anchor_reference_ns=prices.table.anchor_reference_ns,
-            pace=self.constraints.pace,
-            progress=self.reporter.advance,
-        )
-
-    def _finish(
-        self,
-        masked: MaskedNetwork,
-        latents: Sequence[Tensor],
-        prices: DevicePrices,
-        fitted: Fitted,
-        stack: ExitStack,
-    ) -> tuple[VerifiedNetwork, Fitted]:
-        """Fine-tune, export, certify; narrower where that missed."""
+    def _finish(self, fitting: Fitting, folder: Path, stack: ExitStack) -> Shrunk:
+        """Fit, fine-tune, certify; narrower where that missed."""
+        limits = _short_digest([str(asdict(self.constraints))])
+        fitted: Fitted | None = fitting.widest(memory=folder / f"chosen-{limits}.json")
+        trainings = [folder / "search"]
         for _ in range(MAX_FINISHED):
+            if fitted is None:
+                break
+            freeze(fitting.masked, fitted.kept)
+            trainings.append(folder / fitted.name)
             self.reporter.begin("fine-tuning")
             finetune(
                 self.own,
-                masked,
+                fitting.masked,
                 recipe=self.recipe.finetune,
                 images=self.images,
-                folder=self._folder(fitted.name),
+                folder=trainings[-1],
                 told=self._tell,
             )
-            network = self._certify(masked, prices, fitted, stack)
+            network = self._certify(fitting, fitted.predicted_ms, stack)
             if network.met:
-                return network, fitted
-            missed = [verdict for verdict in network.verdicts if not verdict.met]
-            if any(verdict.constraint == "accuracy" for verdict in missed):
-                break  # a narrower one would be less accurate still
-            over = binding(network.verdicts).used_share
-            most_ms = fitted.predicted_ms * AIMED_SHARE / over
-            counts = self._settle(latents, prices, most_ms)
-            fitted = self._time(masked, latents, counts, prices)
-            freeze(masked, fitted.kept)
-        raise InfeasibleBudget(
-            f"what was left of {self.own.family} was fine-tuned, and does not keep all "
-            f"limits on {self.target.backend}: "
+                return Shrunk(
+                    network=network, counts=fitted.counts, trainings=tuple(trainings)
+                )
+            self._require_accuracy(network)
+            if len(trainings) <= MAX_FINISHED:
+                used_share = binding(network.verdicts).used_share
+                fitted = fitting.narrower(fitted, used_share=used_share)
+        raise self._missed(network)
+
+    def _missed(self, network: VerifiedNetwork) -> InfeasibleBudget:
+        return InfeasibleBudget(
+            f"what is left of {self.own.family} does not keep all limits on "
+            f"{self.target.backend}: "
             + "; ".join(
                 f"{v.constraint} {v.told(v.bound)}, asked for {v.told(v.limit)}"
-                for v in missed
+                for v in network.verdicts
+                if not v.met
             )
             + ". Loosen that",
             budget_ms=self.constraints.budget_ms,
@@ -405,18 +281,13 @@ class Shrinking:
         )
 
     def _certify(
-        self,
-        masked: MaskedNetwork,
-        prices: DevicePrices,
-        fitted: Fitted,
-        stack: ExitStack,
+        self, fitting: Fitting, predicted_ms: float, stack: ExitStack
     ) -> VerifiedNetwork:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ofa-deploy-"))
-        exported = self.own.export(
-            masked, masked.kept(), method="pas", target=self.target, folder=Path(folder)
-        )
-        measurement = self._measure(exported, prices)
-        runtime = prices.table.runtime
+        """Export what the masks leave now, and show what it does."""
+        folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
+        exported = fitting.export(fitting.masked.kept(), Path(folder))
+        measurement = fitting.measure(exported)
+        runtime = fitting.prices.table.runtime
         self.reporter.begin("measuring the accuracy")
         accuracy = measured_accuracy(
             _Source(self.own, ""),
@@ -425,14 +296,14 @@ class Shrinking:
             runtime,
             progress=self.reporter.advance,
         )
-        margin = TWO_SIDED_95 * prices.residual_ratio * fitted.predicted_ms
+        margin = TWO_SIDED_95 * fitting.prices.residual_ratio * predicted_ms
         return VerifiedNetwork(
             exported=exported,
             measurement=measurement,
             predicted=LatencyEstimate(
-                ms=fitted.predicted_ms,
-                low_ms=fitted.predicted_ms - margin,
-                high_ms=fitted.predicted_ms + margin,
+                ms=predicted_ms,
+                low_ms=predicted_ms - margin,
+                high_ms=predicted_ms + margin,
             ),
             accuracy=accuracy,
             constraints=self.constraints,
@@ -446,20 +317,21 @@ class Shrinking:
                 accelerator=get_backend(self.target.backend).accelerator()
             ),
             runtime=runtime,
-            candidates=tuple(found.candidate for found in self.timed),
+            candidates=tuple(found.candidate for found in fitting.timed),
         )
 
-    def history(self, before_sha256: str, fitted: Fitted) -> ShrinkHistory:
+    def _history(self, before_sha256: str, shrunk: Shrunk) -> ShrinkHistory:
         """What happened, for the report and for whoever asks later."""
+        logs = [_read_log(folder / LOG_FILE) for folder in shrunk.trainings]
         return ShrinkHistory(
             method="pas",
             recipe=asdict(self.recipe),
             weights_sha256=before_sha256,
             groups=tuple(group.name for group in self.own.graph.groups),
             channels=tuple(group.channels for group in self.own.graph.groups),
-            search=_read_log(self._folder("search") / LOG_FILE),
-            finetune=_read_log(self._folder(fitted.name) / LOG_FILE),
-            kept=fitted.counts,
+            search=logs[0] if logs else (),
+            finetune=tuple(line for log in logs[1:] for line in log),
+            kept=shrunk.counts,
         )
 
 
@@ -504,6 +376,7 @@ def shrink(
         SpaceError: No such method, or no latency asked for.
         TraceError: Names the layer whose channels cannot be told.
         DataError: The images do not fit the network.
+        TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
     """
     if method not in METHODS:
@@ -521,6 +394,7 @@ def shrink(
     recipe, reporter = recipe or default_shrink_recipe(), reporter or Silent()
     read = _read(data, reporter)
     images = TrainingImages(read, recipe.search, normalisation=normalisation)
+    images.for_recipe(recipe.finetune)
     evaluation = images.validation if eval_data is None else _read(eval_data, reporter)
     height, width = read.images.shape[1:3]
     if height != width:
@@ -580,8 +454,8 @@ class _Source:
         return self.own.class_names
 
 
-# What judging asks for where no accuracy is judged.
-_UNKNOWN = AccuracyClaim(kind="predicted", value=0.0, low=0.0, high=1.0, image_count=1)
+def _short_digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
 
 def _read_log(path: Path) -> tuple[Mapping[str, object], ...]:

@@ -45,11 +45,7 @@ class TrainingImages:
                 f"images of {width}×{height} pixels cannot be shifted by "
                 f"{recipe.crop_padding}; give larger ones"
             )
-        if len(self.training) < recipe.batch_size:
-            raise TrainingError(
-                f"{len(self.training)} training images are fewer than one batch of "
-                f"{recipe.batch_size}"
-            )
+        self._require_batch(recipe)
         self.normalisation: Normalisation = normalisation or measure_normalisation(
             self.training.images
         )
@@ -64,8 +60,10 @@ class TrainingImages:
         """The same images, augmented and batched as another recipe says.
 
         Raises:
-            TrainingError: It holds out another share of them.
+            TrainingError: It holds out another share of them, or its batches are larger
+                than what is left.
         """
+        self._require_batch(recipe)
         if recipe.validation_fraction != self._recipe.validation_fraction:
             raise TrainingError(
                 f"validation_fraction={recipe.validation_fraction} after "
@@ -75,6 +73,13 @@ class TrainingImages:
         other = copy.copy(self)
         other._recipe = recipe
         return other
+
+    def _require_batch(self, recipe: Recipe) -> None:
+        if len(self.training) < recipe.batch_size:
+            raise TrainingError(
+                f"{len(self.training)} training images are fewer than one batch of "
+                f"{recipe.batch_size}"
+            )
 
     @property
     def batches_per_epoch(self) -> int:

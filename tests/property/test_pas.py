@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ofa_deploy.errors import SpaceError, TraceError
+from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.plan import lower
@@ -305,8 +305,7 @@ def test_without_a_task_the_channels_of_a_layer_fall_together() -> None:
 
 def test_latents_that_differ_settle_at_the_target() -> None:
     search, _ = regularised(jitter=0.2)
-    share = search.current_price() / search.full_price
-    assert abs(share - 0.5) < 0.02
+    assert abs(search.current_share() - 0.5) < 0.02
 
 
 def test_a_layer_between_two_empty_ones_feels_no_pull() -> None:
@@ -353,6 +352,69 @@ def test_a_collapsed_layer_is_opened_again_and_told_of() -> None:
     order = net.masks[1].latent.detach().argsort()
     assert order.tolist() == list(range(16))
     assert search.strength == strength / 2
+
+
+def test_several_layers_that_collapse_at_once_halve_the_pull_once() -> None:
+    net = masked(Chain())
+    search = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.5, floor=8, step=4),
+    )
+    strength = search.strength
+    for index in (0, 2):
+        net.masks[index].latent.data = torch.linspace(0.1, 0.4, 16)
+    for _ in range(COLLAPSE_WINDOW):
+        search.after_step()
+    assert len(search.collapses) == 2
+    assert search.strength == strength / 2
+
+
+def held(*, target: float, removed: int) -> tuple[float, PruningAsSearch]:
+    """A search whose strength was halved, long after; and its strength before."""
+    net = masked(Chain())
+    search = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=target, floor=1, step=1),
+    )
+    first = search.strength
+    search.strength /= 2
+    for mask in net.masks:
+        mask.latent.data[:removed] = 0.0
+    for _ in range(40 * COLLAPSE_WINDOW):
+        search.after_step()
+    assert not search.collapses
+    return first, search
+
+
+def test_the_pull_is_held_while_the_target_is_not_reached() -> None:
+    """Its strength rises to what pulls as hard as at first, and no further."""
+    first, search = held(target=0.5, removed=3)
+    excess = search.current_share() - 0.5
+    assert excess > 0.02
+    assert search.strength == pytest.approx(first * 0.5 / excess)
+
+
+def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
+    first, search = held(target=0.95, removed=1)
+    assert search.current_share() < 0.95
+    assert search.strength == first / 2
+
+
+def test_a_search_of_other_settings_is_not_continued() -> None:
+    net = masked(Chain())
+    searches = [
+        PruningAsSearch(
+            net,
+            price=MacPrice(net.graph),
+            settings=PasSettings(target_share=share, floor=1, step=1),
+        )
+        for share in (0.5, 0.6)
+    ]
+    searches[0].restore(searches[0].state())
+    with pytest.raises(TrainingError, match="was another one"):
+        searches[1].restore(searches[0].state())
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.01, float("nan")])
@@ -438,9 +500,26 @@ class Custom(nn.Module):
         return cast(Tensor, self.upsample(x.repeat(1, 4, 1, 1)))
 
 
+def flattened(*between: nn.Module) -> nn.Module:
+    """A chain with something between its flattened maps and its linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), *between, nn.Linear(4 * 144, 5)
+    )
+
+
+def test_what_keeps_zeros_may_come_after_flattening() -> None:
+    network = randomise(flattened(nn.Dropout(0.5), nn.ReLU()))
+    net = masked(network)
+    net.masks[0].keep_only(torch.tensor([1, 3]))
+    narrow = extract_module(network, net.graph, net.kept()).eval()
+    x = inputs(SHAPE[1])
+    assert relative_error(run(narrow, x), run(net.module.eval(), x)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("network", "named"),
     [
+        (flattened(nn.Sigmoid()), "^2 comes after maps were flattened"),
         (Concatenated(), "cat"),
         (Branching(), "Branching"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), Branching()), "^1 cannot be traced"),
@@ -448,7 +527,7 @@ class Custom(nn.Module):
         (DropsOut(), "use nn.Dropout"),
         (Twice(), "conv is used more than once"),
     ],
-    ids=["cat", "branching", "nested", "custom", "dropout", "twice"],
+    ids=["sigmoid", "cat", "branching", "nested", "custom", "dropout", "twice"],
 )
 def test_a_layer_that_cannot_be_told_is_named(network: nn.Module, named: str) -> None:
     with pytest.raises(TraceError, match=named):

@@ -1,0 +1,256 @@
+"""The widest structure that keeps a budget, found by timing the file of each.
+
+Weights do not change how fast a network is: its structure is settled before the hours
+of fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ofa_deploy.constraints import Constraints, binding
+from ofa_deploy.contract import EXPECTED_RATIO
+from ofa_deploy.device_bench import CERTIFY_SETTINGS
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.reporting import Reporter
+from ofa_deploy.shrink.cost import full_counts
+from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import settle_counts
+from ofa_deploy.shrink.widths import top_channels
+from ofa_deploy.target import Target
+from ofa_deploy.verify import AccuracyClaim, Candidate, enough_runs, judge
+from profilers.files import write_atomically
+from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.timing import CERTIFY_PROCESSES
+
+# A structure whose certified latency is within these shares of the budget is kept: near
+# it, and far enough below that the same structure, timed again, keeps it too.
+NEAR_BUDGET = (0.96, 0.99)
+AIMED_SHARE = 0.978
+# Structures timed before the nearest must do.
+MAX_FITS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fitted:
+    """A structure that was timed.
+
+    Args:
+        counts: Channels of each group.
+        kept: Their indices.
+        name: Of the structure.
+        predicted_ms: By the device's prices.
+        measurement: Of its file, in fresh processes.
+        bound_ms: What was held against the budget, its uncertainty included.
+        used_share: The most that it uses of any limit but the accuracy.
+    """
+
+    counts: tuple[int, ...]
+    kept: tuple[Tensor, ...]
+    name: str
+    predicted_ms: float
+    measurement: FreshMeasurement
+    bound_ms: float
+    used_share: float
+
+    @property
+    def candidate(self) -> Candidate:
+        """As a manifest tells it."""
+        return Candidate(
+            config_id=self.name,
+            predicted_ms=self.predicted_ms,
+            confirmed_ms=self.measurement.quiet_ms,
+            certified_ms=self.bound_ms,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Fitting:
+    """A network's structures on one device, under one set of limits.
+
+    Args:
+        own: The network.
+        masked: Its masked form, whose weights the timed files have.
+        latents: Of each group, `(channels,)`: the larger, the longer a channel is kept.
+        method: That found the latents.
+        target: Where it is to run.
+        constraints: What is asked for; a latency is among it.
+        floors: Least channels of each group.
+        prices: The device's.
+        reporter: Told of stages.
+        timed: What was timed so far.
+    """
+
+    own: OwnNetwork
+    masked: MaskedNetwork
+    latents: Sequence[Tensor]
+    method: str
+    target: Target
+    constraints: Constraints
+    floors: Sequence[int]
+    prices: DevicePrices
+    reporter: Reporter
+    timed: list[Fitted] = field(default_factory=list)
+
+    @property
+    def budget_ms(self) -> float:
+        """Latency that is asked for."""
+        budget_ms = self.constraints.budget_ms
+        assert budget_ms is not None
+        return budget_ms
+
+    def widest(self, *, memory: Path) -> Fitted:
+        """The widest structure, as the latents order channels, that keeps the limits.
+
+        Each that is timed corrects the price.
+
+        Args:
+            memory: File of the counts that were chosen. What a killed call left there
+                is taken if it keeps the limits still.
+
+        Raises:
+            InfeasibleBudget: None does, of those tried.
+        """
+        if memory.is_file():
+            remembered = self.time(json.loads(memory.read_text(encoding="utf-8")))
+            if remembered.used_share <= 1:
+                return remembered
+        found = self._widest()
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(found.counts).encode())
+        return found
+
+    def _widest(self) -> Fitted:
+        low, high = NEAR_BUDGET
+        everything = tuple(group.channels for group in self.own.graph.groups)
+        most_ms = self.budget_ms / EXPECTED_RATIO
+        tried: list[Fitted] = []
+        while len(tried) < MAX_FITS:
+            counts = self._settle(most_ms)
+            if any(tuple(counts) == found.counts for found in tried):
+                break
+            found = self.time(counts)
+            tried.append(found)
+            whole = found.counts == everything and found.used_share <= high
+            if whole or low <= found.used_share <= high:
+                return found
+            most_ms = found.predicted_ms * AIMED_SHARE / found.used_share
+        # With room for the next measurement's noise, or else with less.
+        for limit in (high, 1.0):
+            keeping = [found for found in tried if found.used_share <= limit]
+            if keeping:
+                return max(keeping, key=lambda found: found.used_share)
+        raise self._infeasible(tried)
+
+    def _infeasible(self, tried: Sequence[Fitted]) -> InfeasibleBudget:
+        nearest = min(tried, key=lambda found: found.used_share)
+        return InfeasibleBudget(
+            f"no form of {self.own.family} that was timed keeps all limits on "
+            f"{self.target.backend}: the nearest takes up to {nearest.bound_ms:.4g} ms "
+            f"of {self.budget_ms:g}, and {nearest.used_share:.0%} of what it uses most "
+            "of. Ask for more, or lower the floor of channels",
+            budget_ms=self.budget_ms,
+            fastest_ms=nearest.bound_ms,
+            nearest=nearest.name,
+        )
+
+    def narrower(self, fitted: Fitted, *, used_share: float) -> Fitted | None:
+        """The next structure below one that turned out to miss a limit.
+
+        Args:
+            fitted: That one.
+            used_share: Of the limit that it misses; above 1.
+
+        Returns:
+            What keeps the limits; None if nothing does, of those tried.
+        """
+        for _ in range(MAX_FITS):
+            counts = self._settle(fitted.predicted_ms * AIMED_SHARE / used_share)
+            if tuple(counts) == fitted.counts:
+                break
+            fitted = self.time(counts)
+            if fitted.used_share <= 1:
+                return fitted
+            used_share = fitted.used_share
+        return None
+
+    def _settle(self, most_ms: float) -> list[int]:
+        least_ms = self.price_ms(self.floors)
+        return settle_counts(
+            self.latents,
+            price=self.prices.price,
+            most=max(most_ms, least_ms),
+            step=self.prices.step,
+            floors=self.floors,
+        )
+
+    def price_ms(self, counts: Sequence[int]) -> float:
+        """Predicted latency of a structure."""
+        return float(self.prices.price(torch.tensor(counts, dtype=torch.float64)))
+
+    @property
+    def full_ms(self) -> float:
+        """Predicted latency of the whole network."""
+        return float(self.prices.price(full_counts(self.own.graph)))
+
+    def time(self, counts: Sequence[int]) -> Fitted:
+        """Time the file of a structure."""
+        kept = top_channels(self.latents, counts)
+        with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
+            exported = self.export(kept, Path(name))
+            measurement = self.measure(exported)
+            verdicts = judge(
+                replace(self.constraints, latency_ms=self.budget_ms, min_accuracy=None),
+                measurement=measurement,
+                size_bytes=exported.loaded_bytes,
+                accuracy=_UNKNOWN,
+            )
+        (bound_ms,) = (v.bound for v in verdicts if v.constraint == "latency")
+        found = Fitted(
+            counts=tuple(counts),
+            kept=kept,
+            name=exported.facts.name,
+            predicted_ms=self.price_ms(counts),
+            measurement=measurement,
+            bound_ms=bound_ms,
+            used_share=binding(verdicts).used_share,
+        )
+        self.timed.append(found)
+        return found
+
+    def export(self, kept: Sequence[Tensor], folder: Path) -> ExportedNetwork:
+        """Write what is left of the network, as it is now."""
+        return self.own.export(
+            self.masked, kept, method=self.method, target=self.target, folder=folder
+        )
+
+    def measure(self, exported: ExportedNetwork) -> FreshMeasurement:
+        """Time a file as it is certified."""
+        self.reporter.begin("certifying the exported file")
+        return measure_in_fresh_process(
+            exported.folder / exported.model_file,
+            backend_name=self.target.backend,
+            threads=self.target.threads,
+            settings=enough_runs(
+                CERTIFY_SETTINGS, self.constraints, processes=CERTIFY_PROCESSES
+            ),
+            processes=CERTIFY_PROCESSES,
+            beta=self.prices.table.beta,
+            anchor_reference_ns=self.prices.table.anchor_reference_ns,
+            pace=self.constraints.pace,
+            progress=self.reporter.advance,
+        )
+
+
+# What judging asks for where no accuracy is judged.
+_UNKNOWN = AccuracyClaim(kind="predicted", value=0.0, low=0.0, high=1.0, image_count=1)
