@@ -179,14 +179,6 @@ class PlannedNet(nn.Module):
                     found[f"{layer.name}.{name}"] = tensor
         return found
 
-    def layer_names(self) -> dict[str, str]:
-        """Names that the plan gives its layers, by the paths of their modules."""
-        return {
-            f"blocks.{place}.layers.{index}": layer.name
-            for place, block in enumerate(self.plan.blocks)
-            for index, layer in enumerate(block.layers)
-        }
-
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """Copies of all tensors, as `tensors` names them."""
         return {

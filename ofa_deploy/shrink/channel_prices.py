@@ -19,7 +19,7 @@ from torch import Tensor
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.layers import BlockPlan, ConvLayer
 from ofa_deploy.shrink.cost import Counts
-from ofa_deploy.shrink.groups import ChannelGraph, Consumer
+from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
 
 Floats = NDArray[np.float64]
 
@@ -41,12 +41,16 @@ def channel_grid(channels: int, *, step: int, points: int = GRID_POINTS) -> list
     return sorted(aligned | {channels})
 
 
-def side_grid(channels: int, group: int | None, *, step: int) -> list[int]:
+def side_grid(
+    graph: ChannelGraph, layer: TracedLayer, side: Side, *, step: int
+) -> list[int]:
     """Counts of one side of a layer; of one that is not pruned, its width alone."""
-    return [channels] if group is None else channel_grid(channels, step=step)
+    channels = layer.in_channels if side == "in" else layer.out_channels
+    cut = graph.cuts_at(layer.name, side)
+    return channel_grid(channels, step=step) if cut else [channels]
 
 
-def timed_layer(layer: Consumer, *, read: int, written: int) -> BlockPlan:
+def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
     """A layer between that many channels, as a block to be timed."""
     conv = ConvLayer(
         name="conv",
@@ -77,26 +81,29 @@ def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
     they are: what every network of the graph has is in the calibration's constant.
     """
     found: dict[str, BlockPlan] = {}
-    for layer in graph.consumers:
-        if not _is_priced(layer):
+    for layer in graph.layers:
+        if not _is_priced(graph, layer):
             continue
-        for read, written in _grid(layer, step=step):
+        for read, written in product(*_grids(graph, layer, step=step)):
+            read = written if layer.depthwise else read
             block = timed_layer(layer, read=read, written=written)
             found.setdefault(block.key, block)
     return found
 
 
-def _is_priced(layer: Consumer) -> bool:
-    stays = layer.in_group is None and layer.out_group is None
-    return not (layer.is_linear or stays)
+def _is_priced(graph: ChannelGraph, layer: TracedLayer) -> bool:
+    cuts = graph.cuts_at(layer.name, "in") + graph.cuts_at(layer.name, "out")
+    return bool(cuts) and not layer.is_linear
 
 
-def _grid(layer: Consumer, *, step: int) -> list[tuple[int, int]]:
-    written = side_grid(layer.out_channels, layer.out_group, step=step)
+def _grids(
+    graph: ChannelGraph, layer: TracedLayer, *, step: int
+) -> tuple[list[int], list[int]]:
+    """Counts read and written; a depthwise convolution reads what it writes."""
+    written = side_grid(graph, layer, "out", step=step)
     if layer.depthwise:
-        return [(count, count) for count in written]
-    read = side_grid(layer.in_channels, layer.in_group, step=step)
-    return list(product(read, written))
+        return [1], written
+    return side_grid(graph, layer, "in", step=step), written
 
 
 class LatencyPrice:
@@ -131,9 +138,9 @@ class LatencyPrice:
         self.scale, self.constant_ms = scale, constant_ms
         self._counts = Counts(graph)
         self._surfaces = [
-            (place, _surface(layer, latency_ms, step=step))
-            for place, layer in enumerate(graph.consumers)
-            if _is_priced(layer)
+            (place, layer.calls, _surface(graph, layer, latency_ms, step=step))
+            for place, layer in enumerate(graph.layers)
+            if _is_priced(graph, layer)
         ]
 
     def __call__(self, counts: Tensor) -> Tensor:
@@ -141,8 +148,8 @@ class LatencyPrice:
         read, written = self._counts.of_layers(counts)
         total = sum(
             (
-                surface.at(read[place], written[place])
-                for place, surface in self._surfaces
+                calls * surface.at(read[place], written[place])
+                for place, calls, surface in self._surfaces
             ),
             start=torch.zeros((), dtype=torch.float64),
         )
@@ -213,13 +220,14 @@ def _place(points: Tensor, value: Tensor) -> tuple[int, Tensor]:
     return index, (value - low) / (high - low)
 
 
-def _surface(layer: Consumer, latency_ms: dict[str, float], *, step: int) -> _Surface:
-    written = side_grid(layer.out_channels, layer.out_group, step=step)
-    read = (
-        [1]
-        if layer.depthwise
-        else side_grid(layer.in_channels, layer.in_group, step=step)
-    )
+def _surface(
+    graph: ChannelGraph,
+    layer: TracedLayer,
+    latency_ms: dict[str, float],
+    *,
+    step: int,
+) -> _Surface:
+    read, written = _grids(graph, layer, step=step)
     values = np.empty((len(read), len(written)))
     for (row, in_count), (column, out_count) in product(
         enumerate(read), enumerate(written)

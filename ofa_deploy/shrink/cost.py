@@ -6,13 +6,13 @@ that learn widths by gradient, and those that search, read the same one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ofa_deploy.shrink.groups import ChannelGraph, Consumer
+from ofa_deploy.shrink.groups import ChannelGraph, Side
 
 
 class Price(Protocol):
@@ -33,39 +33,41 @@ class Price(Protocol):
 
 
 class Counts:
-    """Where each layer's channel counts stand in a vector of groups' counts.
+    """Channel counts of layers, as a linear function of the groups' counts.
 
     Args:
         graph: Whose layers.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        self._fixed: list[float] = []
-        group_count = len(graph.groups)
-        self._in = self._places(
-            [(c.in_group, c.in_channels) for c in graph.consumers], group_count
-        )
-        self._out = self._places(
-            [(c.out_group, c.out_channels) for c in graph.consumers], group_count
-        )
-
-    def _places(
-        self, sides: Sequence[tuple[int | None, int]], group_count: int
-    ) -> Tensor:
-        places = []
-        for group, channels in sides:
-            if group is None:
-                group = group_count + len(self._fixed)
-                self._fixed.append(float(channels))
-            places.append(group)
-        return torch.tensor(places, dtype=torch.long)
+        self._read = _Side(graph, "in")
+        self._written = _Side(graph, "out")
 
     def of_layers(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Channels read and written by each layer, `(layers,)` each, in float64."""
-        every = torch.cat(
-            [counts.double(), torch.tensor(self._fixed, dtype=torch.float64)]
-        )
-        return every[self._in], every[self._out]
+        counts = counts.double()
+        return self._read.of_layers(counts), self._written.of_layers(counts)
+
+
+class _Side:
+    """What layers have on one side: `always`, and so much of each group's channels."""
+
+    def __init__(self, graph: ChannelGraph, side: Side) -> None:
+        shares = np.zeros((len(graph.layers), len(graph.groups)))
+        always = np.zeros(len(graph.layers))
+        for place, layer in enumerate(graph.layers):
+            # A depthwise convolution reads what it writes.
+            one = "out" if layer.depthwise else side
+            cuts = graph.cuts_at(layer.name, one)
+            for cut in cuts:
+                channels = graph.groups[cut.group].channels
+                shares[place, cut.group] += len(cut.positions) / channels
+            width = layer.in_channels if one == "in" else layer.out_channels
+            always[place] = width - sum(len(cut.positions) for cut in cuts)
+        self._shares, self._always = torch.from_numpy(shares), torch.from_numpy(always)
+
+    def of_layers(self, counts: Tensor) -> Tensor:
+        return self._shares @ counts + self._always
 
 
 class MacPrice:
@@ -79,21 +81,16 @@ class MacPrice:
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._counts = Counts(graph)
-        consumers = graph.consumers
         self._macs = torch.tensor(
-            [_macs_per_pair(c) for c in consumers], dtype=torch.float64
+            [layer.macs_per_pair for layer in graph.layers], dtype=torch.float64
         )
-        self._alone = torch.tensor([c.depthwise for c in consumers])
+        self._alone = torch.tensor([layer.depthwise for layer in graph.layers])
 
     def __call__(self, counts: Tensor) -> Tensor:
         """See `Price`."""
         read, written = self._counts.of_layers(counts)
         read = torch.where(self._alone, torch.ones_like(read), read)
         return (self._macs * read * written).sum() / 1e6
-
-
-def _macs_per_pair(layer: Consumer) -> float:
-    return layer.macs_per_pair / (1 if layer.depthwise else layer.groups)
 
 
 def full_counts(graph: ChannelGraph) -> Tensor:

@@ -230,11 +230,9 @@ def _measure(
 def _digest(own: OwnNetwork, *, step: int) -> str:
     """Of everything that decides what is timed."""
     names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
-    layers = [
-        (layer.name, layer.in_group, layer.out_group) for layer in own.graph.consumers
-    ]
-    code = own.graph.module.code  # activations, pools and skips cost, too
-    text = json.dumps([names, layers, own.resolution, code])
+    cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
+    # Activations, pools and skips cost, too.
+    text = json.dumps([names, cuts, own.resolution, own.graph.code])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ write. Any other network becomes a copy of its module with narrower layers.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ofa_deploy.errors import TraceError
+from ofa_deploy.errors import MissingDependency, TraceError
 from ofa_deploy.fuse import fuse
 from ofa_deploy.layers import (
     BlockPlan,
@@ -25,9 +26,9 @@ from ofa_deploy.layers import (
     PoolLayer,
     RepConvLayer,
 )
-from ofa_deploy.nn.static import PlannedNet, StaticRepConv
+from ofa_deploy.nn.static import PlannedNet
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
-from ofa_deploy.shrink.groups import ChannelGraph, Consumer
+from ofa_deploy.shrink.groups import ChannelGraph, Side
 
 Floats = NDArray[np.float32]
 
@@ -62,7 +63,7 @@ def extract_plan(
     Raises:
         TraceError: The plan has layers of other kinds.
     """
-    sides = {consumer.name: consumer for consumer in graph.consumers}
+    writers = {cut.module: cut.group for cut in graph.cuts if cut.side == "out"}
     fused = fuse(network.weights(), network.plan)
     weights: dict[str, Floats] = {}
     blocks = []
@@ -72,7 +73,7 @@ def extract_plan(
         for index, layer in enumerate(block.layers):
             path = f"blocks.{place}.layers.{index}"
             if isinstance(layer, RepConvLayer):
-                written = _indices(sides[path], kept, layer.out_channels)
+                written = kept[writers[path]].numpy()
                 weight = fused[f"{layer.name}.weight"][written][:, last]
                 weights[f"{layer.name}.weight"] = np.ascontiguousarray(weight)
                 weights[f"{layer.name}.bias"] = fused[f"{layer.name}.bias"][written]
@@ -100,12 +101,6 @@ def extract_plan(
     return FusedNetwork(plan=plan, weights=weights)
 
 
-def _indices(side: Consumer, kept: Sequence[Tensor], channels: int) -> NDArray[np.intp]:
-    if side.out_group is None:
-        return np.arange(channels)
-    return kept[side.out_group].numpy()
-
-
 def _narrowed(layer: Layer, read: int, written: int) -> Layer:
     """The layer as it is run, between that many channels."""
     if isinstance(layer, RepConvLayer):
@@ -131,57 +126,31 @@ def extract_module(
         network: That the graph was traced from.
         graph: Its channels.
         kept: Indices of the channels that stay, of each group.
+
+    Raises:
+        MissingDependency: torch-pruning, which cuts the layers, is not installed.
     """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise MissingDependency("torch-pruning", extra="shrink") from error
     result = copy.deepcopy(network)
-    for name, group in graph.norms.items():
-        norm = result.get_submodule(name)
-        assert isinstance(norm, nn.BatchNorm2d)
-        _cut_norm(norm, kept[group])
-    for side in graph.consumers:
-        module = result.get_submodule(side.name)
-        read = None if side.in_group is None else kept[side.in_group]
-        written = None if side.out_group is None else kept[side.out_group]
-        if isinstance(module, nn.Linear):
-            if read is not None:
-                _cut_columns(module, read, side.columns_per_channel)
-        elif isinstance(module, nn.Conv2d):
-            _cut_conv(module, read, written, depthwise=side.depthwise)
-        else:
-            assert isinstance(module, StaticRepConv)
-            raise TraceError(
-                f"{side.name} is trained as branches; prune its network as a plan"
-            )
+    pruners = torch_pruning.DependencyGraph()
+    for (name, side), positions in _removed(graph, kept).items():
+        module = result.get_submodule(name)
+        pruner = pruners.get_pruner_of_module(module)
+        cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
+        cut(module, positions)
     return result
 
 
-def _cut_norm(norm: nn.BatchNorm2d, kept: Tensor) -> None:
-    norm.num_features = len(kept)
-    if norm.affine:
-        norm.weight = nn.Parameter(norm.weight[kept].clone())
-        norm.bias = nn.Parameter(norm.bias[kept].clone())
-    if norm.running_mean is not None and norm.running_var is not None:
-        norm.running_mean = norm.running_mean[kept].clone()
-        norm.running_var = norm.running_var[kept].clone()
-
-
-def _cut_conv(
-    conv: nn.Conv2d, read: Tensor | None, written: Tensor | None, *, depthwise: bool
-) -> None:
-    weight = conv.weight
-    if written is not None:
-        weight = nn.Parameter(weight[written].clone())
-        conv.out_channels = len(written)
-        if conv.bias is not None:
-            conv.bias = nn.Parameter(conv.bias[written].clone())
-    if depthwise:
-        conv.groups = conv.in_channels = conv.out_channels
-    elif read is not None:
-        weight = nn.Parameter(weight[:, read].clone())
-        conv.in_channels = len(read)
-    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
-
-
-def _cut_columns(linear: nn.Linear, read: Tensor, per_channel: int) -> None:
-    columns = (read[:, None] * per_channel + torch.arange(per_channel)).flatten()
-    linear.weight = nn.Parameter(linear.weight[:, columns].clone())
-    linear.in_features = len(columns)
+def _removed(
+    graph: ChannelGraph, kept: Sequence[Tensor]
+) -> dict[tuple[str, Side], list[int]]:
+    """Positions that go, of every side of every module; empty ones left out."""
+    found: dict[tuple[str, Side], list[int]] = defaultdict(list)
+    for cut in graph.cuts:
+        gone = ~np.isin(cut.channels, kept[cut.group].numpy())
+        if gone.any():
+            found[cut.module, cut.side] += cut.positions[gone].tolist()
+    return found

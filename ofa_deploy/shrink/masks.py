@@ -2,19 +2,23 @@
 
 Source: Y. Li et al., "Pruning-as-Search: Efficient Neural Architecture Search via
 Channel Pruning and Structural Reparameterization", IJCAI 2022: a depthwise 1×1 layer of
-binary weights behind a non-linearity, with a straight-through estimator.
+binary weights behind a non-linearity, with a straight-through estimator. Here it stands
+where the channels are read, which is the same and needs no knowledge of what is
+between: removing what nobody reads changes nothing, whatever becomes of it before.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.groups import ChannelGraph, Cut
 
 # Strictly above it a channel is kept.
 THRESHOLD = 0.5
@@ -39,10 +43,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class BinaryMask(nn.Module):
-    """Keeps or zeroes whole channels.
+    """Which channels of a group are kept.
 
     Args:
-        channels: Of its input and output.
+        channels: Of the group.
     """
 
     def __init__(self, channels: int) -> None:
@@ -66,11 +70,6 @@ class BinaryMask(nn.Module):
         """Indices of kept channels, ascending."""
         return (self.latent.detach() > THRESHOLD).nonzero().flatten()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to `(N, channels, ...)`."""
-        shape = (1, -1, *(1,) * (x.ndim - 2))
-        return x * self.binary.to(x.dtype).view(shape)
-
     @torch.no_grad()
     def keep_only(self, indices: Tensor) -> None:
         """Keep these channels and no others."""
@@ -78,17 +77,81 @@ class BinaryMask(nn.Module):
         self.latent[indices] = INITIAL_LATENT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MaskedNetwork:
-    """A traced network with a mask behind each group of channels.
+class MaskedInput(nn.Module):
+    """A layer that reads zeros in place of the channels that are not kept.
 
     Args:
-        module: Computes what the network computes, less the masked channels.
-        graph: What it was made from; the parameters are shared.
+        layer: The layer.
+        width: Channels that it reads, or features.
+        cuts: Which of them are whose.
+        masks: Of the groups of these cuts; they belong to the network.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        width: int,
+        cuts: Sequence[Cut],
+        masks: Sequence[BinaryMask],
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self._masks = tuple(masks)
+        index, begin = np.zeros(width, dtype=np.int64), 1
+        for cut, mask in zip(cuts, masks, strict=True):
+            index[cut.positions] = begin + cut.channels
+            begin += len(mask.latent)
+        # Of each channel, its place in the masks one after the other; 0 always stays.
+        self.register_buffer("index", torch.from_numpy(index), persistent=False)
+        # Features are last, channels second.
+        self._is_linear = isinstance(layer, nn.Linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to `(N, width, ...)`, or of a linear layer `(..., width)`."""
+        always = torch.ones(1, dtype=self._masks[0].latent.dtype)
+        every = torch.cat([always, *(mask.binary for mask in self._masks)])
+        assert isinstance(self.index, Tensor)
+        kept = every[self.index].to(x.dtype)
+        if not self._is_linear:
+            kept = kept.view(-1, *(1,) * (x.ndim - 2))
+        result = self.layer(x * kept)
+        assert isinstance(result, Tensor)
+        return result
+
+
+class MaskedModule(nn.Module):
+    """A network whose layers read through masks.
+
+    Args:
+        network: With `MaskedInput` where channels can go.
         masks: Of the groups, in their order.
     """
 
-    module: fx.GraphModule
+    def __init__(self, network: nn.Module, masks: Sequence[BinaryMask]) -> None:
+        super().__init__()
+        self.network = network
+        self.masks = nn.ModuleList(masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(N, classes)` of images `(N, 3, H, W)`."""
+        result = self.network(x)
+        assert isinstance(result, Tensor)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MaskedNetwork:
+    """A network with a mask for each group of channels.
+
+    Args:
+        module: Computes what the network computes, less the masked channels; has its
+            parameters and running statistics.
+        graph: The groups.
+        masks: Of these, in their order.
+    """
+
+    module: MaskedModule
     graph: ChannelGraph
     masks: tuple[BinaryMask, ...]
 
@@ -103,31 +166,38 @@ class MaskedNetwork:
 
     def latent_names(self) -> list[str]:
         """Names of the masks' parameters in the module."""
-        return [f"{_mask_name(index)}.latent" for index in range(len(self.masks))]
+        return [f"masks.{index}.latent" for index in range(len(self.masks))]
 
     def kept(self) -> tuple[Tensor, ...]:
         """Indices of the kept channels of each group, ascending."""
         return tuple(mask.kept() for mask in self.masks)
 
 
-def insert_masks(graph: ChannelGraph) -> MaskedNetwork:
-    """Put a mask behind the last operation of each group before it is read."""
-    module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
-    nodes = {node.name: node for node in module.graph.nodes}
-    masks = []
-    for index, group in enumerate(graph.groups):
-        mask = BinaryMask(group.channels)
-        module.add_submodule(_mask_name(index), mask)
-        masks.append(mask)
-        for name in group.masked:
-            with module.graph.inserting_after(nodes[name]):
-                masked = module.graph.call_module(_mask_name(index), (nodes[name],))
-            nodes[name].replace_all_uses_with(
-                masked, delete_user_cb=lambda user, masked=masked: user is not masked
-            )
-    module.recompile()
+def insert_masks(network: nn.Module, graph: ChannelGraph) -> MaskedNetwork:
+    """Put masks before the layers that read what can go; weights are shared.
+
+    Args:
+        network: Stays as it is.
+        graph: Of its channels.
+    """
+    shared = _with_same_tensors(network)
+    masks = [BinaryMask(group.channels) for group in graph.groups]
+    width = {layer.name: layer.in_channels for layer in graph.layers}
+    for name, cuts in graph.readers().items():
+        parent, _, last = name.rpartition(".")
+        masked = MaskedInput(
+            shared.get_submodule(name),
+            width=width[name],
+            cuts=cuts,
+            masks=[masks[cut.group] for cut in cuts],
+        )
+        setattr(shared.get_submodule(parent), last, masked)
+    module = MaskedModule(shared, masks)
+    module.train(network.training)
     return MaskedNetwork(module=module, graph=graph, masks=tuple(masks))
 
 
-def _mask_name(index: int) -> str:
-    return f"mask_{index}"
+def _with_same_tensors(network: nn.Module) -> nn.Module:
+    """A copy with modules of its own, and the same parameters and buffers."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})

@@ -21,8 +21,9 @@ from ofa_deploy.nn.static import FusedNet, PlannedNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.coupling import called_layers, trace_channels
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
-from ofa_deploy.shrink.groups import ChannelGraph, trace_channels
+from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.target import Target
 
@@ -71,18 +72,17 @@ class OwnNetwork:
                 f"these have {resolution}. Resize them, or lower a plan for them"
             )
         shape = (IMAGE_CHANNELS, resolution, resolution)
-        graph = _named(trace_channels(module, input_shape=shape), module)
+        graph = (
+            planned_channels(module)
+            if isinstance(module, PlannedNet) and _is_chain(module)
+            else trace_channels(module, input_shape=shape)
+        )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "
                 f"has {len(class_names)} classes. Give a network whose last layer has "
                 "as many outputs, or other data"
-            )
-        if not graph.groups:
-            raise TraceError(
-                f"{type(module).__name__} has no channels that could be removed: it "
-                "has no convolution of its own, or every one is grouped"
             )
         own = cls(
             module=module,
@@ -91,38 +91,67 @@ class OwnNetwork:
             class_names=class_names,
             graph=graph,
         )
-        own._require_exact()
-        return own
+        return own._exact()
 
-    def _require_exact(self) -> None:
-        """Refuse a network that computes something else once channels are removed.
+    def _exact(self) -> OwnNetwork:
+        """Itself, with the groups left whole that cannot be removed exactly.
 
-        Whatever the tracing missed is found before hours of training, not after.
+        Whatever the tracing missed, such as widths that its forward has as numbers, is
+        found before hours of training, not after.
+
+        Raises:
+            TraceError: No group is left.
         """
+        if not self.graph.groups:
+            raise TraceError(
+                f"{type(self.module).__name__} has no channels that could be removed: "
+                "it has no convolution whose channels end before its outputs, or every "
+                "one is grouped"
+            )
+        if self._narrows_exactly():
+            return self
+        exact = [
+            index
+            for index in range(len(self.graph.groups))
+            if replace(self, graph=self.graph.only([index]))._narrows_exactly()
+        ]
+        found = replace(self, graph=self.graph.only(exact))
+        if not exact or not found._narrows_exactly():
+            others = [
+                group.name
+                for index, group in enumerate(self.graph.groups)
+                if index not in exact
+            ]
+            raise TraceError(
+                f"{type(self.module).__name__} computes something else, or nothing, "
+                f"once channels of {', '.join(others)} are removed: its forward has "
+                "their number in it, or treats them as more than maps of their own. "
+                "Rewrite it with convolutions, linear layers, norms, activations, "
+                "pools, sums, products, concatenations and nn.Flatten"
+            )
+        return found
+
+    def _narrows_exactly(self) -> bool:
+        """Whether masking channels and removing them is the same."""
         rng = np.random.default_rng(0)
         kept = tuple(
             torch.from_numpy(_some(group.channels, rng)) for group in self.graph.groups
         )
-        masked, narrow = self.masked(), self._narrowed(kept)
+        masked = self.masked()
         for mask, indices in zip(masked.masks, kept, strict=True):
             mask.keep_only(indices)
-        if isinstance(narrow, FusedNetwork):
-            narrow = FusedNet(narrow.plan, narrow.weights)
         shape = (2, IMAGE_CHANNELS, self.resolution, self.resolution)
         noise = rng.standard_normal(shape, dtype=np.float32)
         expected = run(masked.module, noise)
         try:
+            narrow = self._narrowed(kept)
+            if isinstance(narrow, FusedNetwork):
+                narrow = FusedNet(narrow.plan, narrow.weights)
             found = run(narrow, noise)
-        except RuntimeError:  # shapes that do not fit any more
-            found = np.full_like(expected, np.nan)
+        except (RuntimeError, ValueError):  # shapes that do not fit any more
+            return False
         difference = np.abs(found - expected).max() / np.abs(expected).max()
-        if not difference <= MOST_DIFFERENCE:
-            raise TraceError(
-                f"{type(self.module).__name__} computes something else once masked "
-                "channels are removed: some operation in it treats channels as more "
-                "than maps of their own. Rewrite it with convolutions, linear layers, "
-                "norms, activations, pools, sums and products"
-            )
+        return bool(difference <= MOST_DIFFERENCE)
 
     @property
     def family(self) -> str:
@@ -134,10 +163,7 @@ class OwnNetwork:
     @property
     def is_chain(self) -> bool:
         """Whether it becomes a plain chain of convolutions, which any writer writes."""
-        return isinstance(self.module, PlannedNet) and all(
-            isinstance(layer, RepConvLayer | PoolLayer | LinearLayer)
-            for layer in self.module.plan.layers
-        )
+        return isinstance(self.module, PlannedNet) and _is_chain(self.module)
 
     @property
     def sha256(self) -> str:
@@ -151,7 +177,7 @@ class OwnNetwork:
 
     def masked(self) -> MaskedNetwork:
         """Itself with a mask behind each group; the weights are shared."""
-        return insert_masks(self.graph)
+        return insert_masks(self.module, self.graph)
 
     def export(
         self,
@@ -225,8 +251,8 @@ class OwnNetwork:
         shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
         peak = max(
             layer.in_channels * layer.in_size**2
-            + layer.out_channels * layer.out_size**2
-            for layer in trace_channels(narrow, input_shape=shape).consumers
+            + layer.out_channels * layer.places // layer.calls
+            for layer in called_layers(narrow, torch.zeros(1, *shape))
         )
         return NetworkCost(
             mac_count=round(macs),
@@ -235,15 +261,11 @@ class OwnNetwork:
         )
 
 
-def _named(graph: ChannelGraph, module: nn.Module) -> ChannelGraph:
-    """The graph, its groups named after the plan's layers where there is a plan."""
-    if not isinstance(module, PlannedNet):
-        return graph
-    names = module.layer_names()
-    groups = tuple(
-        replace(group, name=names.get(group.name, group.name)) for group in graph.groups
+def _is_chain(network: PlannedNet) -> bool:
+    return all(
+        isinstance(layer, RepConvLayer | PoolLayer | LinearLayer)
+        for layer in network.plan.layers
     )
-    return replace(graph, groups=groups)
 
 
 def run(module: nn.Module, inputs: Floats) -> Floats:

@@ -268,23 +268,6 @@ def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
         )
 
 
-class MeansOverChannels(nn.Module):
-    """Its maps are as high as they are many: a mean over channels looks like one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, SIZE, 3, padding=1)
-        self.head = nn.Linear(SIZE, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.head(self.conv(x).mean(1).mean(2)))
-
-
-def test_a_network_that_cannot_be_narrowed_exactly_is_refused() -> None:
-    with pytest.raises(TraceError, match="computes something else"):
-        own_network(MeansOverChannels())
-
-
 def test_a_plan_for_other_images_is_refused(dense: StaticNet) -> None:
     with pytest.raises(DataError, match=f"for images of {SIZE} pixels"):
         OwnNetwork.of(

@@ -2,74 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.plan import lower
+from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.extract import extract_module, extract_plan
-from ofa_deploy.shrink.groups import ChannelGraph, trace_channels
-from ofa_deploy.shrink.masks import BinaryMask, MaskedNetwork, insert_masks
+from ofa_deploy.shrink.groups import ChannelGraph, Cut
+from ofa_deploy.shrink.masks import (
+    BinaryMask,
+    MaskedInput,
+    MaskedNetwork,
+    insert_masks,
+)
+from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import (
     COLLAPSE_WINDOW,
     PasSettings,
     PruningAsSearch,
     settle_counts,
 )
+from tests.support import own_networks
 from tests.support.tiny_torch import inputs, relative_error
 
 SHAPE = (3, 12, 12)
-
-
-class Residual(nn.Module):
-    """A skip over two convolutions; with or without a projection."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out)
-        self.second = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out)
-        self.project = (
-            nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
-            if stride != 1 or channels != out
-            else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
-        return F.relu(y + (x if self.project is None else self.project(x)))
-
-
-class ResidualNet(nn.Module):
-    """What a user may bring: skips, a depthwise convolution, flattened maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(
-            Residual(16, 16, 1), Residual(16, 24, 2), Residual(24, 24, 1)
-        )
-        self.depthwise = nn.Conv2d(24, 24, 3, 2, 1, groups=24)
-        self.pool = nn.AvgPool2d(1)
-        self.head = nn.Linear(24 * 9, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.norm(self.stem(x))))
-        x = F.relu(self.depthwise(x))
-        return cast(Tensor, self.head(torch.flatten(self.pool(x), 1)))
 
 
 def randomise(network: nn.Module) -> nn.Module:
@@ -99,16 +67,34 @@ def branched() -> StaticNet:
     return network
 
 
-def residual() -> nn.Module:
+def own(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(ResidualNet())
+    return randomise(own_networks.ALL[name]())
 
 
-NETWORKS = {"branched": branched, "residual": residual}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "branched": branched,
+    **{name: functools.partial(own, name) for name in own_networks.ALL},
+}
+every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 
 
 def masked(network: nn.Module) -> MaskedNetwork:
-    return insert_masks(trace_channels(network, input_shape=SHAPE))
+    return insert_masks(network, channels(network))
+
+
+def channels(network: nn.Module) -> ChannelGraph:
+    """Of what is shrunk of a network: the groups that can go exactly."""
+    return own_network(network).graph
+
+
+def own_network(network: nn.Module) -> OwnNetwork:
+    return OwnNetwork.of(
+        network,
+        resolution=SHAPE[1],
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abcde"),
+    )
 
 
 def mask_some(masked: MaskedNetwork, *, seed: int = 0) -> None:
@@ -127,9 +113,11 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
 # -- P1 to P3: the mask ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_masks_that_keep_everything_change_no_bit(build: object) -> None:
-    network = build()  # type: ignore[operator]
+@every_network
+def test_masks_that_keep_everything_change_no_bit(
+    build: Callable[[], nn.Module],
+) -> None:
+    network = build()
     x = inputs(SHAPE[1])
     assert torch.equal(run(masked(network).module.eval(), x), run(network, x))
 
@@ -137,9 +125,12 @@ def test_masks_that_keep_everything_change_no_bit(build: object) -> None:
 def test_the_latent_gradient_is_the_same_for_kept_and_removed_channels() -> None:
     mask = BinaryMask(3)
     mask.latent.data = torch.tensor([1.0, 0.4, 0.7])
+    everything = np.arange(3)
+    cut = Cut(module="", side="in", group=0, positions=everything, channels=everything)
+    layer = MaskedInput(nn.Identity(), width=3, cuts=[cut], masks=[mask])
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     g = torch.randn(2, 3, 4, 4)
-    torch.autograd.backward(mask(x), g)
+    torch.autograd.backward(layer(x), g)
     assert mask.latent.grad is not None
     assert x.grad is not None
     expected = (g * x.detach()).sum((0, 2, 3))
@@ -177,9 +168,11 @@ def brute_force_macs(network: nn.Module, x: Tensor) -> int:
     return total
 
 
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_the_price_is_the_macs_of_the_narrowed_network(build: object) -> None:
-    network = build()  # type: ignore[operator]
+@every_network
+def test_the_price_is_the_macs_of_the_narrowed_network(
+    build: Callable[[], nn.Module],
+) -> None:
+    network = build()
     net = masked(network)
     mask_some(net)
     counts = net.counts
@@ -205,12 +198,12 @@ def test_the_pull_on_a_channel_is_that_of_its_two_layers() -> None:
         net, price=MacPrice(net.graph), settings=PasSettings(target_share=0.5)
     )
     (gradient,) = torch.autograd.grad(search.loss(), net.masks[1].latent)
-    layers = [c for c in net.graph.consumers if not c.is_linear]
     full = search.full_price
-    read, write = layers[1], layers[2]
-    assert (read.out_group, write.in_group) == (1, 1)
-    slope = read.macs_per_pair * read.in_channels
-    slope += write.macs_per_pair * write.out_channels
+    writer, reader = net.graph.layers[1], net.graph.layers[2]
+    assert [cut.group for cut in net.graph.cuts_at(writer.name, "out")] == [1]
+    assert [cut.group for cut in net.graph.cuts_at(reader.name, "in")] == [1]
+    slope = writer.macs_per_pair * writer.in_channels
+    slope += reader.macs_per_pair * reader.out_channels
     expected = 2 * search.strength * (1 - 0.5) * slope / 1e6 / full
     torch.testing.assert_close(gradient, torch.full_like(gradient, expected))
 
@@ -219,9 +212,11 @@ def test_the_pull_on_a_channel_is_that_of_its_two_layers() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_removing_masked_channels_changes_nothing(build: object, seed: int) -> None:
-    network = build()  # type: ignore[operator]
+@every_network
+def test_removing_masked_channels_changes_nothing(
+    build: Callable[[], nn.Module], seed: int
+) -> None:
+    network = build()
     net = masked(network)
     mask_some(net, seed=seed)
     x = inputs(SHAPE[1], count=8)
@@ -229,14 +224,50 @@ def test_removing_masked_channels_changes_nothing(build: object, seed: int) -> N
     assert relative_error(run(narrowed(network, net), x), expected) <= 1e-4
 
 
+def cuts(graph: ChannelGraph, group: int) -> dict[tuple[str, str], list[int]]:
+    """Positions of a group on the sides of modules."""
+    return {
+        (cut.module, cut.side): cut.positions.tolist()
+        for cut in graph.cuts
+        if cut.group == group
+    }
+
+
 def test_a_skip_ties_its_two_ends_together() -> None:
-    graph = trace_channels(residual(), input_shape=SHAPE)
-    by_name = {side.name: side for side in graph.consumers}
-    stem, first = by_name["stem"], by_name["blocks.0.first"]
-    assert stem.out_group == by_name["blocks.0.second"].out_group == first.in_group
-    assert first.out_group != stem.out_group
-    assert by_name["blocks.1.project.0"].out_group == by_name["depthwise"].out_group
-    assert by_name["head"].columns_per_channel == 9
+    graph = channels(own("residual"))
+    names = [group.name for group in graph.groups]
+    stem = cuts(graph, names.index("stem"))
+    everything = list(range(16))
+    assert stem["stem", "out"] == stem["blocks.0.second", "out"] == everything
+    assert stem["blocks.0.first", "in"] == everything
+    assert ("blocks.0.first", "out") not in stem
+    last = cuts(graph, names.index("blocks.1.second"))
+    assert last["blocks.1.project.0", "out"] == last["depthwise", "out"]
+    assert len(last["head", "in"]) == 9 * 24
+
+
+def test_padded_channels_move_up_and_those_of_zeros_stay() -> None:
+    graph = channels(own("padded"))
+    assert [group.channels for group in graph.groups] == [8, 8, 16, 16, 32]
+    stem = cuts(graph, 0)
+    assert stem["stem.0", "out"] == list(range(8))
+    assert stem["blocks.1.second", "out"] == list(range(4, 12))
+    assert stem["head", "in"] == list(range(12, 20))
+
+
+def test_concatenated_channels_are_read_where_they_are() -> None:
+    graph = channels(own("dense"))
+    names = [group.name for group in graph.groups]
+    second = cuts(graph, names.index("layers.1.2"))
+    assert (
+        second["layers.2.2", "in"] == second["transition.0", "in"] == [12, 13, 14, 15]
+    )
+    assert second["layers.1.2", "out"] == [0, 1, 2, 3]
+
+
+def test_a_group_whose_width_stands_in_the_code_is_left_whole() -> None:
+    names = [group.name for group in channels(own("vgg")).groups]
+    assert names == ["features.0", "features.4"]
 
 
 # -- P7: a removed channel can come back -----------------------------------------------
@@ -441,7 +472,7 @@ def test_a_target_below_the_floors_is_refused() -> None:
 def test_settled_counts_are_aligned_and_fit_as_tightly_as_steps_allow(
     share: float, seed: int
 ) -> None:
-    graph = trace_channels(branched(), input_shape=SHAPE)
+    graph = channels(branched())
     price = MacPrice(graph)
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.rand(g.channels, generator=generator) for g in graph.groups]
@@ -463,92 +494,47 @@ def price_of(price: MacPrice, counts: list[int]) -> float:
 # -- networks that cannot be pruned ----------------------------------------------------
 
 
-class Concatenated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.conv(x), x], 1)
-
-
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
 
-class DropsOut(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.training)
+class MeansOverChannels(nn.Module):
+    """Its maps are as high as they are many: a mean over channels looks like one."""
 
-
-class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(self.conv(x)))
+        return cast(Tensor, self.head(self.conv(x).mean(1).mean(2)))
 
 
-class Custom(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.upsample = nn.PixelShuffle(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.upsample(x.repeat(1, 4, 1, 1)))
-
-
-def flattened(*between: nn.Module) -> nn.Module:
-    """A chain with something between its flattened maps and its linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), *between, nn.Linear(4 * 144, 5)
-    )
-
-
-def test_what_keeps_zeros_may_come_after_flattening() -> None:
-    network = randomise(flattened(nn.Dropout(0.5), nn.ReLU()))
-    net = masked(network)
-    net.masks[0].keep_only(torch.tensor([1, 3]))
-    narrow = extract_module(network, net.graph, net.kept()).eval()
-    x = inputs(SHAPE[1])
-    assert relative_error(run(narrow, x), run(net.module.eval(), x)) < 1e-6
+def pooled(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @pytest.mark.parametrize(
     ("network", "named"),
     [
-        (flattened(nn.Sigmoid()), "^2 comes after maps were flattened"),
-        (Concatenated(), "cat"),
-        (Branching(), "Branching"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), Branching()), "^1 cannot be traced"),
-        (Custom(), "repeat"),
-        (DropsOut(), "use nn.Dropout"),
-        (Twice(), "conv is used more than once"),
+        (pooled(nn.Conv2d(3, 5, 1), Branching()), "^1 cannot be traced"),
+        (pooled(nn.Conv2d(3, 5, 1)), "Sequential has no channels"),
+        (MeansOverChannels(), "channels of conv are removed"),
+        (pooled(nn.Conv2d(3, 5, (1, 3))), "0: kernel .1, 3."),
     ],
-    ids=["sigmoid", "cat", "branching", "nested", "custom", "dropout", "twice"],
+    ids=["branching", "outputs", "means", "oblong"],
 )
 def test_a_layer_that_cannot_be_told_is_named(network: nn.Module, named: str) -> None:
     with pytest.raises(TraceError, match=named):
-        trace_channels(network, input_shape=SHAPE)
+        own_network(network)
 
 
 def test_images_of_another_shape_are_refused() -> None:
-    with pytest.raises(
-        TraceError, match=r"does not run on images of shape \(1, 12, 12"
-    ):
-        trace_channels(residual(), input_shape=(1, 12, 12))
+    with pytest.raises(TraceError, match=r"stem cannot be traced on images of shape"):
+        trace_channels(own("residual"), input_shape=(1, 12, 12))
 
 
 def test_channels_of_grouped_convolutions_stay() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.ReLU(),
-        nn.Conv2d(8, 4, 1),
-    )
-    graph: ChannelGraph = trace_channels(network, input_shape=SHAPE)
-    assert graph.groups == ()
-    assert np.all([side.in_group is None for side in graph.consumers])
+    names = [group.name for group in channels(own("gated")).groups]
+    assert names == ["stem.0", "gate.reduce", "last.0"]
