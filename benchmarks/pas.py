@@ -51,7 +51,7 @@ from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
 from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import settle_counts
+from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
@@ -59,7 +59,6 @@ from ofa_deploy.shrink.widths import (
     finetune,
     freeze,
     search_widths,
-    top_channels,
 )
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.target import Target
@@ -242,17 +241,15 @@ def prune_by_macs(args: argparse.Namespace) -> None:
         )
         full = float(price(full_counts(own.graph)))
         latents = masked.latents()
-        counts = settle_counts(
-            latents,
-            price=price,
-            most=TARGET_SHARE * full,
+        order = LatentOrder(
+            latents=latents,
             step=STEP,
             floors=[aligned_floor(settings, STEP)] * len(latents),
         )
+        counts = order.within(price, TARGET_SHARE * full)
         settled = torch.tensor(counts, dtype=torch.float64)
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
-        chosen = top_channels(latents, counts)
-        freeze(masked, chosen)
+        freeze(masked, order.kept(counts))
         finetune(
             own,
             masked,

@@ -25,8 +25,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import settle_counts
-from ofa_deploy.shrink.widths import top_channels
+from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.target import Target
 from ofa_deploy.verify import AccuracyClaim, Candidate, enough_runs, judge
 from profilers.files import write_atomically
@@ -81,8 +80,8 @@ class Fitting:
     Args:
         own: The network.
         masked: Its masked form, whose weights the timed files have.
-        latents: Of each group, `(channels,)`: the larger, the longer a channel is kept.
-        method: That found the latents.
+        order: In which channels go.
+        method: That found it.
         target: Where it is to run.
         constraints: What is asked for; a latency is among it.
         floors: Least channels of each group.
@@ -93,7 +92,7 @@ class Fitting:
 
     own: OwnNetwork
     masked: MaskedNetwork
-    latents: Sequence[Tensor]
+    order: ChannelOrder
     method: str
     target: Target
     constraints: Constraints
@@ -110,7 +109,7 @@ class Fitting:
         return budget_ms
 
     def widest(self, *, memory: Path) -> Fitted:
-        """The widest structure, as the latents order channels, that keeps the limits.
+        """The widest structure, in the order of channels, that keeps the limits.
 
         Each that is timed corrects the price.
 
@@ -186,13 +185,7 @@ class Fitting:
 
     def _settle(self, most_ms: float) -> list[int]:
         least_ms = self.price_ms(self.floors)
-        return settle_counts(
-            self.latents,
-            price=self.prices.price,
-            most=max(most_ms, least_ms),
-            step=self.prices.step,
-            floors=self.floors,
-        )
+        return self.order.within(self.prices.price, max(most_ms, least_ms))
 
     def price_ms(self, counts: Sequence[int]) -> float:
         """Predicted latency of a structure."""
@@ -205,7 +198,7 @@ class Fitting:
 
     def time(self, counts: Sequence[int]) -> Fitted:
         """Time the file of a structure."""
-        kept = top_channels(self.latents, counts)
+        kept = self.order.kept(counts)
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
             exported = self.export(kept, Path(name))
             measurement = self.measure(exported)

@@ -256,6 +256,34 @@ def _reopen(latent: Tensor, count: int) -> None:
     latent[chosen] = torch.maximum(latent[chosen], raised)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentOrder:
+    """A `ChannelOrder` by latent weights, the lowest first.
+
+    Args:
+        latents: Of each group, `(channels,)`.
+        step: Of the counts.
+        floors: Least count of each group.
+    """
+
+    latents: Sequence[Tensor]
+    step: int
+    floors: Sequence[int]
+
+    def within(self, price: Price, most: float) -> list[int]:
+        """See `ChannelOrder`: what the latents ask for, as dear as is allowed."""
+        return settle_counts(
+            self.latents, price=price, most=most, step=self.step, floors=self.floors
+        )
+
+    def kept(self, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        """See `ChannelOrder`: those with the largest latents."""
+        return tuple(
+            latent.argsort(descending=True, stable=True)[:count].sort().values
+            for latent, count in zip(self.latents, counts, strict=True)
+        )
+
+
 def settle_counts(
     latents: Sequence[Tensor],
     *,

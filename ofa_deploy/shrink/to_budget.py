@@ -39,6 +39,7 @@ from ofa_deploy.shrink.device_prices import (
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
     Told,
@@ -202,14 +203,17 @@ class Shrinking:
     def fitting(self, masked: MaskedNetwork, prices: DevicePrices) -> Fitting:
         """What fits structures to the budget; the masks' latents order channels."""
         floor = aligned_floor(self.recipe, prices.step)
+        floors = [min(floor, group.channels) for group in self.own.graph.groups]
         return Fitting(
             own=self.own,
             masked=masked,
-            latents=masked.latents(),
+            order=LatentOrder(
+                latents=masked.latents(), step=prices.step, floors=floors
+            ),
             method="pas",
             target=self.target,
             constraints=self.constraints,
-            floors=[min(floor, group.channels) for group in self.own.graph.groups],
+            floors=floors,
             prices=prices,
             reporter=self.reporter,
         )

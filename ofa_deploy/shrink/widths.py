@@ -139,16 +139,6 @@ def aligned_floor(recipe: ShrinkRecipe, step: int) -> int:
     return math.ceil(recipe.floor / step) * step
 
 
-def top_channels(
-    latents: Sequence[Tensor], counts: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """Indices of the channels with the largest latents, ascending, of each group."""
-    return tuple(
-        latent.argsort(descending=True, stable=True)[:count].sort().values
-        for latent, count in zip(latents, counts, strict=True)
-    )
-
-
 def freeze(masked: MaskedNetwork, kept: Sequence[Tensor]) -> None:
     """Keep these channels of each group, for good: masks are no longer trained."""
     for mask, indices in zip(masked.masks, kept, strict=True):

@@ -34,13 +34,13 @@ from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.to_budget import HISTORY_FILE, Shrinking
 from ofa_deploy.shrink.widths import (
     ShrinkRecipe,
     default_shrink_recipe,
     freeze,
     search_widths,
-    top_channels,
 )
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
@@ -229,7 +229,7 @@ def test_a_network_with_skips_keeps_them(
     own = own_network(network)
     masked = own.masked()
     counts = [group.channels // 2 for group in own.graph.groups]
-    freeze(masked, top_channels(masked.latents(), counts))
+    freeze(masked, [torch.arange(count) for count in counts])
     exported = own.export(
         masked,
         masked.kept(),
@@ -347,7 +347,8 @@ def test_a_structure_just_below_the_budget_is_found_whatever_prices_say(
     call, memory = fitting_of(dense, tmp_path), tmp_path / "chosen.json"
     found = call.widest(memory=memory)
     assert 0.8 < found.used_share <= 1.0
-    for latent, kept in zip(call.latents, found.kept, strict=True):
+    assert isinstance(call.order, LatentOrder)
+    for latent, kept in zip(call.order.latents, found.kept, strict=True):
         assert latent[kept].min() >= latent.topk(len(kept)).values.min()
     # A call that was killed goes on with what was chosen.
     again = fitting_of(dense, tmp_path)

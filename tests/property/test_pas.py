@@ -35,6 +35,7 @@ from ofa_deploy.shrink.pas import (
     settle_counts,
 )
 from tests.support import own_networks
+from tests.support.mac_counter import counted_macs
 from tests.support.tiny_torch import inputs, relative_error
 
 SHAPE = (3, 12, 12)
@@ -148,26 +149,6 @@ def test_a_latent_at_the_threshold_is_removed_and_one_above_is_kept() -> None:
 # -- P4, P5: the price -----------------------------------------------------------------
 
 
-def brute_force_macs(network: nn.Module, x: Tensor) -> int:
-    """Of convolutions and linear layers, counted as they run."""
-    total = 0
-
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal total
-        weight = cast(Tensor, module.weight)
-        total += weight.numel() * (output[0, 0].numel() if output.ndim == 4 else 1)
-
-    handles = [
-        module.register_forward_hook(count)
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    run(network, x)
-    for handle in handles:
-        handle.remove()
-    return total
-
-
 @every_network
 def test_the_price_is_the_macs_of_the_narrowed_network(
     build: Callable[[], nn.Module],
@@ -181,7 +162,7 @@ def test_the_price_is_the_macs_of_the_narrowed_network(
     assert torch.equal(gradient, torch.ones_like(gradient))
     found = 1e6 * float(MacPrice(net.graph)(counts.detach()))
     narrow = narrowed(network, net)
-    assert found == pytest.approx(brute_force_macs(narrow, inputs(12, count=1)))
+    assert found == pytest.approx(counted_macs(narrow, SHAPE[1]))
 
 
 def narrowed(network: nn.Module, net: MaskedNetwork) -> nn.Module:

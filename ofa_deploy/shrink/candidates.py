@@ -1,0 +1,164 @@
+"""How good a narrowed network is, before anybody has fine-tuned it.
+
+Two cores cannot fine-tune hundreds of candidates. LeGR's own table for CIFAR-10 ranks
+them without a step of it; re-estimating batch norms' statistics, which the missing
+channels have shifted, costs one pass over some images.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.train.augment import network_input
+from ofa_deploy.train.images import TrainingImages
+from profilers.files import write_atomically
+
+BATCH_SIZE = 250
+# Of the steps that tune a candidate.
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+# Below this many images an accuracy is known to a percent at best.
+FEW_IMAGES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateImages:
+    """Images for candidates, as files that every process can map.
+
+    Args:
+        folder: Of the arrays.
+        resolution: Height and width of the inputs.
+        normalisation: Of the inputs.
+    """
+
+    folder: Path
+    resolution: int
+    normalisation: Normalisation
+
+    @classmethod
+    def written(
+        cls,
+        images: TrainingImages,
+        *,
+        resolution: int,
+        training_count: int,
+        validation_count: int,
+        folder: Path,
+    ) -> CandidateImages:
+        """Some training images and some that are held out, evenly over the classes.
+
+        Args:
+            images: To take them from.
+            resolution: Height and width of the inputs.
+            training_count: To re-estimate statistics, and to tune on; at most.
+            validation_count: To measure the loss on; at most.
+            folder: Gets the files.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {
+            "training": (images.training, training_count),
+            "validation": (images.validation, validation_count),
+        }
+        for name, (part, count) in parts.items():
+            picked = np.linspace(0, len(part) - 1, min(count, len(part)))
+            index = np.random.default_rng(0).permutation(picked.astype(np.int64))
+            pixels = np.ascontiguousarray(part.images[index].transpose(0, 3, 1, 2))
+            _save(folder / f"{name}_images.npy", pixels)
+            _save(folder / f"{name}_labels.npy", part.labels[index])
+        return cls(
+            folder=folder, resolution=resolution, normalisation=images.normalisation
+        )
+
+    def batches(self, part: str) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and labels of `training` or `validation`."""
+        images, labels = _loaded(self.folder, part)
+        return [
+            (
+                network_input(
+                    torch.from_numpy(images[start : start + BATCH_SIZE].copy()),
+                    resolution=self.resolution,
+                    normalisation=self.normalisation,
+                ),
+                torch.from_numpy(labels[start : start + BATCH_SIZE].copy()),
+            )
+            for start in range(0, len(labels), BATCH_SIZE)
+        ]
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    content = BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_atomically(path, content.getvalue())
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path, part: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    images = np.load(folder / f"{part}_images.npy", mmap_mode="r", allow_pickle=False)
+    labels = np.load(folder / f"{part}_labels.npy", mmap_mode="r", allow_pickle=False)
+    return images, labels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CandidateJob:
+    """A narrowed network to be judged; all that another process needs.
+
+    Args:
+        module: Without the removed channels; belongs to whoever runs the job.
+        images: To judge it on.
+        tuning_steps: Of SGD before it is judged; 0 for none.
+        learning_rate: Of these.
+    """
+
+    module: nn.Module
+    images: CandidateImages
+    tuning_steps: int = 0
+    learning_rate: float = 0.01
+
+
+def validation_loss(job: CandidateJob) -> float:
+    """Mean cross-entropy on the held-out images; lower is better."""
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the others have the other cores
+    module = job.module
+    training = job.images.batches("training")
+    _tune(module, training, steps=job.tuning_steps, rate=job.learning_rate)
+    update_bn([inputs for inputs, _ in training], module)
+    module.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for inputs, labels in job.images.batches("validation"):
+            total += float(F.cross_entropy(module(inputs), labels, reduction="sum"))
+            count += len(labels)
+    return total / count
+
+
+def _tune(
+    module: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    rate: float,
+) -> None:
+    if steps == 0:
+        return
+    module.train()
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    for step in range(steps):
+        inputs, labels = batches[step % len(batches)]
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(module(inputs), labels))
+        optimizer.step()

@@ -1,0 +1,353 @@
+"""LeGR: how norms of different layers compare is learned, once for all budgets.
+
+Source: T.-W. Chin, R. Ding, C. Zhang, D. Marculescu, "Towards Efficient Model
+Compression via Learned Global Ranking", CVPR 2020, and its code. Filters are ranked by
+`alpha_l · ||filter||² + kappa_l`; the two numbers of each layer are evolved so that the
+network pruned to the lowest budget of interest has the least loss. One order then
+serves every budget. What is other than there: a group has one quota (see
+`quota_floors`); at least one layer is mutated, however few there are; several children
+are bred at once, so that they can be judged side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.shrink.candidates import (
+    CandidateImages,
+    CandidateJob,
+    validation_loss,
+)
+from ofa_deploy.shrink.cost import Price
+from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.ranking import (
+    RemovalOrder,
+    Writer,
+    group_scores,
+    quota_floors,
+    writers,
+)
+from profilers.files import write_atomically
+
+Floats = NDArray[np.float64]
+STATE_FILE = "legr.json"
+# How the spread of mutations falls: to this share of it at the last evaluation.
+LAST_SPREAD = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegrSettings:
+    """How rankings are learned; the published values, but for the tuning steps.
+
+    Args:
+        evaluations: Candidates judged in all, the first population among them.
+        population: Candidates that live at a time.
+        samples: Of a tournament, drawn with replacement.
+        mutated_share: Of the layers, whose numbers change in a child.
+        spread: Standard deviation of the logarithm of `alpha` at the beginning.
+        safeguard: Share of each group's channels that is kept in any case.
+        tuning_steps: Of SGD before a candidate is judged; 0 re-estimates batch norms
+            only.
+        learning_rate: Of these steps.
+        together: Children bred from one population, which can be judged side by side.
+        training_count: Images to re-estimate and to tune on.
+        validation_count: Held-out images to judge on.
+        seed: Of everything random.
+    """
+
+    evaluations: int = 400
+    population: int = 64
+    samples: int = 16
+    mutated_share: float = 0.1
+    spread: float = 1.0
+    safeguard: float = 0.1
+    tuning_steps: int = 0
+    learning_rate: float = 0.01
+    together: int = 2
+    training_count: int = 1000
+    validation_count: int = 2500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "population", "samples", "together"):
+            if getattr(self, name) < 1:
+                raise SpaceError(f"{name}={getattr(self, name)}; give at least 1")
+        if self.evaluations < self.population:
+            raise SpaceError(
+                f"evaluations={self.evaluations} for a population of {self.population};"
+                " give at least as many"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Affine:
+    """What makes norms of different layers comparable.
+
+    Args:
+        alpha: Factor of each layer, above 0, `(layers,)`.
+        kappa: Added to each layer, `(layers,)`.
+    """
+
+    alpha: Floats
+    kappa: Floats
+
+    @classmethod
+    def plain(cls, layers: int) -> Affine:
+        """Norms as they are."""
+        return cls(alpha=np.ones(layers), kappa=np.zeros(layers))
+
+
+def affine_scores(
+    graph: ChannelGraph, sources: Sequence[Writer], affine: Affine
+) -> list[Floats]:
+    """Scores of each group's channels.
+
+    Args:
+        graph: Of the channels.
+        sources: Layers that write them.
+        affine: Numbers of these layers.
+    """
+    scores = [
+        alpha * source.norms + kappa
+        for source, alpha, kappa in zip(
+            sources, affine.alpha, affine.kappa, strict=True
+        )
+    ]
+    return group_scores(graph, sources, scores)
+
+
+@dataclass(slots=True)
+class Population:
+    """Candidates that live, what they were judged, and the best that ever was.
+
+    Evaluation `i` takes slot `i % population`: always that of the oldest.
+
+    Args:
+        alpha: `(population, layers)`.
+        kappa: `(population, layers)`.
+        losses: `(population,)`; infinite where nobody lives yet.
+        done: Evaluations so far.
+        best: The best so far; None before the first.
+        best_loss: Its loss.
+        history: Best loss after each evaluation.
+    """
+
+    alpha: Floats
+    kappa: Floats
+    losses: Floats
+    done: int = 0
+    best: Affine | None = None
+    best_loss: float = float("inf")
+    history: list[float] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, size: int, layers: int) -> Population:
+        """Before the first evaluation."""
+        return cls(
+            alpha=np.ones((size, layers)),
+            kappa=np.zeros((size, layers)),
+            losses=np.full(size, np.inf),
+        )
+
+    def take(self, candidate: Affine, loss: float) -> None:
+        """Let a judged candidate live in place of the oldest."""
+        slot = self.done % len(self.losses)
+        self.alpha[slot], self.kappa[slot] = candidate.alpha, candidate.kappa
+        self.losses[slot] = loss
+        self.done += 1
+        if self.best is None or loss < self.best_loss:
+            self.best, self.best_loss = candidate, loss
+        self.history.append(self.best_loss)
+
+
+def bred(
+    population: Population,
+    index: int,
+    *,
+    settings: LegrSettings,
+    kappa_spread: Floats,
+) -> Affine:
+    """The candidate of evaluation `index`.
+
+    Args:
+        population: Candidates that live.
+        index: From 0.
+        settings: How.
+        kappa_spread: Standard deviation of each layer's norms, `(layers,)`.
+    """
+    rng = np.random.default_rng([settings.seed, index])
+    layers = len(kappa_spread)
+    if index == settings.population - 1:
+        return Affine.plain(layers)
+    if index < settings.population:
+        return Affine(
+            alpha=np.exp(rng.normal(0.0, settings.spread, layers)),
+            kappa=rng.normal(0.0, 1.0, layers) * kappa_spread,
+        )
+    drawn = rng.integers(len(population.losses), size=settings.samples)
+    winner = int(drawn[np.argmin(population.losses[drawn])])
+    alpha, kappa = population.alpha[winner].copy(), population.kappa[winner].copy()
+    share = index / settings.evaluations
+    spread = settings.spread * (1 - (1 - LAST_SPREAD) * share)
+    for _ in range(max(1, int(settings.mutated_share * layers))):
+        layer = int(rng.integers(layers))
+        alpha[layer] *= np.exp(rng.normal(0.0, spread))
+        kappa[layer] += rng.normal(0.0, 1.0) * kappa_spread[layer]
+    return Affine(alpha=alpha, kappa=kappa)
+
+
+class RankingSearch:
+    """Learns one ranking of a network's channels, at the lowest budget of interest.
+
+    Args:
+        network: Trained; not changed.
+        graph: Its channels.
+        price: Of channel counts.
+        most: The lowest budget of interest, in the price's unit.
+        step: Channel counts are multiples of this.
+        settings: How.
+        images: To judge candidates on.
+        folder: Keeps what was judged, so that a search that was killed goes on; None
+            to keep nothing.
+
+    Raises:
+        SpaceError: The safeguards cost more than the budget.
+        TrainingError: The folder holds another search.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: ChannelGraph,
+        *,
+        price: Price,
+        most: float,
+        step: int,
+        settings: LegrSettings,
+        images: CandidateImages,
+        folder: Path | None = None,
+    ) -> None:
+        self.network, self.graph = network, graph
+        self.price, self.most, self.step = price, most, step
+        self.settings, self.images, self.folder = settings, images, folder
+        self.sources = writers(network, graph)
+        self.floors = quota_floors(graph, safeguard=settings.safeguard, step=step)
+        self._kappa_spread = np.array([source.norms.std() for source in self.sources])
+        self.order(Affine.plain(len(self.sources))).within(price, most)
+        self.population = Population.empty(settings.population, len(self.sources))
+        if folder is not None and (folder / STATE_FILE).is_file():
+            self._restore(folder / STATE_FILE)
+
+    def order(self, affine: Affine) -> RemovalOrder:
+        """The order in which channels go by a ranking."""
+        scores = affine_scores(self.graph, self.sources, affine)
+        return RemovalOrder(scores, step=self.step, floors=self.floors)
+
+    def run(
+        self, executor: Executor, told: Callable[[Population], None] | None = None
+    ) -> Affine:
+        """Judge all candidates that are left; returns the best ever.
+
+        Args:
+            executor: Runs the judging; of processes, threads, or another engine's.
+            told: Of the population, after each brood.
+        """
+        settings = self.settings
+        while self.population.done < settings.evaluations:
+            first = self.population.done
+            # The first ones have no parents, and the last brood may be smaller.
+            end = min(first + settings.together, settings.evaluations)
+            if first < settings.population:
+                end = min(end, settings.population)
+            brood = [
+                bred(
+                    self.population,
+                    index,
+                    settings=settings,
+                    kappa_spread=self._kappa_spread,
+                )
+                for index in range(first, end)
+            ]
+            jobs = [executor.submit(validation_loss, self._job(one)) for one in brood]
+            for one, job in zip(brood, jobs, strict=True):
+                self.population.take(one, _finite(job.result()))
+            self._save()
+            if told is not None:
+                told(self.population)
+        assert self.population.best is not None
+        return self.population.best
+
+    def _job(self, affine: Affine) -> CandidateJob:
+        order = self.order(affine)
+        kept = order.kept(order.within(self.price, self.most))
+        return CandidateJob(
+            module=extract_module(self.network, self.graph, kept),
+            images=self.images,
+            tuning_steps=self.settings.tuning_steps,
+            learning_rate=self.settings.learning_rate,
+        )
+
+    # -- what a killed search goes on from ---------------------------------------------
+
+    @property
+    def _subject(self) -> str:
+        """Digest of everything that decides the search."""
+        digest = hashlib.sha256()
+        decides = [asdict(self.settings), self.most, self.step, self.price.unit]
+        decides += [self.floors, [group.name for group in self.graph.groups]]
+        digest.update(json.dumps(decides, sort_keys=True).encode())
+        for source in self.sources:
+            digest.update(source.norms.tobytes())
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        population, best = self.population, self.population.best
+        assert best is not None
+        content = {
+            "subject": self._subject,
+            "alpha": population.alpha.tolist(),
+            "kappa": population.kappa.tolist(),
+            "losses": [None if np.isinf(x) else x for x in population.losses.tolist()],
+            "done": population.done,
+            "best": {"alpha": best.alpha.tolist(), "kappa": best.kappa.tolist()},
+            "history": population.history,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / STATE_FILE, json.dumps(content).encode())
+
+    def _restore(self, path: Path) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["subject"] != self._subject:
+            raise TrainingError(
+                f"{path} is of another search: of another network, budget or settings. "
+                "Continue with the same, or name another folder"
+            )
+        population = self.population
+        population.alpha[:] = content["alpha"]
+        population.kappa[:] = content["kappa"]
+        population.losses[:] = [np.inf if x is None else x for x in content["losses"]]
+        population.done = content["done"]
+        population.history = content["history"]
+        population.best_loss = population.history[-1]
+        population.best = Affine(
+            alpha=np.array(content["best"]["alpha"]),
+            kappa=np.array(content["best"]["kappa"]),
+        )
+
+
+def _finite(loss: float) -> float:
+    """What is no number is worse than anything."""
+    return loss if np.isfinite(loss) else float(np.finfo(np.float64).max)
