@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,21 +25,76 @@ THRESHOLD = 0.5
 INITIAL_LATENT = 1.0
 
 
-class _StraightThrough(torch.autograd.Function):
-    """1 where the latent weight is above the threshold; its gradient is the identity.
+# What stands for the derivative of the step, of the height above the threshold.
+Estimator = Literal["identity", "leaky_relu", "softplus"]
+LEAK = 0.01
+# What the gradient of a mask is made of: the channel's values, or their signs alone.
+Rule = Literal["product", "sign"]
+
+
+def estimated_slope(height: Tensor, estimator: Estimator) -> Tensor:
+    """What stands for the derivative of the step function.
+
+    Args:
+        height: Above the threshold.
+        estimator: `identity`: 1; `leaky_relu`: 1 above and a little below, so that what
+            was removed may come back; `softplus`: the sigmoid.
+    """
+    if estimator == "leaky_relu":
+        return torch.where(height > 0, 1.0, LEAK).to(height.dtype)
+    if estimator == "softplus":
+        return torch.sigmoid(height)
+    return torch.ones_like(height)
+
+
+class _Step(torch.autograd.Function):
+    """1 where the latent weight is above the threshold; an estimator for its gradient.
 
     Written out, because `latent - (latent - binary).detach()` is 1 only up to rounding.
     """
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, estimator: Estimator) -> Tensor:
         """The binary weights."""
+        ctx.save_for_backward(latent)
+        ctx.estimator = estimator
         return (latent > THRESHOLD).to(latent.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """The gradient as it is, of kept and of removed channels alike."""
-        return gradients[0]
+        """The gradient times the estimated slope."""
+        (latent,) = ctx.saved_tensors
+        return gradients[0] * estimated_slope(latent - THRESHOLD, ctx.estimator), None
+
+
+class _SignRule(torch.autograd.Function):
+    """The product of values and masks, whose gradient knows of values only the signs.
+
+    Source: X. Xiao, Z. Wang, S. Rajasekaran, "AutoPrune: Automatic Network Pruning by
+    Regularizing Auxiliary Parameters", NeurIPS 2019: large values make masks restless,
+    and small ones make them sluggish, where the gradient is the product's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+        """The product; `kept` is broadcast."""
+        ctx.save_for_backward(x, kept)
+        return x * kept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Of the values as usual; of the masks by the values' signs."""
+        x, kept = ctx.saved_tensors
+        (gradient,) = gradients
+        by_sign = (gradient * torch.sign(x)).sum_to_size(kept.shape)
+        return gradient * kept, by_sign
+
+
+def sign_product(x: Tensor, kept: Tensor) -> Tensor:
+    """`x * kept`, whose gradient for `kept` is of the signs of `x` alone."""
+    result = _SignRule.apply(x, kept)  # type: ignore[no-untyped-call]
+    assert isinstance(result, Tensor)
+    return result
 
 
 class BinaryMask(nn.Module):
@@ -47,23 +102,27 @@ class BinaryMask(nn.Module):
 
     Args:
         channels: Of the group.
+        estimator: Of its gradient.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, estimator: Estimator = "identity") -> None:
         super().__init__()
+        self.estimator: Estimator = estimator
         # Flat, as batch norms' parameters are: optimisers leave such without decay.
         self.latent = nn.Parameter(torch.full((channels,), INITIAL_LATENT))
 
     @property
     def binary(self) -> Tensor:
         """1 for kept channels, 0 for others, `(channels,)`; differentiable."""
-        result = _StraightThrough.apply(self.latent)  # type: ignore[no-untyped-call]
+        result = _Step.apply(  # type: ignore[no-untyped-call]
+            self.latent, self.estimator
+        )
         assert isinstance(result, Tensor)
         return result
 
     @property
     def count(self) -> Tensor:
-        """Channels kept; its gradient is 1 at every latent weight."""
+        """Channels kept; its gradient is the estimator's slope."""
         return self.binary.sum()
 
     def kept(self) -> Tensor:
@@ -85,6 +144,7 @@ class MaskedInput(nn.Module):
         width: Channels that it reads, or features.
         cuts: Which of them are whose.
         masks: Of the groups of these cuts; they belong to the network.
+        rule: Of the masks' gradient.
     """
 
     def __init__(
@@ -94,9 +154,11 @@ class MaskedInput(nn.Module):
         width: int,
         cuts: Sequence[Cut],
         masks: Sequence[BinaryMask],
+        rule: Rule = "product",
     ) -> None:
         super().__init__()
         self.layer = layer
+        self._rule: Rule = rule
         self._masks = tuple(masks)
         index, begin = np.zeros(width, dtype=np.int64), 1
         for cut, mask in zip(cuts, masks, strict=True):
@@ -114,8 +176,9 @@ class MaskedInput(nn.Module):
         assert isinstance(self.index, Tensor)
         kept = every[self.index].to(x.dtype)
         if not self._is_linear:
-            kept = kept.view(-1, *(1,) * (x.ndim - 2))
-        result = self.layer(x * kept)
+            kept = kept.view(1, -1, *(1,) * (x.ndim - 2))
+        masked = sign_product(x, kept) if self._rule == "sign" else x * kept
+        result = self.layer(masked)
         assert isinstance(result, Tensor)
         return result
 
@@ -172,16 +235,28 @@ class MaskedNetwork:
         """Indices of the kept channels of each group, ascending."""
         return tuple(mask.kept() for mask in self.masks)
 
+    def kept_flags(self) -> Tensor:
+        """Of all channels of all groups, one after the other, whether they are kept."""
+        return torch.cat([mask.latent.detach() > THRESHOLD for mask in self.masks])
 
-def insert_masks(network: nn.Module, graph: ChannelGraph) -> MaskedNetwork:
+
+def insert_masks(
+    network: nn.Module,
+    graph: ChannelGraph,
+    *,
+    estimator: Estimator = "identity",
+    rule: Rule = "product",
+) -> MaskedNetwork:
     """Put masks before the layers that read what can go; weights are shared.
 
     Args:
         network: Stays as it is.
         graph: Of its channels.
+        estimator: Of the masks' gradients.
+        rule: Likewise.
     """
     shared = _with_same_tensors(network)
-    masks = [BinaryMask(group.channels) for group in graph.groups]
+    masks = [BinaryMask(group.channels, estimator=estimator) for group in graph.groups]
     width = {layer.name: layer.in_channels for layer in graph.layers}
     for name, cuts in graph.readers().items():
         parent, _, last = name.rpartition(".")
@@ -190,6 +265,7 @@ def insert_masks(network: nn.Module, graph: ChannelGraph) -> MaskedNetwork:
             width=width[name],
             cuts=cuts,
             masks=[masks[cut.group] for cut in cuts],
+            rule=rule,
         )
         setattr(shared.get_submodule(parent), last, masked)
     module = MaskedModule(shared, masks)

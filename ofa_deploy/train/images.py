@@ -51,10 +51,7 @@ class TrainingImages:
         )
         self.sha256 = _digest(data)
         self._recipe = recipe
-        self._images = torch.from_numpy(
-            np.ascontiguousarray(self.training.images.transpose(0, 3, 1, 2))
-        )
-        self._labels = torch.from_numpy(self.training.labels)
+        self._images, self._labels = _tensors(self.training)
 
     def for_recipe(self, recipe: Recipe) -> TrainingImages:
         """The same images, augmented and batched as another recipe says.
@@ -80,6 +77,30 @@ class TrainingImages:
                 f"{len(self.training)} training images are fewer than one batch of "
                 f"{recipe.batch_size}"
             )
+
+    @property
+    def seed(self) -> int:
+        """Of everything random about their order."""
+        return self._recipe.seed
+
+    def parted(self, share: float) -> tuple[TrainingImages, TrainingImages]:
+        """The training images in two parts; both keep those that are held out.
+
+        Args:
+            share: Of the second part, of each class; 0..1.
+
+        Raises:
+            TrainingError: A part has less than one batch.
+        """
+        first, second = split_validation(self.training, fraction=share)
+        return self._with(first), self._with(second)
+
+    def _with(self, training: ImageSet) -> TrainingImages:
+        other = copy.copy(self)
+        other.training = training
+        other._images, other._labels = _tensors(training)
+        other._require_batch(self._recipe)
+        return other
 
     @property
     def batches_per_epoch(self) -> int:
@@ -129,6 +150,12 @@ class TrainingImages:
                 images, resolution=resolution, normalisation=self.normalisation
             )
             yield inputs, torch.from_numpy(data.labels[part])
+
+
+def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
+    """Images `(N, 3, H, W)` and labels."""
+    pixels = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(pixels), torch.from_numpy(data.labels)
 
 
 def _digest(data: ImageSet) -> str:

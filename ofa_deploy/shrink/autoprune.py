@@ -1,0 +1,156 @@
+"""AutoPrune: auxiliary parameters decide, on images that the weights never see.
+
+Source: X. Xiao, Z. Wang, S. Rajasekaran, "AutoPrune: Automatic Network Pruning by
+Regularizing Auxiliary Parameters", NeurIPS 2019. Weights are trained on one part of the
+training images; after each step of theirs the auxiliary parameters take one on the
+other part, by the sign rule (see `masks`), and feel the price. Nothing is pruned for
+good: what was removed keeps its weights, and comes back when it is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.shrink.pas import PruningAsSearch
+from ofa_deploy.train.images import TrainingImages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deciding:
+    """What auxiliary parameters are trained with.
+
+    Args:
+        images: Of their own; the weights are trained on others.
+        resolution: Height and width of the inputs.
+        label_smoothing: Of their loss.
+        bf16: Use bfloat16 autocast.
+    """
+
+    images: TrainingImages
+    resolution: int
+    label_smoothing: float
+    bf16: bool
+
+
+class AutoPrune:
+    """A `Regulariser` that trains masks on images of their own.
+
+    Args:
+        pull: The price's, and what keeps it from emptying layers; of a network whose
+            masks have the sign rule.
+        deciding: What the masks are trained with.
+    """
+
+    def __init__(self, pull: PruningAsSearch, *, deciding: Deciding) -> None:
+        self.pull, self.deciding = pull, deciding
+        self._latents = [mask.latent for mask in pull.masked.masks]
+        for latent in self._latents:
+            latent.requires_grad_(False)
+        self._optimizer = torch.optim.SGD(
+            self._latents,
+            lr=pull.settings.latent_rate,
+            momentum=pull.settings.momentum,
+        )
+        self._step = 0
+        self._flips = 0
+
+    # -- as a regulariser --------------------------------------------------------------
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """See `Regulariser`: masks are not stepped with the weights."""
+        return {}
+
+    def loss(self) -> Tensor:
+        """See `Regulariser`: weights do not feel the price."""
+        return torch.zeros(())
+
+    def after_step(self) -> None:
+        """The masks' own step, on their own images."""
+        module, deciding = self.pull.masked.module, self.deciding
+        rng = np.random.default_rng([self._seed, self._step])
+        inputs, targets = deciding.images.batch(
+            0, self._step, resolution=deciding.resolution, rng=rng
+        )
+        before = self.pull.masked.kept_flags()
+        with self._only_masks():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=deciding.bf16):
+                logits = module(inputs)
+            loss = F.cross_entropy(
+                logits.float(), targets, label_smoothing=deciding.label_smoothing
+            )
+            self._optimizer.zero_grad()
+            torch.autograd.backward(loss + self.pull.loss())
+            self._optimizer.step()
+        self._flips += int((self.pull.masked.kept_flags() != before).sum())
+        self.pull.after_step()
+        self._step += 1
+
+    def facts(self) -> dict[str, object]:
+        """See `Regulariser`; with the channels that fell or rose in between."""
+        flips, self._flips = self._flips, 0
+        return {**self.pull.facts(), "flips": flips}
+
+    def kept(self) -> Mapping[str, tuple[int, int]]:
+        """See `Regulariser`."""
+        return self.pull.kept()
+
+    def remarks(self) -> tuple[str, ...]:
+        """See `Regulariser`."""
+        return self.pull.remarks()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Regulariser`."""
+        momentum = {
+            f"momentum.{index}": self._optimizer.state[latent]["momentum_buffer"]
+            for index, latent in enumerate(self._latents)
+            if self._optimizer.state[latent].get("momentum_buffer") is not None
+        }
+        counts = torch.tensor([self._step, self._flips])
+        return {**self.pull.state(), **momentum, "masks_steps": counts}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Regulariser`."""
+        if "masks_steps" not in state:
+            raise TrainingError(
+                "the search that is to be continued was of another method; name "
+                "another folder"
+            )
+        self.pull.restore(state)
+        self._step, self._flips = (int(count) for count in state["masks_steps"])
+        for index, latent in enumerate(self._latents):
+            if f"momentum.{index}" in state:
+                buffer = state[f"momentum.{index}"].clone()
+                self._optimizer.state[latent]["momentum_buffer"] = buffer
+
+    @property
+    def _seed(self) -> int:
+        return self.deciding.images.seed
+
+    @contextmanager
+    def _only_masks(self) -> Iterator[None]:
+        """Gradients for masks, and for nothing else."""
+        others = [
+            parameter
+            for parameter in self.pull.masked.module.parameters()
+            if parameter.requires_grad
+        ]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for latent in self._latents:
+            latent.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for latent in self._latents:
+                latent.requires_grad_(False)
+            for parameter in others:
+                parameter.requires_grad_(True)

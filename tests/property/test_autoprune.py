@@ -1,0 +1,311 @@
+"""Laws of AutoPrune; P1 to P8 are numbered as in the method's specification."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
+from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.masks import (
+    LEAK,
+    THRESHOLD,
+    BinaryMask,
+    Estimator,
+    MaskedNetwork,
+    estimated_slope,
+    insert_masks,
+    sign_product,
+)
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import PasSettings, PruningAsSearch
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LoopProgress, TrainingLoop
+from ofa_deploy.train.recipe import Phase, Recipe
+from tests.support import own_networks, tiny
+
+SIZE = own_networks.SIZE
+ESTIMATORS: tuple[Estimator, ...] = ("leaky_relu", "softplus")
+seeds = st.integers(0, 10_000)
+estimators = st.sampled_from(ESTIMATORS)
+
+
+def masked(estimator: Estimator = "leaky_relu") -> tuple[nn.Module, MaskedNetwork]:
+    torch.manual_seed(0)
+    network = own_networks.ResidualNet()
+    own = OwnNetwork.of(
+        network,
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abcde"),
+    )
+    return own.module, insert_masks(
+        own.module, own.graph, estimator=estimator, rule="sign"
+    )
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(
+    latent: Tensor, weights: Tensor, upstream: Tensor, estimator: Estimator
+) -> tuple[Tensor, Tensor]:
+    """Of the auxiliary parameters and of the weights, where `upstream` comes back."""
+    mask = BinaryMask(len(latent), estimator=estimator)
+    mask.latent.data = latent.clone()
+    weights = weights.clone().requires_grad_()
+    torch.autograd.backward(sign_product(weights, mask.binary), upstream)
+    assert mask.latent.grad is not None
+    assert weights.grad is not None
+    return mask.latent.grad, weights.grad
+
+
+# -- P1 to P4: the rule ----------------------------------------------------------------
+
+
+def test_masks_that_keep_everything_change_no_bit() -> None:
+    network, net = masked()
+    x = drawn(0, 4, 3, SIZE, SIZE)
+    one, other = net.module(x), network(x)
+    assert torch.equal(one, other)
+    found = []
+    for output in (one, other):
+        network.zero_grad()
+        torch.autograd.backward(output.square().sum())
+        found.append([cast(Tensor, p.grad).clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, estimators)
+def test_the_gradient_is_by_the_signs_of_the_weights(
+    seed: int, estimator: Estimator
+) -> None:
+    latent, weights, upstream = (drawn(seed + k, 12) for k in range(3))
+    found, of_weights = gradients(latent, weights, upstream, estimator)
+    slope = estimated_slope(latent - THRESHOLD, estimator)
+    torch.testing.assert_close(found, upstream * weights.sign() * slope)
+    assert torch.equal(of_weights, upstream * (latent > THRESHOLD))
+    # However large the weights are.
+    scaled = weights * (drawn(seed + 3, 12).abs() + 0.1)
+    assert torch.equal(gradients(latent, scaled, upstream, estimator)[0], found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, estimators)
+def test_a_parameter_rises_where_a_larger_weight_lowers_the_loss(
+    seed: int, estimator: Estimator
+) -> None:
+    latent, weights, upstream = (drawn(seed + k, 12) for k in range(3))
+    found, _ = gradients(latent, weights, upstream, estimator)
+    assert torch.equal((-found).sign(), (-upstream * weights.sign()).sign())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, estimators)
+def test_the_direction_is_within_90_degrees_of_the_products(
+    seed: int, estimator: Estimator
+) -> None:
+    latent, weights, upstream = (drawn(seed + k, 12) for k in range(3))
+    found, _ = gradients(latent, weights, upstream, estimator)
+    slope = estimated_slope(latent - THRESHOLD, estimator)
+    assert float(found @ (upstream * weights * slope)) >= 0
+
+
+# -- P5, P6: what was removed keeps its weights, and may come back -------------------
+
+
+def test_what_was_removed_is_not_trained_and_comes_back_as_it_was() -> None:
+    network, net = masked()
+    net.module.eval()
+    x = drawn(0, 4, 3, SIZE, SIZE)
+    place = [group.name for group in net.graph.groups].index("blocks.0.first")
+    before = net.module(x).detach()
+    latent = net.masks[place].latent
+    latent.data[2] = 0.0
+    assert not torch.equal(net.module(x).detach(), before)
+    conv = cast(nn.Conv2d, network.get_submodule("blocks.0.first"))
+    torch.autograd.backward(net.module(x).square().sum())
+    assert conv.weight.grad is not None
+    assert not conv.weight.grad[2].any()
+    assert conv.weight.grad[0].any()
+    before_weights = conv.weight.detach().clone()
+    torch.optim.SGD([conv.weight], lr=0.1).step()
+    assert torch.equal(conv.weight[2].detach(), before_weights[2])
+    assert latent.grad is not None
+    # Back in its place it does what it did, now that the others are as they were, too.
+    conv.weight.data = before_weights
+    latent.data[2] = 1.0
+    assert torch.equal(net.module(x).detach(), before)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_was_removed_returns_where_it_is_missed(estimator: Estimator) -> None:
+    mask = BinaryMask(1, estimator=estimator)
+    mask.latent.data.fill_(0.4)
+    optimizer = torch.optim.SGD([mask.latent], lr=0.1)
+    steps = 0
+    while not len(mask.kept()):
+        optimizer.zero_grad()
+        torch.autograd.backward(-sign_product(torch.ones(1), mask.binary).sum())
+        optimizer.step()
+        steps += 1
+        assert steps <= 2 * 0.1 / (0.1 * LEAK)
+
+
+def test_a_rectifier_would_never_let_it_return() -> None:
+    # Its slope below the threshold is none: that is why there is no such estimator.
+    height = torch.tensor([-0.1, 0.1])
+    for estimator in ESTIMATORS:
+        assert (estimated_slope(height, estimator) > 0).all()
+    assert estimated_slope(height, "leaky_relu").tolist() == pytest.approx([LEAK, 1.0])
+
+
+# -- P7, P8: alone with the price, and on a toy ------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_without_a_task_the_share_never_rises(estimator: Estimator) -> None:
+    _, net = masked(estimator)
+    pull = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.3, floor=1, step=1, steps_to_flip=60),
+    )
+    for index, mask in enumerate(net.masks):
+        mask.latent.data += 0.2 * drawn(index, len(mask.latent))
+    optimizer = torch.optim.SGD([mask.latent for mask in net.masks], lr=0.02)
+    shares = [pull.current_share()]
+    for _ in range(4000):
+        optimizer.zero_grad()
+        torch.autograd.backward(pull.loss())
+        optimizer.step()
+        shares.append(pull.current_share())
+    falling = [a >= b for a, b in itertools.pairwise(shares)]
+    assert all(falling[: shares.index(min(shares))])
+    assert min(shares) < 0.45
+
+
+def test_a_useful_weight_stays_and_a_useless_one_goes() -> None:
+    x = drawn(0, 256, 2)
+    y = 2.0 * x[:, 0]
+    weights = nn.Parameter(torch.tensor([1.5, 0.3]))
+    mask = BinaryMask(2, estimator="softplus")
+    weight_steps = torch.optim.SGD([weights], lr=0.05)
+    mask_steps = torch.optim.SGD([mask.latent], lr=0.01)
+    kept = []
+    for _ in range(1200):
+        for optimizer, price in ((weight_steps, 0.0), (mask_steps, 0.2)):
+            optimizer.zero_grad()
+            found = x @ sign_product(weights, mask.binary)
+            loss = (found - y).square().mean() + price * mask.count
+            torch.autograd.backward(loss)
+            optimizer.step()
+            weights.grad = mask.latent.grad = None
+        kept.append(mask.kept().tolist())
+    # Once it fits, nothing but the price is felt: it falls, is missed, and is back.
+    assert kept[900:].count([0]) > 0.8 * 300
+    assert kept[900:].count([0]) + kept[900:].count([]) == 300
+    assert float(weights[0].detach()) == pytest.approx(2.0, abs=0.05)
+
+
+# -- as a regulariser of a training ----------------------------------------------------
+
+
+def training(folder: Path | None = None) -> tuple[TrainingLoop, AutoPrune]:
+    torch.manual_seed(0)
+    data = tiny.images(per_class=60, seed=4)
+    phase = Phase(name="search", epochs=15, peak_learning_rate=0.02, distill=False)
+    recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    images = TrainingImages(data, recipe)
+    of_weights, of_masks = images.parted(0.4)
+    own = OwnNetwork.of(
+        chain(),
+        resolution=SIZE,
+        normalisation=images.normalisation,
+        class_names=images.training.class_names,
+    )
+    net = insert_masks(own.module, own.graph, estimator="leaky_relu", rule="sign")
+    pull = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.5, floor=4, step=4, steps_to_flip=8),
+    )
+    deciding = Deciding(
+        images=of_masks, resolution=SIZE, label_smoothing=0.0, bf16=False
+    )
+    method = AutoPrune(pull, deciding=deciding)
+    loop = TrainingLoop(
+        net.module,
+        images=of_weights,
+        recipe=recipe,
+        resolution=SIZE,
+        folder=folder,
+        bf16=False,
+        regulariser=method,
+    )
+    return loop, method
+
+
+def chain() -> nn.Module:
+    return nn.Sequential(
+        *own_networks.conv(3, 16),
+        *own_networks.conv(16, 24, stride=2),
+        *own_networks.conv(24, 24),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def test_masks_are_trained_on_images_that_weights_never_see() -> None:
+    loop, method = training()
+    weights, masks = loop.images.training, method.deciding.images.training
+    seen = {image.tobytes() for image in weights.images}
+    assert not any(image.tobytes() in seen for image in masks.images)
+    assert len(weights) > len(masks) > 0
+
+
+def test_a_search_prunes_and_still_learns() -> None:
+    loop, method = training()
+    accuracy = loop.run()
+    assert accuracy > 0.6
+    assert method.pull.current_share() < 0.8
+    assert cast(int, method.facts()["flips"]) > 0
+    assert not any(mask.latent.requires_grad for mask in method.pull.masked.masks)
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_masks(tmp_path: Path) -> None:
+    whole, method = training()
+    whole.run()
+    cut, _ = training(tmp_path)
+
+    def stop(progress: LoopProgress) -> None:
+        if progress.step >= 11:
+            cut._save()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(stop)
+    resumed, again = training(tmp_path)
+    resumed.run()
+    for one, other in zip(
+        method.pull.masked.masks, again.pull.masked.masks, strict=True
+    ):
+        assert torch.equal(one.latent, other.latent)
+
+
+def test_a_search_of_another_method_is_not_continued() -> None:
+    _, method = training()
+    with pytest.raises(TrainingError, match="another method"):
+        method.restore(method.pull.state())
