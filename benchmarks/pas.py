@@ -48,18 +48,13 @@ from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
+from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import LatentOrder
+from ofa_deploy.shrink.recipe import ShrinkRecipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
-from ofa_deploy.shrink.widths import (
-    ShrinkRecipe,
-    aligned_floor,
-    finetune,
-    freeze,
-    search_widths,
-)
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
@@ -131,6 +126,7 @@ def shrink_recipe() -> ShrinkRecipe:
     return ShrinkRecipe(
         search=recipe("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
         finetune=recipe("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+        distill=False,
     )
 
 
@@ -170,7 +166,7 @@ class Lines:
         self._bar = bar
 
     def __call__(self, stage: str, progress: LoopProgress) -> None:
-        """See `to_budget.Told`."""
+        """See `finetuning.Told`."""
         self._bar.advance_stage(stage, progress.step, progress.steps)
         done, rest = divmod(progress.step, progress.steps // progress.epochs)
         if rest or progress.accuracy is None:
@@ -229,27 +225,22 @@ def prune_by_macs(args: argparse.Namespace) -> None:
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
         lines = Lines(bar)
-        masked = search_widths(
-            own,
+        found = Search(
+            own=own,
             price=price,
-            target_share=TARGET_SHARE,
-            recipe=settings,
+            share=TARGET_SHARE,
             step=STEP,
+            recipe=settings,
             images=training,
             folder=folder / "search",
             told=lines,
-        )
+        ).run("pas")
+        masked = found.masked
         full = float(price(full_counts(own.graph)))
-        latents = masked.latents()
-        order = LatentOrder(
-            latents=latents,
-            step=STEP,
-            floors=[aligned_floor(settings, STEP)] * len(latents),
-        )
-        counts = order.within(price, TARGET_SHARE * full)
+        counts = found.order.within(price, TARGET_SHARE * full)
         settled = torch.tensor(counts, dtype=torch.float64)
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
-        freeze(masked, order.kept(counts))
+        freeze(masked, found.order.kept(counts))
         finetune(
             own,
             masked,

@@ -23,7 +23,7 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
-from ofa_deploy.shrink.widths import default_shrink_recipe
+from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe

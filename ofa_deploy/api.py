@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -30,8 +31,8 @@ from ofa_deploy.target import parse_target
 if TYPE_CHECKING:
     from torch import nn
 
-    from ofa_deploy.shrink.widths import ShrinkRecipe
-    from ofa_deploy.shrink.widths import Told as TrainingTold
+    from ofa_deploy.shrink.finetuning import Told as TrainingTold
+    from ofa_deploy.shrink.recipe import ShrinkRecipe
 
 _ONE_OF = (
     "give either a device, such as 'openvino-cpu', or devices with their budgets, such "
@@ -90,6 +91,7 @@ def specialize(
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     training_told: TrainingTold | None = None,
+    executor: Executor | None = None,
 ) -> Bundle: ...
 
 
@@ -137,6 +139,7 @@ def specialize(
     reporter: Reporter | None = None,
     told: Told = nobody,
     training_told: TrainingTold | None = None,
+    executor: Executor | None = None,
 ) -> Bundle | Fleet:
     """A verified bundle whose model was shown to keep all limits on this machine.
 
@@ -150,7 +153,7 @@ def specialize(
         devices: Budgets in ms by device, instead of a device and its limits.
         max_models: With `devices`: different networks at most.
         model: A trained torch module to shrink, instead of a supernet.
-        method: With `model`: how, `pas`.
+        method: With `model`: how, `pas`, `legr` or `autoprune`.
         data: With `model`: labelled images to train on.
         out: Folder of the bundle; must not exist, or be empty.
         latency_ms: See `Constraints`, as the next six.
@@ -174,6 +177,8 @@ def specialize(
         reporter: Told of progress.
         told: Called with what the space can reach, before anything is searched.
         training_told: With `model`: told of trainings.
+        executor: With `model` and legr: judges its candidates; None for processes, one
+            a core. Any `concurrent.futures.Executor` will do.
 
     Raises:
         InfeasibleBudget: No network keeps the limits; carries what comes nearest.
@@ -185,6 +190,7 @@ def specialize(
         "recipe": recipe,
         "work": work,
         "training_told": training_told,
+        "executor": executor,
         "method": None if method == "pas" else method,
     }
     _refuse_given(
@@ -250,8 +256,8 @@ def specialize(
                 "a network is trained while it is shrunk; give labelled images as "
                 "data= (a folder, .zip or .npz)"
             )
+        from ofa_deploy.shrink.finetuning import nobody as no_training_told
         from ofa_deploy.shrink.to_budget import shrink
-        from ofa_deploy.shrink.widths import nobody as no_training_told
 
         return shrink(
             model,
@@ -267,6 +273,7 @@ def specialize(
             work=work,
             reporter=reporter,
             told=training_told or no_training_told,
+            executor=executor,
         )
     require_free(Path(out))
     parse_target(device, threads=threads)

@@ -242,7 +242,10 @@ def specialize(
 def shrink(
     model: Annotated[
         str,
-        typer.Option(help="What builds your network, such as net.py:build. It is run."),
+        typer.Option(
+            help="What builds your network: net.py:build, or package.module:build. It "
+            "is run."
+        ),
     ],
     data: Annotated[
         Path, typer.Option(help="Folder, .zip or .npz of labelled images.")
@@ -253,10 +256,13 @@ def shrink(
         Path | None, typer.Option(help="Its weights, as .safetensors.")
     ] = None,
     device: Device = "openvino-cpu",
-    method: Annotated[str, typer.Option(help="How: pas.")] = "pas",
+    method: Annotated[str, typer.Option(help="How: pas, legr or autoprune.")] = "pas",
     search_epochs: Annotated[
-        int, typer.Option(min=1, help="Passes while widths are searched.")
+        int, typer.Option(min=1, help="Passes while widths are searched; not of legr.")
     ] = 10,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Candidates that legr judges.")
+    ] = 400,
     finetune_epochs: Annotated[
         int, typer.Option(min=1, help="Passes over what was found.")
     ] = 30,
@@ -284,7 +290,9 @@ def shrink(
             out=out,
             latency_ms=latency_ms,
             eval_data=eval_data,
-            recipe=shrinking.recipe(search_epochs, finetune_epochs, batch_size),
+            recipe=shrinking.recipe(
+                search_epochs, finetune_epochs, batch_size, evaluations
+            ),
             work=work,
             reporter=bar,
             training_told=lambda stage, progress: bar.show_below(

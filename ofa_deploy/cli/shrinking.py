@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -18,42 +21,37 @@ from ofa_deploy.errors import DataError, MissingDependency
 if TYPE_CHECKING:
     from torch import nn
 
-    from ofa_deploy.shrink.widths import ShrinkRecipe
+    from ofa_deploy.shrink.recipe import ShrinkRecipe
     from ofa_deploy.train.loop import LoopProgress
 
 BAR_WIDTH = 40
 
 
 def load_model(name: str, weights: Path | None) -> nn.Module:
-    """The network that `FILE.py:NAME` builds, with weights of a .safetensors file.
+    """The network that `WHERE:NAME` builds, with weights of a .safetensors file.
 
     Args:
-        name: A Python file, and a function or class of it that is called with nothing.
-            The file is run: give only files you trust.
+        name: A Python file or a module that can be imported, and a function or class of
+            it that is called with nothing. It is run: give only what you trust.
         weights: By the names of `state_dict`; None for what `NAME` gives.
 
     Raises:
         DataError: There is no such file, function or weights, or they do not fit.
         MissingDependency: torch is not installed.
     """
-    file, _, attribute = name.rpartition(":")
-    path = Path(file)
-    if not attribute or path.suffix != ".py" or not path.is_file():
+    where, _, attribute = name.rpartition(":")
+    is_file = where.endswith(".py")
+    if not (attribute and where) or (is_file and not Path(where).is_file()):
         raise DataError(
-            f"--model {name!r} names no network; give a Python file and what builds "
-            "the network in it, such as net.py:build"
+            f"--model {name!r} names no network; give a Python file, or a module, and "
+            "what builds the network in it, such as net.py:build or package.net:build"
         )
     try:
         import torch
     except ImportError as error:
         raise MissingDependency("PyTorch", extra="shrink") from error
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"{path} cannot be read as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
     try:
-        spec.loader.exec_module(module)
+        module = _run_file(Path(where)) if is_file else importlib.import_module(where)
         network = getattr(module, attribute)()
     except Exception as error:  # whatever somebody else's code raises
         raise DataError(
@@ -66,6 +64,17 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     if weights is not None:
         _load_weights(network, weights)
     return network
+
+
+def _run_file(path: Path) -> ModuleType:
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{path} cannot be read as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
@@ -82,15 +91,21 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         raise DataError(f"{path} holds weights of another network: {error}") from error
 
 
-def recipe(search_epochs: int, finetune_epochs: int, batch_size: int) -> ShrinkRecipe:
+def recipe(
+    search_epochs: int, finetune_epochs: int, batch_size: int, evaluations: int
+) -> ShrinkRecipe:
     """The default recipe, of another length."""
-    from ofa_deploy.shrink.widths import default_shrink_recipe
+    from ofa_deploy.shrink.legr import LegrSettings
+    from ofa_deploy.shrink.recipe import default_shrink_recipe
 
-    return default_shrink_recipe(
+    found = default_shrink_recipe(
         search_epochs=search_epochs,
         finetune_epochs=finetune_epochs,
         batch_size=batch_size,
     )
+    population = min(LegrSettings().population, evaluations)
+    legr = LegrSettings(evaluations=evaluations, population=population)
+    return replace(found, legr=legr)
 
 
 def drawn(progress: LoopProgress) -> RenderableType:

@@ -13,6 +13,7 @@ from ofa_deploy.report.svg import Plot, padded
 from profilers.table import LatencyTable
 
 FORMAT_VERSION = 1
+NOTHING_SEARCHED = "<p>Nothing was searched: the whole network keeps the budget.</p>"
 Log = tuple[Mapping[str, Any], ...]
 
 
@@ -63,15 +64,10 @@ def shrunk_report(
             "what it kept.",
             draw_kept(history),
         ),
-        plot(
-            "Course of the search",
-            "Share of its channels that each group kept, epoch by epoch; the thick "
-            "line is the network's price, as a share of the whole network's.",
-            draw_course(history),
-        ),
+        _course(history),
         plot(
             "Accuracy on held-out images",
-            "While widths were searched, then while what was found was fine-tuned.",
+            "While weights were trained.",
             draw_accuracy(history),
         ),
         *measured_sections(network, table),
@@ -82,6 +78,40 @@ def shrunk_report(
         measured_cards(network),
         sections,
     )
+
+
+def _course(history: ShrinkHistory) -> str:
+    if history.method == "legr":
+        return plot(
+            "Course of the search",
+            "Loss of the best ranking so far, at the lowest budget of interest, after "
+            "each candidate that was judged.",
+            draw_losses(history),
+        )
+    return plot(
+        "Course of the search",
+        "Share of its channels that each group kept, epoch by epoch; the thick line is "
+        "the network's price, as a share of the whole network's.",
+        draw_course(history),
+    )
+
+
+def draw_losses(history: ShrinkHistory) -> str:
+    """The best loss by candidates judged."""
+    losses = [float(line["best_loss"]) for line in history.search]
+    if not losses:
+        return NOTHING_SEARCHED
+    judged = [float(place) for place in range(1, len(losses) + 1)]
+    lines = Plot(
+        name="losses",
+        label="Best loss by candidates judged",
+        x_label="candidates judged",
+        y_label="cross-entropy",
+        x_range=(0.0, judged[-1] * 1.02),
+        y_range=padded(losses),
+    )
+    lines.line(judged, losses, kind="price", tip=f"at the end {losses[-1]:.4f}")
+    return lines.render()
 
 
 def draw_kept(history: ShrinkHistory) -> str:
@@ -115,7 +145,7 @@ def draw_course(history: ShrinkHistory) -> str:
     """Shares of channels by epoch, one line a group."""
     epochs = [float(line["epoch"]) for line in history.search]
     if not epochs:
-        return "<p>Nothing was searched: the whole network keeps the budget.</p>"
+        return NOTHING_SEARCHED
     lines = Plot(
         name="course",
         label="Share of channels kept by epoch, of each group",
@@ -146,7 +176,8 @@ def draw_course(history: ShrinkHistory) -> str:
 
 def draw_accuracy(history: ShrinkHistory) -> str:
     """Validation accuracy by epoch, both trainings one after the other."""
-    found = [100 * line["validation"] for line in (*history.search, *history.finetune)]
+    search = [line for line in history.search if "validation" in line]
+    found = [100 * line["validation"] for line in (*search, *history.finetune)]
     if not found:
         return "<p>Nothing was trained.</p>"
     epochs = [float(place) for place in range(1, len(found) + 1)]
@@ -161,6 +192,6 @@ def draw_accuracy(history: ShrinkHistory) -> str:
     drawn.line(
         epochs, found, kind="course course0", tip=f"at the end {found[-1]:.2f} %"
     )
-    if history.search and history.finetune:
-        drawn.vertical(len(history.search), kind="budget", text="fine-tuning begins")
+    if search and history.finetune:
+        drawn.vertical(len(search), kind="budget", text="fine-tuning begins")
     return drawn.render()

@@ -216,6 +216,7 @@ class RankingSearch:
         price: Of channel counts.
         most: The lowest budget of interest, in the price's unit.
         step: Channel counts are multiples of this.
+        floors: Least channels of each group; None for the safeguard's quotas.
         settings: How.
         images: To judge candidates on.
         folder: Keeps what was judged, so that a search that was killed goes on; None
@@ -236,13 +237,16 @@ class RankingSearch:
         step: int,
         settings: LegrSettings,
         images: CandidateImages,
+        floors: Sequence[int] | None = None,
         folder: Path | None = None,
     ) -> None:
         self.network, self.graph = network, graph
         self.price, self.most, self.step = price, most, step
         self.settings, self.images, self.folder = settings, images, folder
         self.sources = writers(network, graph)
-        self.floors = quota_floors(graph, safeguard=settings.safeguard, step=step)
+        self.floors = list(
+            floors or quota_floors(graph, safeguard=settings.safeguard, step=step)
+        )
         self._kappa_spread = np.array([source.norms.std() for source in self.sources])
         self.order(Affine.plain(len(self.sources))).within(price, most)
         self.population = Population.empty(settings.population, len(self.sources))

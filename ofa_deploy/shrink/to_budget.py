@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,19 +38,16 @@ from ofa_deploy.shrink.device_prices import (
     measure_prices,
     runtime_step,
 )
+from ofa_deploy.shrink.finetuning import Told, finetune, freeze, nobody
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
-from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.methods import SEARCHING, Found, Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
-from ofa_deploy.shrink.widths import (
+from ofa_deploy.shrink.recipe import (
+    METHODS,
+    Method,
     ShrinkRecipe,
-    Told,
-    aligned_floor,
     default_shrink_recipe,
-    finetune,
-    freeze,
-    nobody,
-    search_widths,
 )
 from ofa_deploy.target import Target, parse_target
 from ofa_deploy.train.images import TrainingImages
@@ -57,8 +56,7 @@ from ofa_deploy.verify import judge, require_memory_gauge
 from profilers.backends import get_backend
 from profilers.device import this_device
 
-HISTORY_FILE = "shrink.json"
-METHODS = ("pas",)
+HISTORY_FILE, SEARCH_FOLDER = "shrink.json", "search"
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3
 # Of the share of its price that is asked of a network which was thought fast enough.
@@ -87,6 +85,7 @@ class Shrinking:
 
     Args:
         own: The network.
+        method: That chooses channels.
         target: Where it is to run.
         constraints: What is asked for; a latency is among it.
         recipe: How to shrink.
@@ -95,9 +94,11 @@ class Shrinking:
         work: Folder of checkpoints, from which a call that was killed goes on.
         reporter: Told of stages.
         told: Told of trainings.
+        executor: Judges LeGR's candidates; None for processes of its own.
     """
 
     own: OwnNetwork
+    method: Method
     target: Target
     constraints: Constraints
     recipe: ShrinkRecipe
@@ -106,6 +107,7 @@ class Shrinking:
     work: Path
     reporter: Reporter
     told: Told = nobody
+    executor: Executor | None = None
 
     def run(self, *, out: Path, prices_folder: Path) -> Bundle:
         """Price, search, fit, fine-tune, certify, write.
@@ -169,7 +171,11 @@ class Shrinking:
         Raises:
             InfeasibleBudget: No form keeps the limits.
         """
-        whole = self.fitting(self.own.masked(), prices)
+        masked = self.own.masked()
+        as_it_is = LatentOrder(
+            latents=masked.latents(), step=prices.step, floors=self._floors(prices)
+        )
+        whole = self.fitting(Found(masked=masked, order=as_it_is), prices)
         share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
         if share >= 1:
             network = self._certify(whole, whole.full_ms, stack)
@@ -181,39 +187,45 @@ class Shrinking:
             used_share = binding(network.verdicts).used_share
             share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
         self._require_reachable(whole, share)
-        # What else decides the search is in the folder's name: another one's
-        # checkpoints are never continued.
-        decides = [self.own.sha256, prices.table.space_sha256, prices.table.created_at]
-        decides += [str(share), str(prices.step), str(asdict(self.recipe))]
-        decides += [str(asdict(self.own.normalisation))]
-        folder = self.work / _short_digest(decides)
-        self.reporter.begin("searching widths")
-        masked = search_widths(
-            self.own,
+        teacher = copy.deepcopy(self.own.module) if self.recipe.distill else None
+        folder = self.work / self._name(prices, share)
+        self.reporter.begin(SEARCHING)
+        found = Search(
+            own=self.own,
             price=prices.price,
-            target_share=share,
-            recipe=self.recipe,
+            share=share,
             step=prices.step,
+            recipe=self.recipe,
             images=self.images,
-            folder=folder / "search",
+            folder=folder / SEARCH_FOLDER,
             told=self._tell,
-        )
-        return self._finish(self.fitting(masked, prices), folder, stack)
+            judged=self.reporter.advance,
+            executor=self.executor,
+        ).run(self.method)
+        return self._finish(self.fitting(found, prices), folder, teacher, stack)
 
-    def fitting(self, masked: MaskedNetwork, prices: DevicePrices) -> Fitting:
-        """What fits structures to the budget; the masks' latents order channels."""
-        floor = aligned_floor(self.recipe, prices.step)
-        floors = [min(floor, group.channels) for group in self.own.graph.groups]
+    def _floors(self, prices: DevicePrices) -> list[int]:
+        return self.recipe.floors(self.own.graph, method=self.method, step=prices.step)
+
+    def _name(self, prices: DevicePrices, share: float) -> str:
+        """Of everything that decides a search: another one is never continued."""
+        if self.method == "legr" and self.recipe.lowest_share is not None:
+            share = min(share, self.recipe.lowest_share)
+        decides = [self.method, self.own.sha256, prices.table.space_sha256]
+        decides += [prices.table.created_at, str(share), str(prices.step)]
+        decides += [str(asdict(self.recipe)), str(asdict(self.own.normalisation))]
+        return _short_digest(decides)
+
+    def fitting(self, found: Found, prices: DevicePrices) -> Fitting:
+        """What fits structures to the budget, in the order that was found."""
         return Fitting(
             own=self.own,
-            masked=masked,
-            order=LatentOrder(
-                latents=masked.latents(), step=prices.step, floors=floors
-            ),
-            method="pas",
+            masked=found.masked,
+            order=found.order,
+            method=self.method,
             target=self.target,
             constraints=self.constraints,
-            floors=floors,
+            floors=self._floors(prices),
             prices=prices,
             reporter=self.reporter,
         )
@@ -239,11 +251,17 @@ class Shrinking:
         self.reporter.advance(progress.step, progress.steps)
         self.told(stage, progress)
 
-    def _finish(self, fitting: Fitting, folder: Path, stack: ExitStack) -> Shrunk:
+    def _finish(
+        self,
+        fitting: Fitting,
+        folder: Path,
+        teacher: nn.Module | None,
+        stack: ExitStack,
+    ) -> Shrunk:
         """Fit, fine-tune, certify; narrower where that missed."""
         limits = _short_digest([str(asdict(self.constraints))])
         fitted: Fitted | None = fitting.widest(memory=folder / f"chosen-{limits}.json")
-        trainings = [folder / "search"]
+        trainings = [folder / SEARCH_FOLDER]
         for _ in range(MAX_FINISHED):
             if fitted is None:
                 break
@@ -256,6 +274,7 @@ class Shrinking:
                 recipe=self.recipe.finetune,
                 images=self.images,
                 folder=trainings[-1],
+                teacher=teacher,
                 told=self._tell,
             )
             network = self._certify(fitting, fitted.predicted_ms, stack)
@@ -328,7 +347,7 @@ class Shrinking:
         """What happened, for the report and for whoever asks later."""
         logs = [_read_log(folder / LOG_FILE) for folder in shrunk.trainings]
         return ShrinkHistory(
-            method="pas",
+            method=self.method,
             recipe=asdict(self.recipe),
             weights_sha256=before_sha256,
             groups=tuple(group.name for group in self.own.graph.groups),
@@ -354,6 +373,7 @@ def shrink(
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     told: Told = nobody,
+    executor: Executor | None = None,
 ) -> Bundle:
     """Shrink a network to a budget on a device; return what was shown to keep it.
 
@@ -362,7 +382,7 @@ def shrink(
             changed.
         device: Such as `openvino-cpu`.
         constraints: What is asked for; a latency must be among it.
-        method: `pas`.
+        method: `pas`, `legr` or `autoprune`.
         data: Labelled images of the network's input size, to train on.
         out: Folder of the bundle; must not exist, or be empty.
         threads: Of one inference, instead of naming them in `device`.
@@ -375,6 +395,7 @@ def shrink(
             for one beside `out`.
         reporter: Told of stages.
         told: Told of trainings.
+        executor: Judges LeGR's candidates; None for processes, one a core.
 
     Raises:
         SpaceError: No such method, or no latency asked for.
@@ -385,6 +406,7 @@ def shrink(
     """
     if method not in METHODS:
         raise SpaceError(f"method={method!r}; give one of {', '.join(METHODS)}")
+    known: Method = method
     if constraints.peak_memory_mb is not None:
         require_memory_gauge()
     if constraints.budget_ms is None:
@@ -422,6 +444,7 @@ def shrink(
     work = Path(work) if work is not None else out.with_name(f"{out.name}.work")
     return Shrinking(
         own=own,
+        method=known,
         target=target,
         constraints=constraints,
         recipe=recipe,
@@ -430,6 +453,7 @@ def shrink(
         work=work,
         reporter=reporter,
         told=told,
+        executor=executor,
     ).run(out=out, prices_folder=cache_folder())
 
 

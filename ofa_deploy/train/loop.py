@@ -143,6 +143,8 @@ class TrainingLoop:
             continued.
         bf16: Use bfloat16 autocast; worth it where the CPU has it.
         regulariser: What a pruning method adds.
+        teacher: Whose class probabilities are learned besides the labels, weighted as
+            the recipe says; not changed.
         checkpoint_seconds: Time between checkpoints.
         clock: Seconds, monotonic.
 
@@ -161,6 +163,7 @@ class TrainingLoop:
         folder: Path | None,
         bf16: bool,
         regulariser: Regulariser | None = None,
+        teacher: nn.Module | None = None,
         checkpoint_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -175,6 +178,7 @@ class TrainingLoop:
         self.resolution = resolution
         self.folder = folder
         self.regulariser: Regulariser = regulariser or NoRegulariser()
+        self._teacher = teacher
         self._bf16 = bf16
         self._checkpoint_seconds = checkpoint_seconds
         self._clock = clock
@@ -256,7 +260,7 @@ class TrainingLoop:
         loss = supernet_loss(
             self._logits(inputs),
             targets,
-            soft_targets=None,
+            soft_targets=self._soft_targets(inputs),
             label_smoothing=self.recipe.label_smoothing,
             distillation_ratio=self.recipe.distillation_ratio,
         )
@@ -270,6 +274,17 @@ class TrainingLoop:
         self._optimizer.step()
         self.regulariser.after_step()
         return float(loss.detach())
+
+    @torch.no_grad()
+    def _soft_targets(self, inputs: Tensor) -> Tensor | None:
+        """The teacher's class probabilities, `(N, classes)`; None without one."""
+        if self._teacher is None:
+            return None
+        self._teacher.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
+            logits = self._teacher(inputs)
+        assert isinstance(logits, Tensor)
+        return logits.float().softmax(1)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):

@@ -32,16 +32,14 @@ from ofa_deploy.shrink import device_prices, fitting, to_budget
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.fitting import Fitting
+from ofa_deploy.shrink.legr import LegrSettings
+from ofa_deploy.shrink.methods import Found, Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
+from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE, Shrinking
-from ofa_deploy.shrink.widths import (
-    ShrinkRecipe,
-    default_shrink_recipe,
-    freeze,
-    search_widths,
-)
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages
@@ -54,6 +52,13 @@ from tests.support.quick import QUICK
 
 SIZE = tiny.IMAGE_SIZE
 GENEROUS_MS = 10_000.0
+QUICK_LEGR = LegrSettings(
+    evaluations=8,
+    population=4,
+    samples=2,
+    training_count=36,
+    validation_count=12,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +87,7 @@ def recipe(**changes: Any) -> ShrinkRecipe:
         finetune=replace(found.finetune, crop_padding=1),
         floor=4,
         step=4,
+        legr=QUICK_LEGR,
     )
     return replace(found, **changes)
 
@@ -170,9 +176,17 @@ def test_a_network_that_keeps_its_budget_is_shown_to_and_left_as_it_is(
 
 
 # On OpenVINO so small a network takes as long with a third of its channels.
-@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "litert-cpu"])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [
+        ("onnxruntime-cpu", "pas"),
+        ("litert-cpu", "pas"),
+        ("onnxruntime-cpu", "legr"),
+        ("onnxruntime-cpu", "autoprune"),
+    ],
+)
 def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
-    backend: str, dense: StaticNet, caches: Path, tmp_path: Path
+    backend: str, method: Method, dense: StaticNet, caches: Path, tmp_path: Path
 ) -> None:
     if backend == "litert-cpu":
         pytest.importorskip("ai_edge_litert")
@@ -194,6 +208,7 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
         data=data(),
         out=tmp_path / "out",
         latency_ms=0.85 * full_ms,
+        method=method,
         recipe=recipe(),
         training_told=lambda stage, progress: seen.append(progress),
     )
@@ -201,14 +216,14 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
     assert manifest.binding.met
     assert manifest.accuracy.kind == "measured"
     assert bundle.check().agrees
-    assert manifest.config_id.startswith("pas-")
+    assert manifest.config_id.startswith(f"{method}-")
     assert all(np.array_equal(before[k], v) for k, v in dense.weights().items())
-    assert any(progress.kept for progress in seen)
+    assert any(progress.kept for progress in seen) == (method != "legr")
     assert "Kept channels" in (bundle.path / REPORT_FILE).read_text()
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
     assert sum(history["kept"]) < sum(history["channels"])
     assert all(count >= 4 and count % 4 == 0 for count in history["kept"])
-    assert len(history["search"]) == 6
+    assert len(history["search"]) == (8 if method == "legr" else 6)
     assert bundle.manifest.cost.mac_count < dense.plan.mac_count
     assert bundle.manifest.accuracy.value > 0.6
     if backend == "litert-cpu":
@@ -298,6 +313,7 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
     settings = recipe()
     call = Shrinking(
         own=own,
+        method="pas",
         target=Target(backend="onnxruntime-cpu", threads=1),
         constraints=Constraints(latency_ms=0.6 * full_ms),
         recipe=settings,
@@ -310,7 +326,12 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
     generator = torch.Generator().manual_seed(0)
     for mask in masked.masks:
         mask.latent.data = torch.rand(len(mask.latent), generator=generator)
-    return call.fitting(masked, prices)
+    order = LatentOrder(
+        latents=masked.latents(),
+        step=4,
+        floors=settings.floors(own.graph, method="pas", step=4),
+    )
+    return call.fitting(Found(masked=masked, order=order), prices)
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *, factor: float) -> None:
@@ -410,17 +431,17 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(
                 raise KeyboardInterrupt
 
         settings = recipe()
-        masked = search_widths(
-            own,
+        found = Search(
+            own=own,
             price=MacPrice(own.graph),
-            target_share=0.5,
-            recipe=settings,
+            share=0.5,
             step=4,
+            recipe=settings,
             images=TrainingImages(data(), settings.search),
             folder=folder,
             told=told,
-        )
-        return [mask.latent.detach().clone() for mask in masked.masks]
+        ).run("pas")
+        return found.masked.latents()
 
     whole = search(tmp_path / "whole", stop_after=None)
     with pytest.raises(KeyboardInterrupt):
@@ -520,7 +541,11 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "told"),
     [
-        ({"method": "magic"}, SpaceError, "method='magic'; give one of pas"),
+        (
+            {"method": "magic"},
+            SpaceError,
+            "method='magic'; give one of pas, legr, autoprune",
+        ),
         (
             {"latency_ms": None, "min_accuracy": 0.5},
             SpaceError,

@@ -1,0 +1,61 @@
+"""Training what a method left of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LoopProgress, TrainingLoop
+from ofa_deploy.train.precision import prefers_bf16
+from ofa_deploy.train.recipe import Recipe
+
+Told = Callable[[str, LoopProgress], None]
+
+
+def nobody(stage: str, progress: LoopProgress) -> None:
+    """Told of a training's progress, and does nothing."""
+
+
+def freeze(masked: MaskedNetwork, kept: Sequence[Tensor]) -> None:
+    """Keep these channels of each group, for good: masks are no longer trained."""
+    for mask, indices in zip(masked.masks, kept, strict=True):
+        mask.keep_only(indices)
+        mask.latent.requires_grad_(False)
+
+
+def finetune(
+    own: OwnNetwork,
+    masked: MaskedNetwork,
+    *,
+    recipe: Recipe,
+    images: TrainingImages,
+    folder: Path | None,
+    teacher: nn.Module | None = None,
+    told: Told = nobody,
+) -> float:
+    """Train what frozen masks leave; returns its accuracy on the held-out images.
+
+    Args:
+        own: The network.
+        masked: Its frozen form, trained in place.
+        recipe: Of one phase.
+        images: To train on.
+        folder: Keeps the run, which is continued; None to keep nothing.
+        teacher: Whose class probabilities are learned, too.
+        told: Of progress.
+    """
+    loop = TrainingLoop(
+        masked.module,
+        images=images.for_recipe(recipe),
+        recipe=recipe,
+        resolution=own.resolution,
+        folder=folder,
+        bf16=prefers_bf16(),
+        teacher=teacher,
+    )
+    return loop.run(lambda progress: told("fine-tuning", progress))

@@ -1,0 +1,222 @@
+"""The methods behind one call: each finds an order in which channels go."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ofa_deploy.errors import MissingDependency
+from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
+from ofa_deploy.shrink.candidates import CandidateImages
+from ofa_deploy.shrink.cost import Price, full_counts
+from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.legr import Population, RankingSearch
+from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
+from ofa_deploy.shrink.ranking import ChannelOrder
+from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
+from ofa_deploy.train.precision import prefers_bf16
+from profilers.files import write_atomically
+
+SEARCHING = "searching widths"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Found:
+    """What a method found.
+
+    Args:
+        masked: The network, with its masks; trained further, by methods that train.
+        order: In which channels go.
+    """
+
+    masked: MaskedNetwork
+    order: ChannelOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Search:
+    """What every method is given.
+
+    Args:
+        own: The network; trained in place, by methods that train.
+        price: Of channel counts.
+        share: Of the whole network's price that is asked for.
+        step: Channel counts are multiples of this.
+        recipe: How.
+        images: To train on, and to judge on.
+        folder: Keeps the search, which is continued; None to keep nothing.
+        told: Of a training's progress.
+        judged: Told how many candidates were judged, of how many.
+        executor: Judges candidates; None for processes, one a core.
+    """
+
+    own: OwnNetwork
+    price: Price
+    share: float
+    step: int
+    recipe: ShrinkRecipe
+    images: TrainingImages
+    folder: Path | None
+    told: Told = nobody
+    judged: Callable[[int, int], None] = lambda done, total: None
+    executor: Executor | None = None
+
+    def run(self, method: Method) -> Found:
+        """Search by a method.
+
+        Raises:
+            SpaceError: The share is none, or below what floors cost.
+            TrainingError: The loss is no number, or the folder holds another search.
+        """
+        return _METHODS[method](self)
+
+    def floors(self, method: Method) -> list[int]:
+        """Least channels of each group."""
+        return self.recipe.floors(self.own.graph, method=method, step=self.step)
+
+    def pull(self, masked: MaskedNetwork, images: TrainingImages) -> PruningAsSearch:
+        """The price's pull on masks, as strong as the recipe has it."""
+        recipe = self.recipe
+        steps = recipe.search.phases[0].epochs * images.batches_per_epoch
+        return PruningAsSearch(
+            masked,
+            price=self.price,
+            settings=PasSettings(
+                target_share=self.share,
+                latent_rate=recipe.latent_rate,
+                steps_to_flip=max(1, round(recipe.flip_share * steps)),
+                momentum=recipe.search.momentum,
+                floor=recipe.aligned_floor(self.step),
+                step=self.step,
+            ),
+        )
+
+    def trained(
+        self,
+        masked: MaskedNetwork,
+        images: TrainingImages,
+        regulariser: Regulariser,
+    ) -> Found:
+        """What training with masks leaves."""
+        TrainingLoop(
+            masked.module,
+            images=images,
+            recipe=self.recipe.search,
+            resolution=self.own.resolution,
+            folder=self.folder,
+            bf16=prefers_bf16(),
+            regulariser=regulariser,
+        ).run(lambda progress: self.told(SEARCHING, progress))
+        order = LatentOrder(
+            latents=masked.latents(), step=self.step, floors=self.floors("pas")
+        )
+        return Found(masked=masked, order=order)
+
+
+def _pas(search: Search) -> Found:
+    masked = search.own.masked()
+    images = search.images.for_recipe(search.recipe.search)
+    return search.trained(masked, images, search.pull(masked, images))
+
+
+def _autoprune(search: Search) -> Found:
+    own, recipe = search.own, search.recipe
+    masked = insert_masks(
+        own.module, own.graph, estimator=recipe.estimator, rule="sign"
+    )
+    of_weights, of_masks = search.images.for_recipe(recipe.search).parted(
+        recipe.deciding_share
+    )
+    deciding = Deciding(
+        images=of_masks,
+        resolution=own.resolution,
+        label_smoothing=recipe.search.label_smoothing,
+        bf16=prefers_bf16(),
+    )
+    pull = search.pull(masked, of_weights)
+    return search.trained(masked, of_weights, AutoPrune(pull, deciding=deciding))
+
+
+def _legr(search: Search) -> Found:
+    own, settings = search.own, search.recipe.legr
+    folder = search.folder
+    full = float(search.price(full_counts(own.graph)))
+    share = search.recipe.lowest_share or search.share
+    with _scratch(folder) as images_folder:
+        images = CandidateImages.written(
+            search.images,
+            resolution=own.resolution,
+            training_count=settings.training_count,
+            validation_count=settings.validation_count,
+            folder=images_folder,
+        )
+        ranking = RankingSearch(
+            own.module,
+            own.graph,
+            price=search.price,
+            most=min(share, search.share) * full,
+            step=search.step,
+            settings=settings,
+            images=images,
+            floors=search.floors("legr"),
+            folder=folder,
+        )
+
+        def told(population: Population) -> None:
+            search.judged(population.done, settings.evaluations)
+
+        with _executor(search.executor) as executor:
+            best = ranking.run(executor, told)
+    if folder is not None:
+        _write_log(folder, ranking.population.history)
+    return Found(masked=own.masked(), order=ranking.order(best))
+
+
+_METHODS: Mapping[Method, Callable[[Search], Found]] = {
+    "pas": _pas,
+    "legr": _legr,
+    "autoprune": _autoprune,
+}
+
+
+@contextmanager
+def _scratch(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder / "images"
+        return
+    with TemporaryDirectory(prefix="ofa-deploy-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def _executor(given: Executor | None) -> Iterator[Executor]:
+    """What was given, or processes of our own: one a core, one thread each."""
+    if given is not None:
+        yield given
+        return
+    try:
+        from loky import ProcessPoolExecutor
+    except ImportError as error:
+        raise MissingDependency("loky", extra="shrink") from error
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    with ProcessPoolExecutor(cores, env={"OMP_NUM_THREADS": "1"}) as executor:
+        yield executor
+
+
+def _write_log(folder: Path, losses: list[float]) -> None:
+    """The best loss after each evaluation, a line each, as trainings log epochs."""
+    lines = [
+        json.dumps({"evaluation": place, "best_loss": round(loss, 5)})
+        for place, loss in enumerate(losses, start=1)
+    ]
+    write_atomically(folder / LOG_FILE, ("\n".join(lines) + "\n").encode())

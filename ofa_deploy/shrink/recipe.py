@@ -1,0 +1,102 @@
+"""How a network is shrunk, as values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ofa_deploy.errors import SpaceError
+from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.legr import LegrSettings
+from ofa_deploy.shrink.masks import Estimator
+from ofa_deploy.shrink.ranking import quota_floors
+from ofa_deploy.train.recipe import Phase, Recipe
+
+Method = Literal["pas", "legr", "autoprune"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShrinkRecipe:
+    """How a network is shrunk.
+
+    Args:
+        search: Training while widths are searched; of one phase. LeGR has none.
+        finetune: Training of what was found; of one phase.
+        distill: Whether the network that was brought teaches while it is fine-tuned.
+        floor: Channels that every group keeps, rounded up to a multiple of the step.
+        step: Channel counts are multiples of this; None measures what the runtime's
+            kernels work in.
+        latent_rate: Of pas and autoprune; see `PasSettings`.
+        flip_share: Of pas and autoprune: share of the search's steps in which the price
+            alone would remove a channel of the layer that it pulls at hardest.
+        deciding_share: Of autoprune: share of the training images on which masks are
+            trained, and weights are not.
+        estimator: Of autoprune: of its masks' gradient.
+        legr: Of legr.
+        lowest_share: Of legr: share of the network's price at which the ranking is
+            learned; None takes the budget. With one share, and one folder of work, all
+            budgets above it are served by one search.
+    """
+
+    search: Recipe
+    finetune: Recipe
+    distill: bool = True
+    floor: int = 8
+    step: int | None = None
+    latent_rate: float = 0.02
+    flip_share: float = 0.3
+    deciding_share: float = 0.2
+    estimator: Estimator = "softplus"
+    legr: LegrSettings = field(default_factory=LegrSettings)
+    lowest_share: float | None = None
+
+    def __post_init__(self) -> None:
+        shares = {"deciding_share": self.deciding_share}
+        if self.lowest_share is not None:
+            shares["lowest_share"] = self.lowest_share
+        for name, share in shares.items():
+            if not 0 < share < 1:
+                raise SpaceError(f"{name}={share:g}; give a share between 0 and 1")
+
+    def aligned_floor(self, step: int) -> int:
+        """The floor of channels, as a multiple of the step."""
+        return math.ceil(self.floor / step) * step
+
+    def floors(self, graph: ChannelGraph, *, method: Method, step: int) -> list[int]:
+        """Least channels of each group; of LeGR also what its safeguard keeps."""
+        floor = self.aligned_floor(step)
+        floors = [min(floor, group.channels) for group in graph.groups]
+        if method != "legr":
+            return floors
+        quotas = quota_floors(graph, safeguard=self.legr.safeguard, step=step)
+        return [max(pair) for pair in zip(floors, quotas, strict=True)]
+
+
+def default_shrink_recipe(
+    *, search_epochs: int = 10, finetune_epochs: int = 30, batch_size: int = 256
+) -> ShrinkRecipe:
+    """Search at a low rate, then fine-tune at a higher one.
+
+    Args:
+        search_epochs: Passes over the data while widths are searched.
+        finetune_epochs: Passes afterwards.
+        batch_size: Images per step.
+    """
+
+    def recipe(name: str, epochs: int, rate: float) -> Recipe:
+        phase = Phase(
+            name=name,
+            epochs=epochs,
+            warmup_epochs=min(1.0, epochs / 4),
+            peak_learning_rate=rate,
+            distill=False,
+            cutmix_share=0.25,
+        )
+        return Recipe(phases=(phase,), batch_size=batch_size)
+
+    return ShrinkRecipe(
+        search=recipe("search", search_epochs, 0.02),
+        finetune=recipe("finetune", finetune_epochs, 0.05),
+    )
