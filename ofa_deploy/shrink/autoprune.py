@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.shrink.pas import PruningAsSearch
 from ofa_deploy.train.images import TrainingImages
 
 
@@ -40,24 +40,68 @@ class Deciding:
     bf16: bool
 
 
+class Pull(Protocol):
+    """What pulls at auxiliary parameters besides the task: of channels, or weights."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, with its masks."""
+
+    @property
+    def latents(self) -> list[nn.Parameter]:
+        """The auxiliary parameters."""
+
+    @property
+    def latent_rate(self) -> float:
+        """Their learning rate."""
+
+    @property
+    def momentum(self) -> float:
+        """Of their optimiser."""
+
+    def flags(self) -> Tensor:
+        """Of everything that can go, one after the other, whether it is kept."""
+
+    def loss(self) -> Tensor:
+        """Added to the loss of the auxiliary parameters."""
+
+    def weights_loss(self) -> Tensor:
+        """Added to the loss of the weights."""
+
+    def after_step(self) -> None:
+        """Called after every step of the auxiliary parameters."""
+
+    def facts(self) -> dict[str, object]:
+        """See `Regulariser`."""
+
+    def kept(self) -> Mapping[str, tuple[int, int]]:
+        """See `Regulariser`."""
+
+    def remarks(self) -> tuple[str, ...]:
+        """See `Regulariser`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Regulariser`."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Regulariser`."""
+
+
 class AutoPrune:
     """A `Regulariser` that trains masks on images of their own.
 
     Args:
-        pull: The price's, and what keeps it from emptying layers; of a network whose
-            masks have the sign rule.
+        pull: The price's; of a network whose masks have the sign rule.
         deciding: What the masks are trained with.
     """
 
-    def __init__(self, pull: PruningAsSearch, *, deciding: Deciding) -> None:
+    def __init__(self, pull: Pull, *, deciding: Deciding) -> None:
         self.pull, self.deciding = pull, deciding
-        self._latents = [mask.latent for mask in pull.masked.masks]
+        self._latents = pull.latents
         for latent in self._latents:
             latent.requires_grad_(False)
         self._optimizer = torch.optim.SGD(
-            self._latents,
-            lr=pull.settings.latent_rate,
-            momentum=pull.settings.momentum,
+            self._latents, lr=pull.latent_rate, momentum=pull.momentum
         )
         self._step = 0
         self._flips = 0
@@ -71,16 +115,16 @@ class AutoPrune:
 
     def loss(self) -> Tensor:
         """See `Regulariser`: weights do not feel the price."""
-        return torch.zeros(())
+        return self.pull.weights_loss()
 
     def after_step(self) -> None:
         """The masks' own step, on their own images."""
-        module, deciding = self.pull.masked.module, self.deciding
+        module, deciding = self.pull.module, self.deciding
         rng = np.random.default_rng([self._seed, self._step])
         inputs, targets = deciding.images.batch(
             0, self._step, resolution=deciding.resolution, rng=rng
         )
-        before = self.pull.masked.kept_flags()
+        before = self.pull.flags()
         with self._only_masks():
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=deciding.bf16):
                 logits = module(inputs)
@@ -90,7 +134,7 @@ class AutoPrune:
             self._optimizer.zero_grad()
             torch.autograd.backward(loss + self.pull.loss())
             self._optimizer.step()
-        self._flips += int((self.pull.masked.kept_flags() != before).sum())
+        self._flips += int((self.pull.flags() != before).sum())
         self.pull.after_step()
         self._step += 1
 
@@ -140,7 +184,7 @@ class AutoPrune:
         """Gradients for masks, and for nothing else."""
         others = [
             parameter
-            for parameter in self.pull.masked.module.parameters()
+            for parameter in self.pull.module.parameters()
             if parameter.requires_grad
         ]
         for parameter in others:

@@ -235,10 +235,6 @@ class MaskedNetwork:
         """Indices of the kept channels of each group, ascending."""
         return tuple(mask.kept() for mask in self.masks)
 
-    def kept_flags(self) -> Tensor:
-        """Of all channels of all groups, one after the other, whether they are kept."""
-        return torch.cat([mask.latent.detach() > THRESHOLD for mask in self.masks])
-
 
 def insert_masks(
     network: nn.Module,

@@ -14,11 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.shrink.cost import Price, full_counts
-from ofa_deploy.shrink.masks import INITIAL_LATENT, THRESHOLD, MaskedNetwork
+from ofa_deploy.shrink.masks import (
+    INITIAL_LATENT,
+    THRESHOLD,
+    MaskedModule,
+    MaskedNetwork,
+)
 
 # A layer that loses this share of the channels above its floor between two looks has
 # collapsed.
@@ -120,6 +125,34 @@ class PruningAsSearch:
         return fall / (per_step * settings.steps_to_flip)
 
     # -- as a regulariser --------------------------------------------------------------
+
+    @property
+    def module(self) -> MaskedModule:
+        """The network, with its masks."""
+        return self.masked.module
+
+    @property
+    def latents(self) -> list[nn.Parameter]:
+        """Latent weights of all groups."""
+        return [mask.latent for mask in self.masked.masks]
+
+    @property
+    def latent_rate(self) -> float:
+        """Their learning rate."""
+        return self.settings.latent_rate
+
+    @property
+    def momentum(self) -> float:
+        """Of their optimiser."""
+        return self.settings.momentum
+
+    def flags(self) -> Tensor:
+        """Of all channels, one after the other, whether they are kept."""
+        return torch.cat([latent.detach() > THRESHOLD for latent in self.latents])
+
+    def weights_loss(self) -> Tensor:
+        """Weights do not feel the price."""
+        return torch.zeros(())
 
     @property
     def rates(self) -> Mapping[str, float]:

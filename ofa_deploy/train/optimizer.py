@@ -113,12 +113,17 @@ class HybridOptimizer:
 
 def _dense_weights(network: nn.Module) -> frozenset[str]:
     """Names of the weights that Muon steps: of normalised, ungrouped convolutions."""
-    return frozenset(
-        f"{name}.weight"
+    found = {
+        f"{name}.weight": module.weight
         for name, module in network.named_modules()
         if _is_normalised(module)
-        and isinstance(module.weight, Tensor)
-        and module.weight.shape[1] > 1
+    }
+    # Not of what is computed from other parameters.
+    parameters = dict(network.named_parameters())
+    return frozenset(
+        name
+        for name, weight in found.items()
+        if name in parameters and isinstance(weight, Tensor) and weight.shape[1] > 1
     )
 
 
@@ -128,6 +133,11 @@ def _is_normalised(module: nn.Module) -> bool:
         return module.norm is not None
     # A bias would be for nothing before a batch norm.
     return isinstance(module, nn.Conv2d) and module.bias is None and module.groups == 1
+
+
+def _is_masked(name: str) -> bool:
+    """Whether a parameter is what a parametrization starts from."""
+    return name.endswith(".parametrizations.weight.original")
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -146,8 +156,9 @@ def _sgd(
     for name, parameter in parameters.items():
         if name in rates:
             continue
-        # Decay would pull the kernel transforms from identity towards zero.
-        exempt = parameter.ndim == 1 or "transform" in name
+        # Decay would pull the kernel transforms from identity towards zero, and weights
+        # that are masked from what they were; whoever masks them decays the others.
+        exempt = parameter.ndim == 1 or "transform" in name or _is_masked(name)
         (plain if exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay, "fixed": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ofa_deploy.errors import TrainingError
+from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.cost import MacPrice
@@ -28,6 +29,13 @@ from ofa_deploy.shrink.masks import (
 )
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import PasSettings, PruningAsSearch
+from ofa_deploy.shrink.sparse import (
+    SparseNetwork,
+    SparsityPull,
+    SparsitySettings,
+    indicated,
+    prune_weights,
+)
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress, TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe
@@ -222,7 +230,9 @@ def test_a_useful_weight_stays_and_a_useless_one_goes() -> None:
 # -- as a regulariser of a training ----------------------------------------------------
 
 
-def training(folder: Path | None = None) -> tuple[TrainingLoop, AutoPrune]:
+def training(
+    folder: Path | None = None,
+) -> tuple[TrainingLoop, AutoPrune, MaskedNetwork]:
     torch.manual_seed(0)
     data = tiny.images(per_class=60, seed=4)
     phase = Phase(name="search", epochs=15, peak_learning_rate=0.02, distill=False)
@@ -254,7 +264,7 @@ def training(folder: Path | None = None) -> tuple[TrainingLoop, AutoPrune]:
         bf16=False,
         regulariser=method,
     )
-    return loop, method
+    return loop, method, net
 
 
 def chain() -> nn.Module:
@@ -269,7 +279,7 @@ def chain() -> nn.Module:
 
 
 def test_masks_are_trained_on_images_that_weights_never_see() -> None:
-    loop, method = training()
+    loop, method, _ = training()
     weights, masks = loop.images.training, method.deciding.images.training
     seen = {image.tobytes() for image in weights.images}
     assert not any(image.tobytes() in seen for image in masks.images)
@@ -277,18 +287,18 @@ def test_masks_are_trained_on_images_that_weights_never_see() -> None:
 
 
 def test_a_search_prunes_and_still_learns() -> None:
-    loop, method = training()
+    loop, method, net = training()
     accuracy = loop.run()
     assert accuracy > 0.6
-    assert method.pull.current_share() < 0.8
+    assert sum(len(kept) for kept in net.kept()) < 0.9 * (16 + 24 + 24)
     assert cast(int, method.facts()["flips"]) > 0
-    assert not any(mask.latent.requires_grad for mask in method.pull.masked.masks)
+    assert not any(mask.latent.requires_grad for mask in net.masks)
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_masks(tmp_path: Path) -> None:
-    whole, method = training()
+    whole, _, net = training()
     whole.run()
-    cut, _ = training(tmp_path)
+    cut, *_ = training(tmp_path)
 
     def stop(progress: LoopProgress) -> None:
         if progress.step >= 11:
@@ -297,15 +307,100 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(tmp_path: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         cut.run(stop)
-    resumed, again = training(tmp_path)
+    resumed, _, again = training(tmp_path)
     resumed.run()
-    for one, other in zip(
-        method.pull.masked.masks, again.pull.masked.masks, strict=True
-    ):
+    for one, other in zip(net.masks, again.masks, strict=True):
         assert torch.equal(one.latent, other.latent)
 
 
 def test_a_search_of_another_method_is_not_continued() -> None:
-    _, method = training()
+    _, method, _ = training()
     with pytest.raises(TrainingError, match="another method"):
         method.restore(method.pull.state())
+
+
+# -- weight by weight ------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, estimators)
+def test_single_weights_follow_the_same_rule(seed: int, estimator: Estimator) -> None:
+    weight, latent, upstream = (drawn(seed + k, 4, 3) for k in range(3))
+    weight[0, 0] = 0.0
+    weight.requires_grad_()
+    latent.requires_grad_()
+    torch.autograd.backward(indicated(weight, latent, estimator=estimator), upstream)
+    signs = torch.where(weight < 0, -1.0, 1.0)  # zero has a sign, too
+    slope = estimated_slope(latent.detach() - THRESHOLD, estimator)
+    assert latent.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(latent.grad, upstream * signs * slope)
+    assert torch.equal(weight.grad, upstream * (latent > THRESHOLD))
+
+
+def sparse(
+    folder: Path | None = None, told: Callable[..., None] = lambda *_: None
+) -> SparseNetwork:
+    torch.manual_seed(0)
+    phase = Phase(name="x", epochs=15, peak_learning_rate=0.05, distill=False)
+    recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    return prune_weights(
+        chain(),
+        resolution=SIZE,
+        images=TrainingImages(tiny.images(per_class=60, seed=4), recipe),
+        settings=SparsitySettings(target_share=0.1, latent_rate=0.1, strength=30.0),
+        search=recipe,
+        finetune=recipe,
+        folder=folder,
+        told=told,
+    )
+
+
+@pytest.fixture(scope="module")
+def pruned() -> SparseNetwork:
+    return sparse()
+
+
+def test_the_share_of_weights_is_kept_and_the_rest_is_zero(
+    pruned: SparseNetwork,
+) -> None:
+    assert pruned.nonzero_count <= 0.1 * pruned.weight_count + 1
+    weights = [
+        layer.weight
+        for layer in pruned.module.modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    assert sum(w.numel() for w in weights) == pruned.weight_count
+    assert sum(int(w.count_nonzero()) for w in weights) == pruned.nonzero_count
+    assert pruned.accuracy > 0.6
+    assert 4 * pruned.nonzero_count < pruned.compressed_bytes
+    assert pruned.compressed_bytes < 4 * pruned.weight_count / 5
+    # Ordinary layers, that export and load like any others.
+    assert set(pruned.module.state_dict()) == set(chain().state_dict())
+
+
+def test_a_search_for_weights_goes_on_where_it_was_killed(
+    pruned: SparseNetwork, tmp_path: Path
+) -> None:
+    def stop(stage: str, progress: LoopProgress) -> None:
+        if stage == "fine-tuning" and progress.step > 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparse(tmp_path, stop)
+    resumed = sparse(tmp_path)
+    for one, other in zip(
+        pruned.module.parameters(), resumed.module.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_share_of_weights_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(SpaceError, match="above 0 and at most 1"):
+        SparsitySettings(target_share=share)
+
+
+def test_a_network_without_weights_is_refused() -> None:
+    with pytest.raises(TraceError, match="no convolution and no linear"):
+        SparsityPull(nn.ReLU(), settings=SparsitySettings(target_share=0.1))
