@@ -242,8 +242,8 @@ def prune_by_macs(args: argparse.Namespace) -> None:
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
         freeze(masked, found.order.kept(counts))
         finetune(
-            own,
-            masked,
+            own.remainder(masked, masked.kept()),
+            resolution=RESOLUTION,
             recipe=settings.finetune,
             images=training,
             folder=folder / f"finetune-{'-'.join(map(str, counts))}",

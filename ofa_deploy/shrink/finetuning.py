@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ofa_deploy.shrink.masks import MaskedNetwork
-from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -29,20 +28,20 @@ def freeze(masked: MaskedNetwork, kept: Sequence[Tensor]) -> None:
 
 
 def finetune(
-    own: OwnNetwork,
-    masked: MaskedNetwork,
+    network: nn.Module,
     *,
+    resolution: int,
     recipe: Recipe,
     images: TrainingImages,
     folder: Path | None,
     teacher: nn.Module | None = None,
     told: Told = nobody,
 ) -> float:
-    """Train what frozen masks leave; returns its accuracy on the held-out images.
+    """Train what is left of a network; returns its accuracy on the held-out images.
 
     Args:
-        own: The network.
-        masked: Its frozen form, trained in place.
+        network: What is left, trained in place.
+        resolution: Height and width of its inputs.
         recipe: Of one phase.
         images: To train on.
         folder: Keeps the run, which is continued; None to keep nothing.
@@ -50,10 +49,10 @@ def finetune(
         told: Of progress.
     """
     loop = TrainingLoop(
-        masked.module,
+        network,
         images=images.for_recipe(recipe),
         recipe=recipe,
-        resolution=own.resolution,
+        resolution=resolution,
         folder=folder,
         bf16=prefers_bf16(),
         teacher=teacher,

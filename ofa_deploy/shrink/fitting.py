@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints, binding
 from ofa_deploy.contract import EXPECTED_RATIO
@@ -222,9 +222,15 @@ class Fitting:
         return found
 
     def export(self, kept: Sequence[Tensor], folder: Path) -> ExportedNetwork:
-        """Write what is left of the network, as it is now."""
+        """Write what would be left of the network, with the weights that it has now."""
+        return self.written(self.own.remainder(self.masked, kept), kept, folder)
+
+    def written(
+        self, trained: nn.Module, kept: Sequence[Tensor], folder: Path
+    ) -> ExportedNetwork:
+        """Write what is left of the network, once that was trained."""
         return self.own.export(
-            self.masked, kept, method=self.method, target=self.target, folder=folder
+            trained, kept, method=self.method, target=self.target, folder=folder
         )
 
     def measure(self, exported: ExportedNetwork) -> FreshMeasurement:

@@ -179,19 +179,34 @@ class OwnNetwork:
         """Itself with a mask behind each group; the weights are shared."""
         return insert_masks(self.module, self.graph)
 
+    def remainder(self, masked: MaskedNetwork, kept: Sequence[Tensor]) -> nn.Module:
+        """What is left of it, as a module to train.
+
+        A chain of branched layers keeps its masks: their identities hand on prefixes of
+        channels, which narrower layers would not have. Anything else becomes narrow,
+        and trains as fast as what is left of it computes.
+
+        Args:
+            masked: Its masked form; keeps these channels and no others.
+            kept: Indices of the channels that stay, of each group.
+        """
+        if self.is_chain:
+            return masked.module
+        return extract_module(self.module, self.graph, kept)
+
     def export(
         self,
-        masked: MaskedNetwork,
+        trained: nn.Module,
         kept: Sequence[Tensor],
         *,
         method: str,
         target: Target,
         folder: Path,
     ) -> ExportedNetwork:
-        """Write what is left of it without the masked channels.
+        """Write what is left of it.
 
         Args:
-            masked: Its masked form, as it is now: what the file must compute.
+            trained: What `remainder` gave, as it is now: what the file must compute.
             kept: Indices of the channels that stay, of each group.
             method: That chose them.
             target: What the file is for.
@@ -200,7 +215,7 @@ class OwnNetwork:
         Raises:
             MissingDependency: A converter is not installed.
         """
-        narrow = self._narrowed(kept)
+        narrow = self._narrowed(kept) if self.is_chain else trained.eval()
         return ExportedNetwork(
             facts=NetworkFacts(
                 name=f"{method}-{_digest(kept)}",
@@ -208,7 +223,7 @@ class OwnNetwork:
                 resolution=self.resolution,
                 cost=self._cost(narrow, kept),
             ),
-            reference=_frozen(masked.module),
+            reference=_frozen(trained),
             target=target,
             folder=folder,
             model_file=self._write(narrow, target, folder),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import nn
+from torch import Tensor, nn
 
 from ofa_deploy.assembly import (
     VerifiedNetwork,
@@ -178,7 +178,9 @@ class Shrinking:
         whole = self.fitting(Found(masked=masked, order=as_it_is), prices)
         share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
         if share >= 1:
-            network = self._certify(whole, whole.full_ms, stack)
+            kept = masked.kept()
+            unchanged = self.own.remainder(masked, kept)
+            network = self._certify(whole, unchanged, kept, whole.full_ms, stack)
             if network.met:
                 counts = tuple(group.channels for group in self.own.graph.groups)
                 return Shrunk(network=network, counts=counts, trainings=())
@@ -266,18 +268,21 @@ class Shrinking:
             if fitted is None:
                 break
             freeze(fitting.masked, fitted.kept)
+            remainder = self.own.remainder(fitting.masked, fitted.kept)
             trainings.append(folder / fitted.name)
             self.reporter.begin("fine-tuning")
             finetune(
-                self.own,
-                fitting.masked,
+                remainder,
+                resolution=self.own.resolution,
                 recipe=self.recipe.finetune,
                 images=self.images,
                 folder=trainings[-1],
                 teacher=teacher,
                 told=self._tell,
             )
-            network = self._certify(fitting, fitted.predicted_ms, stack)
+            network = self._certify(
+                fitting, remainder, fitted.kept, fitted.predicted_ms, stack
+            )
             if network.met:
                 return Shrunk(
                     network=network, counts=fitted.counts, trainings=tuple(trainings)
@@ -304,11 +309,16 @@ class Shrinking:
         )
 
     def _certify(
-        self, fitting: Fitting, predicted_ms: float, stack: ExitStack
+        self,
+        fitting: Fitting,
+        trained: nn.Module,
+        kept: Sequence[Tensor],
+        predicted_ms: float,
+        stack: ExitStack,
     ) -> VerifiedNetwork:
-        """Export what the masks leave now, and show what it does."""
+        """Export what is left now, and show what it does."""
         folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
-        exported = fitting.export(fitting.masked.kept(), Path(folder))
+        exported = fitting.written(trained, kept, Path(folder))
         measurement = fitting.measure(exported)
         runtime = fitting.prices.table.runtime
         self.reporter.begin("measuring the accuracy")

@@ -246,7 +246,7 @@ def test_a_network_with_skips_keeps_them(
     counts = [group.channels // 2 for group in own.graph.groups]
     freeze(masked, [torch.arange(count) for count in counts])
     exported = own.export(
-        masked,
+        own.remainder(masked, masked.kept()),
         masked.kept(),
         method="pas",
         target=Target(backend=backend, threads=1),
@@ -266,6 +266,40 @@ def test_a_network_with_skips_keeps_them(
     )
     assert bundle.check().agrees
     assert bundle.manifest.space_name == "ResidualNet"
+
+
+def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
+    caches: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    network = train(ResidualNet())
+    own = own_network(network)
+    prices = device_prices.measure_prices(
+        own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        backend=get_backend("onnxruntime-cpu"),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    full_ms = float(prices.price(full_counts(own.graph)))
+    bundle = specialize(
+        "onnxruntime-cpu",
+        model=network,
+        data=data(),
+        out=tmp_path / "out",
+        latency_ms=0.8 * full_ms,
+        method="legr",
+        recipe=recipe(),
+        work=tmp_path / "work",
+    )
+    assert bundle.manifest.binding.met
+    assert bundle.check().agrees
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert sum(history["kept"]) < sum(history["channels"])
+    (checkpoint,) = (tmp_path / "work").glob(f"*/legr-*/{CHECKPOINT_FILE}")
+    trained = read_checkpoint(checkpoint).weights
+    assert trained["inner.weight"].shape[0] == history["kept"][1]
 
 
 def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
