@@ -297,7 +297,8 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     assert bundle.check().agrees
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
     assert sum(history["kept"]) < sum(history["channels"])
-    (checkpoint,) = (tmp_path / "work").glob(f"*/legr-*/{CHECKPOINT_FILE}")
+    name = bundle.manifest.config_id
+    (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
     trained = read_checkpoint(checkpoint).weights
     assert trained["inner.weight"].shape[0] == history["kept"][1]
 
