@@ -19,7 +19,6 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,25 @@ from branched_litert import emit_branched
 from inputs import add_data, add_work, console, new_parser, read_test_images
 from numpy.typing import NDArray
 from report import Section
-from safetensors.numpy import load_file, save_file
+from trainings import (
+    LOGS,
+    RESOLUTION,
+    WEIGHTS,
+    Lines,
+    Weights,
+    accuracy_of,
+    keep,
+    kept,
+    log_of,
+    one_cycle,
+    time_on,
+    train,
+    training_set,
+)
 
 from ofa_deploy.api import specialize
 from ofa_deploy.bundle import Bundle
-from ofa_deploy.cli.progress import StageBar, load_with_progress
-from ofa_deploy.dataset import ImageSet
-from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.runtime_format import model_suffix
 from ofa_deploy.exporting import write_model
@@ -59,23 +70,15 @@ from ofa_deploy.space import SearchSpace
 from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
-from ofa_deploy.train.precision import prefers_bf16
-from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.train.recipe import Recipe
 from profilers.backends import get_backend
-from profilers.measure import measure_models
-from profilers.measurement import MeasureSettings, ModelUnderTest
 
-HERE = Path(__file__).parent
-LOGS, WEIGHTS = HERE / "logs", HERE / "weights"
-RESOLUTION = 32
 FIRST_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 36, 84, 8, 24
 ALL_EPOCHS = FIRST_EPOCHS + DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
 BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
-SETTINGS = MeasureSettings.certify(seed=5)
 # Bars.
 LEAST_DENSE, MOST_LOST, LEAST_WON = 0.925, 0.005, 0.005
 MOST_OFF_MACS, MOST_FUSE_ERROR, LEAST_RATIO = 0.02, 1e-5, 1.5
@@ -83,8 +86,6 @@ BUDGET_SHARES = (0.95, 1.0)
 # Latencies as measured here that count as the same; the network with the better
 # accuracy is not to be the slower one.
 SAME_LATENCY = 0.02
-
-Weights = dict[str, NDArray[np.float32]]
 
 
 def space() -> SearchSpace:
@@ -97,130 +98,55 @@ def dense_plan() -> NetworkPlan:
     return lower(space(), space().largest())
 
 
-def recipe(
-    name: str, *, epochs: int, peak_learning_rate: float, cutmix_share: float = 0.25
-) -> Recipe:
-    """One cycle."""
-    phase = Phase(
-        name=name,
-        epochs=epochs,
-        warmup_epochs=min(2.0, epochs / 4),
-        peak_learning_rate=peak_learning_rate,
-        distill=False,
-        cutmix_share=cutmix_share,
-    )
-    return Recipe(phases=(phase,))
-
-
 def long_cycle(name: str, *, epochs: int) -> Recipe:
     """As the dense network is trained to its end, and the uniform one from nothing.
 
     More of the batches are mixed than in the first cycle, at whose end the images as
     they are were learnt by heart.
     """
-    return recipe(name, epochs=epochs, peak_learning_rate=0.1, cutmix_share=0.5)
+    return one_cycle(name, epochs=epochs, peak_learning_rate=0.1, cutmix_share=0.5)
 
 
 def shrink_recipe() -> ShrinkRecipe:
     """Of both pruned networks."""
     return ShrinkRecipe(
-        search=recipe("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
-        finetune=recipe("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+        search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
+        finetune=one_cycle("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
         distill=False,
     )
-
-
-# -- what stages leave -----------------------------------------------------------------
-
-
-def keep(stage: str, arrays: dict[str, NDArray[Any]], *logs: Path) -> None:
-    """Put a stage's result where it is committed; weights as float16."""
-    WEIGHTS.mkdir(exist_ok=True)
-    halves = {
-        name: array.astype(np.float16) if array.dtype == np.float32 else array
-        for name, array in arrays.items()
-    }
-    save_file(halves, WEIGHTS / f"pas-{stage}.safetensors")
-    for log in logs:
-        part = log.parent.name.partition("-")[0]
-        name = stage if part == stage else f"{stage}-{part}"
-        shutil.copyfile(log, LOGS / f"pas-{name}.jsonl")
-
-
-def kept(stage: str) -> Weights:
-    """A stage's arrays, weights as float32."""
-    path = WEIGHTS / f"pas-{stage}.safetensors"
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing; run the stage {stage!r} first")
-    arrays: dict[str, Any] = load_file(path)
-    return {
-        name: array.astype(np.float32) if array.dtype == np.float16 else array
-        for name, array in arrays.items()
-    }
-
-
-class Lines:
-    """A line an epoch, besides the bar."""
-
-    def __init__(self, bar: StageBar) -> None:
-        self._bar = bar
-
-    def __call__(self, stage: str, progress: LoopProgress) -> None:
-        """See `finetuning.Told`."""
-        self._bar.advance_stage(stage, progress.step, progress.steps)
-        done, rest = divmod(progress.step, progress.steps // progress.epochs)
-        if rest or progress.accuracy is None:
-            return
-        print(
-            f"{stage}: epoch {done} of {progress.epochs}, loss "
-            f"{progress.loss:.3f}, validation {progress.accuracy:.4f}, "
-            f"{progress.images_per_s:.0f} images/s, {progress.eta_s / 60:.0f} min left "
-            f"{[count for count, _ in progress.kept.values()]}",
-            flush=True,
-        )
-
-
-def train(
-    network: StaticNet, stage: str, data: ImageSet, settings: Recipe, work: Path
-) -> None:
-    """Train a network, and keep its weights and its log."""
-    folder = work / "pas" / stage
-    loop = TrainingLoop(
-        network,
-        images=TrainingImages(data, settings),
-        recipe=settings,
-        resolution=RESOLUTION,
-        folder=folder,
-        bf16=prefers_bf16(),
-    )
-    with StageBar(console) as bar:
-        lines = Lines(bar)
-        loop.run(lambda progress: lines(stage, progress))
-    keep(stage, dict(network.weights()), folder / LOG_FILE)
 
 
 # -- stages ----------------------------------------------------------------------------
 
 
+def train_whole(
+    network: StaticNet, stage: str, recipe: Recipe, args: argparse.Namespace
+) -> None:
+    """Train a network, and keep its weights and its log."""
+    folder = args.work / "pas" / stage
+    images = TrainingImages(training_set(args), recipe)
+    train(network, stage, images=images, recipe=recipe, folder=folder)
+    keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
+
+
 def train_first(args: argparse.Namespace) -> None:
     """The network that everything else is made from, in one cycle."""
     torch.manual_seed(0)
-    settings = recipe("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
-    train(StaticNet(dense_plan()), "first", images(args), settings, args.work)
+    recipe = one_cycle("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
+    train_whole(StaticNet(dense_plan()), "first", recipe, args)
 
 
 def train_dense(args: argparse.Namespace) -> None:
     """The same in a second cycle, from the first one's end."""
-    settings = long_cycle("dense", epochs=DENSE_EPOCHS)
-    network = StaticNet(dense_plan(), kept("first"))
-    train(network, "dense", images(args), settings, args.work)
+    recipe = long_cycle("dense", epochs=DENSE_EPOCHS)
+    train_whole(StaticNet(dense_plan(), kept("pas-first")), "dense", recipe, args)
 
 
 def prune_by_macs(args: argparse.Namespace) -> None:
     """Half of the MACs."""
-    settings, data = shrink_recipe(), images(args)
+    settings, data = shrink_recipe(), training_set(args)
     training = TrainingImages(data, settings.search)
-    own = own_network(kept("dense"), training)
+    own = own_network(kept("pas-dense"), training)
     folder = args.work / "pas" / f"macs-{own.sha256[:12]}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
@@ -241,18 +167,21 @@ def prune_by_macs(args: argparse.Namespace) -> None:
         settled = torch.tensor(counts, dtype=torch.float64)
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
         freeze(masked, found.order.kept(counts))
+        tuning = folder / f"finetune-{'-'.join(map(str, counts))}"
+        tuning = folder / f"finetune-{'-'.join(map(str, counts))}"
         finetune(
             own.remainder(masked, masked.kept()),
             resolution=RESOLUTION,
             recipe=settings.finetune,
             images=training,
-            folder=folder / f"finetune-{'-'.join(map(str, counts))}",
+            folder=tuning,
             told=Lines(bar),
         )
     arrays: dict[str, NDArray[Any]] = dict(static(own).weights())
     for index, indices in enumerate(masked.kept()):
         arrays[f"kept.{index}"] = indices.numpy()
-    keep("macs", arrays, folder / "search" / LOG_FILE, folder / "finetune" / LOG_FILE)
+    logs = {"-search": log_of(folder / "search"), "-finetune": log_of(tuning)}
+    keep("pas-macs", arrays, logs)
 
 
 def own_network(weights: Weights, training: TrainingImages) -> OwnNetwork:
@@ -274,7 +203,7 @@ def static(own: OwnNetwork) -> StaticNet:
 
 def pruned_by_macs(training: TrainingImages) -> tuple[FusedNetwork, MaskedNetwork]:
     """What the stage `macs` left: fused, and with its masks."""
-    arrays = kept("macs")
+    arrays = kept("pas-macs")
     own = own_network(arrays, training)
     masked = own.masked()
     for index, mask in enumerate(masked.masks):
@@ -312,7 +241,7 @@ def choose_scale(args: argparse.Namespace) -> None:
 
     Nothing else may run meanwhile.
     """
-    training = TrainingImages(images(args), shrink_recipe().search)
+    training = TrainingImages(training_set(args), shrink_recipe().search)
     fused, _ = pruned_by_macs(training)
     shares = [float(share) for share in np.arange(0.55, 1.0, 0.02)]
     plans = {share: scaled_plan(share) for share in shares}
@@ -340,28 +269,13 @@ def choose_scale(args: argparse.Namespace) -> None:
     print(text)
 
 
-def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, float]:
-    """Quiet-state milliseconds of models, timed against each other."""
-    with StageBar(console) as bar:
-        bar.begin(f"timing on {backend_name}")
-        run = measure_models(
-            [ModelUnderTest(name=name, model=model) for name, model in models.items()],
-            backend=get_backend(backend_name),
-            threads=1,
-            settings=SETTINGS,
-            rng=np.random.default_rng(SETTINGS.seed),
-            progress=bar.advance,
-        )
-    return {found.name: found.quiet_ms for found in run.measurements}
-
-
 def train_uniform(args: argparse.Namespace) -> None:
     """The same family, scaled uniformly, for as many epochs as the pruned one took."""
     share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
     torch.manual_seed(0)
     plan = scaled_plan(share)
-    settings = long_cycle("uniform", epochs=ALL_EPOCHS)
-    train(StaticNet(plan), "uniform", images(args), settings, args.work)
+    recipe = long_cycle("uniform", epochs=ALL_EPOCHS)
+    train_whole(StaticNet(plan), "uniform", recipe, args)
 
 
 def prune_by_milliseconds(args: argparse.Namespace) -> None:
@@ -369,7 +283,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
 
     Nothing else may run meanwhile.
     """
-    data = images(args)
+    data = training_set(args)
     budget_ms = json.loads((LOGS / "pas-scale.json").read_text())["budget_ms"]
     print(f"budget: {budget_ms:.4f} ms")
     out = args.work / "pas" / "milliseconds" / "bundle"
@@ -377,7 +291,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
         bundle = specialize(
             "openvino-cpu",
             latency_ms=budget_ms,
-            model=StaticNet(dense_plan(), kept("dense")),
+            model=StaticNet(dense_plan(), kept("pas-dense")),
             method="pas",
             data=data,
             out=out,
@@ -391,20 +305,14 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     shutil.copyfile(bundle.path / HISTORY_FILE, LOGS / "pas-milliseconds.json")
 
 
-def images(args: argparse.Namespace) -> ImageSet:
-    """The training images, with those that validate."""
-    path = args.data / "train.zip"
-    return load_with_progress(path, skip_bad=False, console=console)
-
-
 # -- the report ------------------------------------------------------------------------
 
 
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
-    training = TrainingImages(images(args), shrink_recipe().search)
+    training = TrainingImages(training_set(args), shrink_recipe().search)
     test = read_test_images(args.data)
-    dense = StaticNet(dense_plan(), kept("dense")).eval()
+    dense = StaticNet(dense_plan(), kept("pas-dense")).eval()
     fused, _ = pruned_by_macs(training)
     share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
     uniform_plan = scaled_plan(share)
@@ -412,7 +320,10 @@ def publish(args: argparse.Namespace) -> None:
     networks = {
         "dense": (dense_plan(), fuse(dense.weights(), dense_plan())),
         "PaS, half of the MACs": (fused.plan, dict(fused.weights)),
-        f"uniform × {share:.2f}": (uniform_plan, fuse(kept("uniform"), uniform_plan)),
+        f"uniform × {share:.2f}": (
+            uniform_plan,
+            fuse(kept("pas-uniform"), uniform_plan),
+        ),
     }
     models = {
         name: emit_network(plan, weights, form="fused")
@@ -430,18 +341,6 @@ def publish(args: argparse.Namespace) -> None:
     macs = {name: plan.mac_count for name, (plan, _) in networks.items()}
     macs["PaS, milliseconds"] = bundle.manifest.cost.mac_count
     write(section, accuracies, latencies, macs, bundle, dense)
-
-
-def accuracy_of(model: bytes, inputs: NDArray[np.float32], test: ImageSet) -> float:
-    """Top-1 on the test images, on ONNX Runtime."""
-    with (
-        StageBar(console) as bar,
-        get_backend("onnxruntime-cpu").load(model, threads=2) as session,
-    ):
-        bar.begin("testing")
-        return top1_accuracy(
-            session, inputs, test.labels, batch_size=1, progress=bar.advance
-        )
 
 
 def write(

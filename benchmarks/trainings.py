@@ -1,0 +1,166 @@
+"""Trainings that take hours: what they leave in the repository, and what they tell.
+
+Weights are kept as float16, so that the next stage can start on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from inputs import console
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from ofa_deploy.cli.progress import StageBar, load_with_progress
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.precision import prefers_bf16
+from ofa_deploy.train.recipe import Phase, Recipe
+from profilers.backends import get_backend
+from profilers.measure import measure_models
+from profilers.measurement import MeasureSettings, ModelUnderTest
+
+HERE = Path(__file__).parent
+LOGS, WEIGHTS = HERE / "logs", HERE / "weights"
+RESOLUTION = 32
+SETTINGS = MeasureSettings.certify(seed=5)
+
+Weights = dict[str, NDArray[np.float32]]
+
+
+def one_cycle(
+    name: str, *, epochs: int, peak_learning_rate: float, cutmix_share: float = 0.25
+) -> Recipe:
+    """A recipe of one phase."""
+    phase = Phase(
+        name=name,
+        epochs=epochs,
+        warmup_epochs=min(2.0, epochs / 4),
+        peak_learning_rate=peak_learning_rate,
+        distill=False,
+        cutmix_share=cutmix_share,
+    )
+    return Recipe(phases=(phase,))
+
+
+def training_set(args: argparse.Namespace) -> ImageSet:
+    """The training images, with those that validate."""
+    path = args.data / "train.zip"
+    return load_with_progress(path, skip_bad=False, console=console)
+
+
+def keep(
+    name: str, arrays: Mapping[str, NDArray[Any]], logs: Mapping[str, Path]
+) -> None:
+    """Put a result where it is committed; weights as float16.
+
+    Args:
+        name: Of the result.
+        arrays: Of it.
+        logs: Of its trainings, by what to add to the name.
+    """
+    WEIGHTS.mkdir(exist_ok=True)
+    halves = {
+        key: array.astype(np.float16) if array.dtype == np.float32 else array
+        for key, array in arrays.items()
+    }
+    save_file(halves, WEIGHTS / f"{name}.safetensors")
+    for suffix, log in logs.items():
+        shutil.copyfile(log, LOGS / f"{name}{suffix}.jsonl")
+
+
+def kept(name: str) -> Weights:
+    """A result's arrays, weights as float32."""
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing; run the stage that leaves it first")
+    arrays: dict[str, Any] = load_file(path)
+    return {
+        key: array.astype(np.float32) if array.dtype == np.float16 else array
+        for key, array in arrays.items()
+    }
+
+
+class Lines:
+    """A line an epoch, besides the bar."""
+
+    def __init__(self, bar: StageBar) -> None:
+        self._bar = bar
+
+    def __call__(self, stage: str, progress: LoopProgress) -> None:
+        """See `finetuning.Told`."""
+        self._bar.advance_stage(stage, progress.step, progress.steps)
+        done, rest = divmod(progress.step, progress.steps // progress.epochs)
+        if rest or progress.accuracy is None:
+            return
+        print(
+            f"{stage}: epoch {done} of {progress.epochs}, loss "
+            f"{progress.loss:.3f}, validation {progress.accuracy:.4f}, "
+            f"{progress.images_per_s:.0f} images/s, {progress.eta_s / 60:.0f} min left "
+            f"{[count for count, _ in progress.kept.values()]}",
+            flush=True,
+        )
+
+
+def train(
+    network: nn.Module,
+    stage: str,
+    *,
+    images: TrainingImages,
+    recipe: Recipe,
+    folder: Path,
+    teacher: nn.Module | None = None,
+) -> float:
+    """Train a network, or go on with it; returns its validation accuracy."""
+    loop = TrainingLoop(
+        network,
+        images=images.for_recipe(recipe),
+        recipe=recipe,
+        resolution=RESOLUTION,
+        folder=folder,
+        bf16=prefers_bf16(),
+        teacher=teacher,
+    )
+    with StageBar(console) as bar:
+        lines = Lines(bar)
+        return loop.run(lambda progress: lines(stage, progress))
+
+
+def log_of(folder: Path) -> Path:
+    """The log that a training left."""
+    return folder / LOG_FILE
+
+
+def accuracy_of(model: bytes, inputs: NDArray[np.float32], test: ImageSet) -> float:
+    """Top-1 of an ONNX model, on ONNX Runtime."""
+    with (
+        StageBar(console) as bar,
+        get_backend("onnxruntime-cpu").load(model, threads=2) as session,
+    ):
+        bar.begin("testing")
+        return top1_accuracy(
+            session, inputs, test.labels, batch_size=1, progress=bar.advance
+        )
+
+
+def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, float]:
+    """Quiet-state milliseconds of models, timed against each other."""
+    with StageBar(console) as bar:
+        bar.begin(f"timing on {backend_name}")
+        run = measure_models(
+            [ModelUnderTest(name=name, model=model) for name, model in models.items()],
+            backend=get_backend(backend_name),
+            threads=1,
+            settings=SETTINGS,
+            rng=np.random.default_rng(SETTINGS.seed),
+            progress=bar.advance,
+        )
+    return {found.name: found.quiet_ms for found in run.measurements}
