@@ -35,6 +35,7 @@ ORDER = (
     "frontier_quality",
     "ofa_search",
     "pas",
+    "legr",
     "small_geometry",
     "latency_predictor",
     "repeatability",

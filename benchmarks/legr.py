@@ -1,0 +1,432 @@
+"""LeGR on CIFAR-10: ResNet-20 at four budgets, beside uniform widths and plain norms.
+
+Trainings take hours, so each stage is a command of its own, which goes on where it was
+stopped and leaves its weights (float16) and log in the repository; the last one
+measures and publishes. In this order:
+
+    first      ResNet-20, one cycle
+    dense      it once more, from there
+    ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
+    tuned      what each of three rankings leaves at each budget, fine-tuned alike
+    latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
+    report     everything measured, and the section of RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cifar_networks import ResNet
+from inputs import add_data, add_work, console, new_parser, read_test_images
+from loky import ProcessPoolExecutor
+from numpy.typing import NDArray
+from report import Section
+from torch import nn
+from trainings import (
+    LOGS,
+    RESOLUTION,
+    WEIGHTS,
+    Lines,
+    accuracy_of,
+    keep,
+    kept,
+    log_of,
+    one_cycle,
+    time_on,
+    train,
+    training_set,
+)
+
+from ofa_deploy.api import specialize
+from ofa_deploy.bundle import Bundle
+from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.shrink.candidates import CandidateImages
+from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.fitting import AIMED_SHARE
+from ofa_deploy.shrink.legr import (
+    Affine,
+    LegrSettings,
+    RankingSearch,
+    affine_scores,
+)
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
+from ofa_deploy.shrink.recipe import default_shrink_recipe
+from ofa_deploy.shrink.to_budget import HISTORY_FILE
+from ofa_deploy.target import Target
+from ofa_deploy.train.allocator import keep_freed_memory
+from ofa_deploy.train.images import TrainingImages
+
+DEPTH = 20
+FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 60, 12
+BUDGETS = (0.2, 0.3, 0.5, 0.7)
+RANKINGS = ("LeGR", "uniform", "norm")
+SETTINGS = LegrSettings()
+# Evaluations that tell what one costs at each budget.
+TIMED_EVALUATIONS = 32
+FIRST = one_cycle("first", epochs=FIRST_EPOCHS, peak_learning_rate=0.1, cutmix_share=0)
+DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0)
+TUNE = one_cycle("tune", epochs=TUNE_EPOCHS, peak_learning_rate=0.05, cutmix_share=0)
+# Bars.
+LEAST_DENSE, MOST_LOST, MOST_COST = 0.91, 0.007, 0.4
+SAME_LATENCY = 0.02
+CPUS = 2
+
+
+def network(weights: str) -> ResNet:
+    """ResNet-20 with what a stage left."""
+    module = ResNet(DEPTH)
+    state = {name: torch.from_numpy(array) for name, array in kept(weights).items()}
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
+    """Parameters and statistics of a module."""
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def owned(images: TrainingImages) -> OwnNetwork:
+    """The dense network, ready to be pruned."""
+    return OwnNetwork.of(
+        network("resnet20-dense"),
+        resolution=RESOLUTION,
+        normalisation=images.normalisation,
+        class_names=images.training.class_names,
+    )
+
+
+# -- stages ----------------------------------------------------------------------------
+
+
+def train_first(args: argparse.Namespace) -> None:
+    """ResNet-20, one cycle."""
+    torch.manual_seed(0)
+    module, folder = ResNet(DEPTH), args.work / "legr" / "first"
+    images = TrainingImages(training_set(args), FIRST)
+    train(module, "first", images=images, recipe=FIRST, folder=folder)
+    keep("resnet20-first", arrays_of(module), {"": log_of(folder)})
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """It once more, from there."""
+    module, folder = network("resnet20-first"), args.work / "legr" / "dense"
+    images = TrainingImages(training_set(args), DENSE)
+    train(module, "dense", images=images, recipe=DENSE, folder=folder)
+    keep("resnet20-dense", arrays_of(module), {"": log_of(folder)})
+
+
+def search(
+    own: OwnNetwork,
+    images: TrainingImages,
+    *,
+    share: float,
+    settings: LegrSettings,
+    folder: Path,
+) -> RankingSearch:
+    """LeGR's, at a share of the MACs."""
+    price = MacPrice(own.graph)
+    candidates = CandidateImages.written(
+        images,
+        resolution=RESOLUTION,
+        training_count=settings.training_count,
+        validation_count=settings.validation_count,
+        folder=folder / "images",
+    )
+    return RankingSearch(
+        own.module,
+        own.graph,
+        price=price,
+        most=share * float(price(full_counts(own.graph))),
+        step=1,
+        settings=settings,
+        images=candidates,
+        folder=folder,
+    )
+
+
+def learn_ranking(args: argparse.Namespace) -> None:
+    """At the lowest budget; and what an evaluation costs at each."""
+    images = TrainingImages(training_set(args), TUNE)
+    own = owned(images)
+    folder = args.work / "legr" / f"ranking-{own.sha256[:12]}"
+    seconds_each = {}
+    with (
+        StageBar(console) as bar,
+        ProcessPoolExecutor(CPUS, env={"OMP_NUM_THREADS": "1"}) as executor,
+    ):
+        quick = replace(
+            SETTINGS, evaluations=TIMED_EVALUATIONS, population=TIMED_EVALUATIONS
+        )
+        for share in BUDGETS:
+            bar.begin(f"timing evaluations at {share:.0%}")
+            with tempfile.TemporaryDirectory() as name:
+                timed = search(
+                    own, images, share=share, settings=quick, folder=Path(name)
+                )
+                began_s = time.perf_counter()
+                timed.run(executor)
+                seconds = time.perf_counter() - began_s
+                seconds_each[str(share)] = seconds / TIMED_EVALUATIONS
+        bar.begin("learning the ranking")
+        learned = search(
+            own, images, share=BUDGETS[0], settings=SETTINGS, folder=folder
+        )
+        done, began_s = learned.population.done, time.perf_counter()
+        best = learned.run(
+            executor,
+            lambda population: bar.advance(population.done, SETTINGS.evaluations),
+        )
+        seconds = time.perf_counter() - began_s
+    content = {
+        "alpha": best.alpha.tolist(),
+        "kappa": best.kappa.tolist(),
+        "layers": [source.name for source in learned.sources],
+        "history": learned.population.history,
+        "seconds": seconds * SETTINGS.evaluations / max(1, SETTINGS.evaluations - done),
+        "seconds_each": seconds_each,
+    }
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    (LOGS / "legr-ranking.json").write_text(text)
+
+
+def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
+    """What each ranking leaves at a share of the MACs."""
+    learned = json.loads((LOGS / "legr-ranking.json").read_text())
+    price = MacPrice(own.graph)
+    most = share * float(price(full_counts(own.graph)))
+    floors = quota_floors(own.graph, safeguard=SETTINGS.safeguard, step=1)
+    sources = writers(own.module, own.graph)
+
+    def order(affine: Affine) -> RemovalOrder:
+        scores = affine_scores(own.graph, sources, affine)
+        return RemovalOrder(scores, step=1, floors=floors)
+
+    ranked = order(
+        Affine(alpha=np.array(learned["alpha"]), kappa=np.array(learned["kappa"]))
+    )
+    plain = order(Affine.plain(len(sources)))
+    full = [group.channels for group in own.graph.groups]
+
+    def uniform(width: float) -> list[int]:
+        return [max(1, int(width * channels)) for channels in full]
+
+    def cost(counts: list[int]) -> float:
+        return float(price(torch.tensor(counts, dtype=torch.float64)))
+
+    widths = [w for w in np.linspace(0.02, 1, 400) if cost(uniform(w)) <= most]
+    return {
+        "LeGR": list(ranked.kept(ranked.within(price, most))),
+        "uniform": list(plain.kept(uniform(widths[-1]))),
+        "norm": list(plain.kept(plain.within(price, most))),
+    }
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Fine-tune what each ranking leaves at each budget, all for as long."""
+    images = TrainingImages(training_set(args), TUNE)
+    own = owned(images)
+    teacher = network("resnet20-dense")
+    for share in BUDGETS:
+        for ranking, indices in structures(own, share).items():
+            name = f"legr-{ranking.lower()}-{share * 100:.0f}"
+            if (WEIGHTS / f"{name}.safetensors").is_file():
+                continue
+            narrow = extract_module(own.module, own.graph, indices)
+            folder = args.work / "legr" / f"{own.sha256[:12]}-{name}"
+            train(
+                narrow, name, images=images, recipe=TUNE, folder=folder, teacher=teacher
+            )
+            arrays = arrays_of(narrow)
+            arrays |= {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
+            keep(name, arrays, {"": log_of(folder)})
+
+
+def tuned(own: OwnNetwork, ranking: str, share: float) -> nn.Module:
+    """What the stage `tuned` left."""
+    arrays = kept(f"legr-{ranking.lower()}-{share * 100:.0f}")
+    count = len(own.graph.groups)
+    indices = [torch.from_numpy(arrays.pop(f"kept.{k}")) for k in range(count)]
+    narrow = extract_module(own.module, own.graph, indices)
+    narrow.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
+    return narrow.eval()
+
+
+def onnx_of(module: nn.Module) -> bytes:
+    """As it is deployed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        target = Target(backend="onnxruntime-cpu", threads=1)
+        file = write_module(module, resolution=RESOLUTION, target=target, folder=folder)
+        return (folder / file).read_bytes()
+
+
+def prune_by_latency(args: argparse.Namespace) -> None:
+    """The latency of the network with half of the MACs, as a budget."""
+    data = training_set(args)
+    images = TrainingImages(data, TUNE)
+    own = owned(images)
+    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
+    path = LOGS / "legr-budget.json"
+    if not path.is_file():
+        found = time_on("openvino-cpu", {"macs": by_macs})
+        path.write_text(json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n")
+    budget_ms = json.loads(path.read_text())["budget_ms"]
+    recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
+    with StageBar(console) as bar:
+        bundle = specialize(
+            "openvino-cpu",
+            latency_ms=budget_ms,
+            model=network("resnet20-dense"),
+            method="legr",
+            data=data,
+            out=args.work / "legr" / "latency" / "bundle",
+            recipe=recipe,
+            work=args.work / "legr" / "latency" / "work",
+            reporter=bar,
+            training_told=Lines(bar),
+        )
+    shutil.copytree(bundle.path, WEIGHTS / "legr-latency", dirs_exist_ok=True)
+    shutil.copyfile(bundle.path / HISTORY_FILE, LOGS / "legr-latency.json")
+
+
+# -- the report ------------------------------------------------------------------------
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Measure everything, and write the section."""
+    images = TrainingImages(training_set(args), TUNE)
+    test = read_test_images(args.data)
+    own = owned(images)
+    inputs = prepare(
+        test.images, resolution=RESOLUTION, normalisation=images.normalisation
+    )
+    dense = accuracy_of(onnx_of(network("resnet20-dense")), inputs, test)
+    price = MacPrice(own.graph)
+    full = float(price(full_counts(own.graph)))
+    found = {
+        (ranking, share): accuracy_of(onnx_of(tuned(own, ranking, share)), inputs, test)
+        for share in BUDGETS
+        for ranking in RANKINGS
+    }
+    macs = {
+        (ranking, share): float(
+            price(torch.tensor([float(len(one)) for one in indices]).double())
+        )
+        for share in BUDGETS
+        for ranking, indices in structures(own, share).items()
+    }
+    section = Section("legr", "LeGR", results=args.results)
+    section.text(
+        f"ResNet-{DEPTH}, {full:.1f} MMACs, trained for {FIRST_EPOCHS} and then "
+        f"{DENSE_EPOCHS} epochs: {dense:.2%} of the test images. What each ranking "
+        f"leaves is fine-tuned for {TUNE_EPOCHS} epochs with the dense network as "
+        "teacher. Test accuracy of the exported models, and MMACs."
+    )
+    section.table(
+        ["of the MACs", *RANKINGS],
+        [
+            [
+                f"{share:.0%}",
+                *(
+                    f"{found[name, share]:.2%} ({macs[name, share]:.1f})"
+                    for name in RANKINGS
+                ),
+            ]
+            for share in BUDGETS
+        ],
+    )
+    section.bar(
+        f"dense: {dense:.2%} (at least {LEAST_DENSE:.1%})", passed=dense >= LEAST_DENSE
+    )
+    lost = dense - found["LeGR", 0.5]
+    section.bar(
+        f"half of the MACs: {lost:+.2%} lost (at most {MOST_LOST:.1%})",
+        passed=lost <= MOST_LOST,
+    )
+    for other in RANKINGS[1:]:
+        won = [found["LeGR", share] - found[other, share] for share in BUDGETS]
+        told = ", ".join(
+            f"{one:+.2%} at {share:.0%}"
+            for one, share in zip(won, BUDGETS, strict=True)
+        )
+        section.bar(f"LeGR above {other}: {told}", passed=min(won) > 0)
+    write_search(section)
+    write_latency(section, own, inputs, test)
+    section.publish()
+
+
+def write_search(section: Section) -> None:
+    """What one search costs, beside one a budget."""
+    learned = json.loads((LOGS / "legr-ranking.json").read_text())
+    each = learned["seconds_each"]
+    rivals_s = SETTINGS.evaluations * sum(each.values())
+    ratio = learned["seconds"] / rivals_s
+    section.bar(
+        f"search for all budgets: {learned['seconds']:.0f} s, {ratio:.2f} of a search "
+        f"for each, {rivals_s:.0f} s by {TIMED_EVALUATIONS} evaluations at each budget "
+        f"(at most {MOST_COST:g})",
+        passed=ratio <= MOST_COST,
+    )
+
+
+def write_latency(
+    section: Section, own: OwnNetwork, inputs: NDArray[np.float32], test: ImageSet
+) -> None:
+    """A latency as the budget, beside half of the MACs."""
+    bundle = Bundle.open(WEIGHTS / "legr-latency")
+    by_ms = (bundle.path / "model.onnx").read_bytes()
+    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
+    found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs})
+    accuracies = {
+        "ms": accuracy_of(by_ms, inputs, test),
+        "macs": accuracy_of(by_macs, inputs, test),
+    }
+    verdict = bundle.manifest.binding
+    section.bar(
+        f"a latency as the budget: certified {verdict.bound:.4f} of "
+        f"{verdict.limit:.4f} ms; {accuracies['ms']:.2%} in {found_ms['ms']:.4f} ms "
+        f"beside {accuracies['macs']:.2%} in {found_ms['macs']:.4f} ms by MACs",
+        passed=verdict.met
+        and accuracies["ms"] >= accuracies["macs"]
+        and found_ms["ms"] <= (1 + SAME_LATENCY) * found_ms["macs"],
+    )
+
+
+STAGES = {
+    "first": train_first,
+    "dense": train_dense,
+    "ranking": learn_ranking,
+    "tuned": tune,
+    "latency": prune_by_latency,
+    "report": publish,
+}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = new_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_data(parser)
+    add_work(parser)
+    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
+    args = parser.parse_args()
+    keep_freed_memory()
+    STAGES[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
