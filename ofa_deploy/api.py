@@ -80,6 +80,7 @@ def specialize(
     latency_ms: float | None = None,
     percentile: int = 50,
     size_bytes: int | None = None,
+    compressed_bytes: int | None = None,
     peak_memory_mb: float | None = None,
     min_accuracy: float | None = None,
     rate_hz: float | None = None,
@@ -122,6 +123,7 @@ def specialize(
     latency_ms: float | None = None,
     percentile: int = 50,
     size_bytes: int | None = None,
+    compressed_bytes: int | None = None,
     peak_memory_mb: float | None = None,
     min_accuracy: float | None = None,
     rate_hz: float | None = None,
@@ -153,12 +155,14 @@ def specialize(
         devices: Budgets in ms by device, instead of a device and its limits.
         max_models: With `devices`: different networks at most.
         model: A trained torch module to shrink, instead of a supernet.
-        method: With `model`: how, `pas`, `legr` or `autoprune`.
+        method: With `model`: how, `pas`, `legr` or `autoprune`, which take channels,
+            or `autoprune-weights`, which takes single weights and time from nothing.
         data: With `model`: labelled images to train on.
         out: Folder of the bundle; must not exist, or be empty.
-        latency_ms: See `Constraints`, as the next six.
+        latency_ms: See `Constraints`, as the next seven.
         percentile: Of the runs that the latency speaks of.
         size_bytes: Of the files that the runtime loads.
+        compressed_bytes: With `model`: of these, compressed.
         peak_memory_mb: Of a process that loads and runs the model.
         min_accuracy: To be kept by the fastest network.
         rate_hz: The application's runs per second.
@@ -192,6 +196,7 @@ def specialize(
         "training_told": training_told,
         "executor": executor,
         "method": None if method == "pas" else method,
+        "compressed_bytes": compressed_bytes,
     }
     _refuse_given(
         own if model is None else {}, "are for a network of your own (model=)"
@@ -245,6 +250,7 @@ def specialize(
         latency_ms=latency_ms,
         percentile=percentile,
         size_bytes=size_bytes,
+        compressed_bytes=compressed_bytes,
         peak_memory_mb=peak_memory_mb,
         min_accuracy=min_accuracy,
         rate_hz=rate_hz,

@@ -14,13 +14,15 @@ from profilers.pace import MAX_RATE_HZ, MAX_SUSTAINED_S, MIN_RATE_HZ, Pace
 PERCENTILES = (50, 90, 95, 99)
 MEGABYTE = 10**6
 
-ConstraintName = Literal["latency", "size", "memory", "accuracy"]
+ConstraintName = Literal["latency", "size", "compressed", "memory", "accuracy"]
 Evidence = Literal["measured", "predicted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """Limits, of which any may be combined; a latency or an accuracy is among them.
+    """Limits, of which any may be combined.
+
+    A latency, an accuracy or a compressed size is among them.
 
     Args:
         latency_ms: Budget for one image.
@@ -28,6 +30,7 @@ class Constraints:
             is the latency in the machine's quiet state; the others are percentiles of
             all runs, whatever state it was in.
         size_bytes: Of the files that the runtime loads.
+        compressed_bytes: Of these, compressed by xz, as they are stored or sent.
         peak_memory_mb: Growth of a process's memory by loading and running the model,
             in 10^6 bytes.
         min_accuracy: Top-1, 0..1. The fastest network that keeps it is taken, instead
@@ -43,20 +46,21 @@ class Constraints:
     latency_ms: float | None = None
     percentile: int = 50
     size_bytes: int | None = None
+    compressed_bytes: int | None = None
     peak_memory_mb: float | None = None
     min_accuracy: float | None = None
     rate_hz: float | None = None
     sustained_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("percentile", "size_bytes"):
+        for name in ("percentile", *_BYTES):
             _settle(self, name, _whole)
         for name in _REAL_FIELDS:
             _settle(self, name, _real)
         if getattr(self, "sustained_s") is None:  # noqa: B009 - whatever the types say
             raise SpaceError("sustained_s=None is not a number; give 0 for no load")
         self._check_values()
-        if self.latency_ms is None and self.min_accuracy is None:
+        if {self.latency_ms, self.min_accuracy, self.compressed_bytes} == {None}:
             raise SpaceError(
                 "neither a latency nor an accuracy is asked for; give latency_ms, or "
                 "min_accuracy to get the fastest network that keeps it"
@@ -85,7 +89,7 @@ class Constraints:
                 f"percentile={self.percentile} is not one of "
                 f"{', '.join(map(str, PERCENTILES))}"
             )
-        for name in ("size_bytes", "peak_memory_mb"):
+        for name in (*_BYTES, "peak_memory_mb"):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 raise SpaceError(
@@ -121,6 +125,7 @@ class Constraints:
         asked: dict[ConstraintName, float | None] = {
             "latency": self.budget_ms,
             "size": self.size_bytes,
+            "compressed": self.compressed_bytes,
             "memory": self.peak_memory_mb,
             "accuracy": self.min_accuracy,
         }
@@ -144,6 +149,7 @@ class Constraints:
         return " ".join(parts)
 
 
+_BYTES = ("size_bytes", "compressed_bytes")
 _REAL_FIELDS = (
     "latency_ms",
     "peak_memory_mb",
@@ -250,7 +256,7 @@ def in_words(constraint: ConstraintName, value: float) -> str:
     """A constraint's value with its unit."""
     if constraint == "accuracy":
         return f"{value:.2%}"
-    if constraint == "size":
+    if constraint in ("size", "compressed"):
         return f"{value:,.0f} bytes"
     return f"{value:.4g} {'ms' if constraint == 'latency' else 'MB'}"
 

@@ -25,7 +25,7 @@ from ofa_deploy.export.runtime_format import timed_network, write_timed
 from ofa_deploy.exporting import (
     ExportedNetwork,
     export_network,
-    loaded_bytes,
+    loaded_files,
     write_model,
 )
 from ofa_deploy.fuse import fuse
@@ -117,7 +117,10 @@ class DeviceBench:
         self.reporter.begin("writing the candidates")
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
             files = self._write_candidates(configs, Path(name))
-            sizes = {name: loaded_bytes(path) for name, path in files.items()}
+            sizes = {
+                name: sum(file.stat().st_size for file in loaded_files(path))
+                for name, path in files.items()
+            }
             self.reporter.begin("timing the candidates")
             visits = self._visit_together(files)
         quiet_ms = self._quiet_ms(visits)
@@ -206,7 +209,7 @@ class DeviceBench:
         verdicts = judge(
             self.constraints,
             measurement=network.measurement,
-            size_bytes=network.exported.loaded_bytes,
+            files=network.exported,
             accuracy=network.accuracy,
         )
         return replace(network, verdicts=verdicts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +90,16 @@ class ExportedNetwork:
     @property
     def loaded_bytes(self) -> int:
         """Size of what the runtime loads."""
-        return loaded_bytes(self.folder / self.model_file)
+        return sum(file.stat().st_size for file in self._loaded)
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Size of the same, compressed by xz as its command line does by default."""
+        return sum(len(lzma.compress(file.read_bytes())) for file in self._loaded)
+
+    @property
+    def _loaded(self) -> list[Path]:
+        return loaded_files(self.folder / self.model_file)
 
 
 def export_network(
@@ -214,10 +224,10 @@ def write_model(
     return ONNX_FILE
 
 
-def loaded_bytes(model_path: Path) -> int:
-    """Size of what a runtime loads: the model file, and weights beside it."""
+def loaded_files(model_path: Path) -> list[Path]:
+    """What a runtime loads: the model file, and weights beside it."""
     files = [model_path, model_path.with_suffix(".bin")]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return [file for file in files if file.is_file()]
 
 
 def _parity_inputs(inputs: NDArray[np.float32]) -> NDArray[np.float32]:

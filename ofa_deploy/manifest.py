@@ -29,7 +29,7 @@ from profilers.codec import (
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.json_reader import JsonNode, read_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 # More than any machine has; a runtime starts as many as it is told to.
 MAX_THREADS = 1_024
@@ -259,6 +259,9 @@ def _decode_constraints(node: JsonNode) -> Constraints:
             latency_ms=entries["latency_ms"].optional(JsonNode.positive),
             percentile=entries["percentile"].integer(minimum=1),
             size_bytes=entries["size_bytes"].optional(
+                lambda node: node.integer(minimum=1)
+            ),
+            compressed_bytes=entries["compressed_bytes"].optional(
                 lambda node: node.integer(minimum=1)
             ),
             peak_memory_mb=entries["peak_memory_mb"].optional(JsonNode.positive),

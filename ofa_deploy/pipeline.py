@@ -31,6 +31,7 @@ from ofa_deploy.errors import (
     DataError,
     DeployError,
     InfeasibleBudget,
+    SpaceError,
     StaleTable,
 )
 from ofa_deploy.exporting import compare_exported
@@ -174,7 +175,12 @@ class Specializer:
         return reachable_range(self.predictor)
 
     def feasibility(self, constraints: Constraints) -> tuple[CostRange, ...]:
-        """What the space can reach of everything that can be asked for."""
+        """What the space can reach of everything that can be asked for.
+
+        Raises:
+            SpaceError: A limit that no network of a supernet differs in.
+        """
+        _require_of_supernets(constraints)
         predictors = self.predictors
         return feasibility(
             constraints,
@@ -254,6 +260,7 @@ class Specializer:
             InfeasibleBudget: No network keeps them, by prediction or by measurement.
             StaleTable: The machine is no longer what its table says.
         """
+        _require_of_supernets(constraints)
         if constraints.peak_memory_mb is not None:
             require_memory_gauge()
         try:
@@ -355,6 +362,15 @@ def _asked(constraints: Constraints | float) -> Constraints:
     if isinstance(constraints, Constraints):
         return constraints
     return Constraints(latency_ms=constraints)
+
+
+def _require_of_supernets(constraints: Constraints) -> None:
+    """Refuse what is not searched for."""
+    if constraints.compressed_bytes is not None:
+        raise SpaceError(
+            f"compressed_bytes={constraints.compressed_bytes} is for a network of your "
+            "own: a supernet's weights hardly compress. Give size_bytes"
+        )
 
 
 def _require_satisfiable(row: CostRange, session: Specializer) -> None:

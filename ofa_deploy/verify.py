@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,11 +182,23 @@ def judge_latency(
     )
 
 
+class LoadedFiles(Protocol):
+    """Files of a network, as far as their size is concerned."""
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Size of what the runtime loads."""
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Size of the same, compressed by xz."""
+
+
 def judge(
     constraints: Constraints,
     *,
     measurement: FreshMeasurement,
-    size_bytes: int,
+    files: LoadedFiles,
     accuracy: AccuracyClaim,
 ) -> tuple[Verdict, ...]:
     """Hold what was found of an exported file against all that was asked for.
@@ -193,7 +206,7 @@ def judge(
     Args:
         constraints: What was asked for.
         measurement: Of the file.
-        size_bytes: Of what the runtime loads.
+        files: What the runtime loads.
         accuracy: Measured or predicted.
 
     Raises:
@@ -211,7 +224,11 @@ def judge(
             )
         )
     if constraints.size_bytes is not None:
-        verdicts.append(_exact("size", constraints.size_bytes, size_bytes))
+        verdicts.append(_exact("size", constraints.size_bytes, files.loaded_bytes))
+    if constraints.compressed_bytes is not None:
+        verdicts.append(
+            _exact("compressed", constraints.compressed_bytes, files.compressed_bytes)
+        )
     if constraints.peak_memory_mb is not None:
         if measurement.memory_mb is None:
             raise DeviceUnfit(NO_MEMORY_GAUGE)

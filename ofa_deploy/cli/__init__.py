@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -250,13 +251,22 @@ def shrink(
     data: Annotated[
         Path, typer.Option(help="Folder, .zip or .npz of labelled images.")
     ],
-    latency_ms: Annotated[float, typer.Option(help="Budget in milliseconds.")],
     out: Out,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Budget in milliseconds.")
+    ] = None,
+    compressed_bytes: Annotated[
+        int | None,
+        typer.Option(help="Largest compressed file that will do; autoprune-weights."),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Its weights, as .safetensors.")
     ] = None,
     device: Device = "openvino-cpu",
-    method: Annotated[str, typer.Option(help="How: pas, legr or autoprune.")] = "pas",
+    method: Annotated[
+        str,
+        typer.Option(help="How: pas, legr, autoprune, or autoprune-weights."),
+    ] = "pas",
     search_epochs: Annotated[
         int, typer.Option(min=1, help="Passes while widths are searched; not of legr.")
     ] = 10,
@@ -289,6 +299,7 @@ def shrink(
             data=data,
             out=out,
             latency_ms=latency_ms,
+            compressed_bytes=compressed_bytes,
             eval_data=eval_data,
             recipe=shrinking.recipe(
                 search_epochs, finetune_epochs, batch_size, evaluations
@@ -468,10 +479,17 @@ def train(
     )
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as people read it, without the line of code that gave it."""
+    _console.print("warning:", style="bold yellow", end=" ")
+    _console.print(str(message))
+
+
 def main() -> None:
     """Run the command line; an error ends with its message and exit code 1."""
     from ofa_deploy.errors import DeployError
 
+    warnings.showwarning = _show_warning
     try:
         app()
     except (DeployError, OSError) as error:

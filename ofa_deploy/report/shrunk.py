@@ -25,11 +25,12 @@ class ShrinkHistory:
         method: Such as `pas`.
         recipe: As JSON can hold it.
         weights_sha256: Of the network before.
-        groups: Names of its groups of channels, in the order of the data.
-        channels: That each had.
+        groups: Names of its groups of channels, in the order of the data; of the
+            method that takes single weights, of its layers.
+        channels: That each had; or weights.
         search: Of every epoch of the search: loss, accuracy, channels kept, price.
         finetune: Of every epoch afterwards.
-        kept: Channels that each group has now.
+        kept: Channels that each group has now; or weights.
     """
 
     method: str
@@ -40,6 +41,11 @@ class ShrinkHistory:
     search: Log
     finetune: Log
     kept: tuple[int, ...]
+
+    @property
+    def unit(self) -> str:
+        """What was taken: channels, or weights."""
+        return "weights" if self.method == "autoprune-weights" else "channels"
 
     def to_json(self) -> str:
         """As the bundle keeps it."""
@@ -59,8 +65,8 @@ def shrunk_report(
     """
     sections = [
         plot(
-            "Kept channels",
-            "Of each group of channels: the whole bar is what it had, the dark part "
+            f"Kept {history.unit}",
+            f"Of each {_part(history)}: the whole bar is what it had, the dark part "
             "what it kept.",
             draw_kept(history),
         ),
@@ -88,12 +94,21 @@ def _course(history: ShrinkHistory) -> str:
             "each candidate that was judged.",
             draw_losses(history),
         )
+    of_all = (
+        "of all layers together"
+        if history.unit == "weights"
+        else "the network's price, as a share of the whole network's"
+    )
     return plot(
         "Course of the search",
-        "Share of its channels that each group kept, epoch by epoch; the thick line is "
-        "the network's price, as a share of the whole network's.",
+        f"Share of its {history.unit} that each {_part(history)} kept, epoch by epoch; "
+        f"the thick line is {of_all}.",
         draw_course(history),
     )
+
+
+def _part(history: ShrinkHistory) -> str:
+    return "layer" if history.unit == "weights" else "group of channels"
 
 
 def draw_losses(history: ShrinkHistory) -> str:
@@ -120,8 +135,8 @@ def draw_kept(history: ShrinkHistory) -> str:
     count = len(history.groups)
     bars = Plot(
         name="kept",
-        label="Channels kept of each group",
-        x_label="channels",
+        label=f"{history.unit.capitalize()} kept of each {_part(history)}",
+        x_label=history.unit,
         y_label="",
         x_range=(0.0, max(history.channels) * 1.16),
         y_range=(0.0, float(count)),
@@ -132,12 +147,12 @@ def draw_kept(history: ShrinkHistory) -> str:
         zip(history.groups, history.channels, history.kept, strict=True)
     ):
         top, bottom = count - place - 0.15, count - place - 0.85
-        tip = f"{name}\n{kept} of {had} channels"
+        tip = f"{name}\n{kept:,} of {had:,} {history.unit}"
         bars.bar((0.0, had), (bottom, top), kind="had", tip=tip)
         bars.bar((0.0, kept), (bottom, top), kind="block", tip=tip)
         bars.text(-0.01 * max(history.channels), (top + bottom) / 2, name, anchor="end")
         beside = kept + 0.01 * max(history.channels)
-        bars.text(beside, (top + bottom) / 2, f"{kept} of {had}")
+        bars.text(beside, (top + bottom) / 2, f"{kept:,} of {had:,}")
     return bars.render(y_ticks=False)
 
 
@@ -148,9 +163,9 @@ def draw_course(history: ShrinkHistory) -> str:
         return NOTHING_SEARCHED
     lines = Plot(
         name="course",
-        label="Share of channels kept by epoch, of each group",
+        label=f"Share of {history.unit} kept by epoch, of each {_part(history)}",
         x_label="epoch of the search",
-        y_label="channels kept, %",
+        y_label=f"{history.unit} kept, %",
         x_range=(0.0, max(epochs) * 1.02),
         y_range=(0.0, 104.0),
     )
@@ -162,14 +177,14 @@ def draw_course(history: ShrinkHistory) -> str:
             [0.0, *epochs],
             shares,
             kind=f"course course{place % 6}",
-            tip=f"{name}\n{shares[-1]:.0f} % of {had} channels at the end",
+            tip=f"{name}\n{shares[-1]:.3g} % of {had:,} {history.unit} at the end",
         )
     prices = [100.0, *(100 * line["price_share"] for line in history.search)]
     lines.line(
         [0.0, *epochs],
         prices,
         kind="price",
-        tip=f"price: {prices[-1]:.1f} % at the end",
+        tip=f"all together: {prices[-1]:.1f} % at the end",
     )
     return lines.render()
 

@@ -39,6 +39,18 @@ class Deciding:
     label_smoothing: float
     bf16: bool
 
+    def loss(self, module: nn.Module, step: int) -> Tensor:
+        """Of a network on a step's batch."""
+        rng = np.random.default_rng([self.images.seed, step])
+        inputs, targets = self.images.batch(
+            0, step, resolution=self.resolution, rng=rng
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+            logits = module(inputs)
+        return F.cross_entropy(
+            logits.float(), targets, label_smoothing=self.label_smoothing
+        )
+
 
 class Pull(Protocol):
     """What pulls at auxiliary parameters besides the task: of channels, or weights."""
@@ -119,19 +131,10 @@ class AutoPrune:
 
     def after_step(self) -> None:
         """The masks' own step, on their own images."""
-        module, deciding = self.pull.module, self.deciding
-        rng = np.random.default_rng([self._seed, self._step])
-        inputs, targets = deciding.images.batch(
-            0, self._step, resolution=deciding.resolution, rng=rng
-        )
         before = self.pull.flags()
-        with self._only_masks():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=deciding.bf16):
-                logits = module(inputs)
-            loss = F.cross_entropy(
-                logits.float(), targets, label_smoothing=deciding.label_smoothing
-            )
+        with _only_masks(self.pull):
             self._optimizer.zero_grad()
+            loss = self.deciding.loss(self.pull.module, self._step)
             torch.autograd.backward(loss + self.pull.loss())
             self._optimizer.step()
         self._flips += int((self.pull.flags() != before).sum())
@@ -175,26 +178,40 @@ class AutoPrune:
                 buffer = state[f"momentum.{index}"].clone()
                 self._optimizer.state[latent]["momentum_buffer"] = buffer
 
-    @property
-    def _seed(self) -> int:
-        return self.deciding.images.seed
 
-    @contextmanager
-    def _only_masks(self) -> Iterator[None]:
-        """Gradients for masks, and for nothing else."""
-        others = [
-            parameter
-            for parameter in self.pull.module.parameters()
-            if parameter.requires_grad
-        ]
+@contextmanager
+def _only_masks(pull: Pull) -> Iterator[None]:
+    """Gradients for masks, and for nothing else."""
+    others = [
+        parameter for parameter in pull.module.parameters() if parameter.requires_grad
+    ]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    for latent in pull.latents:
+        latent.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for latent in pull.latents:
+            latent.requires_grad_(False)
         for parameter in others:
-            parameter.requires_grad_(False)
-        for latent in self._latents:
-            latent.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for latent in self._latents:
-                latent.requires_grad_(False)
-            for parameter in others:
-                parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+
+
+def typical_gradient(pull: Pull, deciding: Deciding, *, batches: int = 4) -> float:
+    """Root mean square of the task's gradient of auxiliary parameters, of one batch.
+
+    Args:
+        pull: Has the parameters.
+        deciding: What they are trained with.
+        batches: To average over.
+    """
+    squares: list[Tensor] = []
+    training = pull.module.training
+    pull.module.eval()  # or batch norms' statistics would move
+    for step in range(batches):
+        with _only_masks(pull):
+            found = torch.autograd.grad(deciding.loss(pull.module, step), pull.latents)
+        squares.append(torch.cat([one.flatten() for one in found]).square().mean())
+    pull.module.train(training)
+    return float(torch.stack(squares).mean().sqrt())

@@ -7,7 +7,9 @@ channels have shifted, costs one pass over some images.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -29,7 +31,8 @@ from profilers.files import write_atomically
 BATCH_SIZE = 250
 # Of the steps that tune a candidate.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-# Below this many images an accuracy is known to a percent at best.
+# Candidates of one budget differ by some percent of their loss; below this many images
+# a loss is not known much better.
 FEW_IMAGES = 2000
 
 
@@ -135,13 +138,39 @@ def validation_loss(job: CandidateJob) -> float:
     training = job.images.batches("training")
     _tune(module, training, steps=job.tuning_steps, rate=job.learning_rate)
     update_bn([inputs for inputs, _ in training], module)
+    return float(_losses(module, job.images).mean())
+
+
+@torch.no_grad()
+def _losses(module: nn.Module, images: CandidateImages) -> Tensor:
+    """Cross-entropy of each held-out image."""
     module.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for inputs, labels in job.images.batches("validation"):
-            total += float(F.cross_entropy(module(inputs), labels, reduction="sum"))
-            count += len(labels)
-    return total / count
+    return torch.cat(
+        [
+            F.cross_entropy(module(inputs), labels, reduction="none")
+            for inputs, labels in images.batches("validation")
+        ]
+    )
+
+
+def warn_if_few(network: nn.Module, images: CandidateImages) -> None:
+    """Warn where candidates cannot be told apart by so few held-out images.
+
+    Args:
+        network: Whole.
+        images: To judge candidates on.
+    """
+    losses = _losses(copy.deepcopy(network), images)
+    if len(losses) >= FEW_IMAGES:
+        return
+    error = float(losses.std() / len(losses) ** 0.5)
+    warnings.warn(
+        f"candidates are ranked on {len(losses)} held-out images, on which the whole "
+        f"network's loss of {float(losses.mean()):.4f} has a standard error of "
+        f"{error:.4f}: which of two is better is a matter of chance where they differ "
+        f"by less. Give more images, {FEW_IMAGES} of them held out",
+        stacklevel=2,
+    )
 
 
 def _tune(

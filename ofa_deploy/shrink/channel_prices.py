@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.errors import MeasurementError
-from ofa_deploy.layers import BlockPlan, ConvLayer
+from ofa_deploy.layers import BlockPlan, ConvLayer, Layer, LinearLayer
 from ofa_deploy.shrink.cost import Counts
 from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
 
@@ -25,6 +25,9 @@ Floats = NDArray[np.float64]
 
 # Channel counts of a layer at which it is timed, on either side.
 GRID_POINTS = 5
+# Weights of the least linear layer that is timed: a classifier behind a pool takes no
+# longer than the clock's error.
+TIMED_WEIGHTS = 2**16
 
 
 def channel_grid(channels: int, *, step: int, points: int = GRID_POINTS) -> list[int]:
@@ -52,7 +55,20 @@ def side_grid(
 
 def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
     """A layer between that many channels, as a block to be timed."""
-    conv = ConvLayer(
+    return BlockPlan(
+        name=layer.name,
+        in_channels=read,
+        out_channels=written,
+        in_size=layer.in_size,
+        layers=(_timed_operation(layer, read=read, written=written),),
+        residual=False,
+    )
+
+
+def _timed_operation(layer: TracedLayer, *, read: int, written: int) -> Layer:
+    if layer.is_linear:
+        return LinearLayer(name="linear", in_channels=read, out_channels=written)
+    return ConvLayer(
         name="conv",
         in_channels=read,
         out_channels=written,
@@ -64,21 +80,13 @@ def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
         activation="relu",
         in_size=layer.in_size,
     )
-    return BlockPlan(
-        name=layer.name,
-        in_channels=read,
-        out_channels=written,
-        in_size=layer.in_size,
-        layers=(conv,),
-        residual=False,
-    )
 
 
 def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
     """All layers at all points of their grids, by key.
 
-    Linear layers are left out: behind a pool they are small. So are layers that stay as
-    they are: what every network of the graph has is in the calibration's constant.
+    Small linear layers are left out. So are layers that stay as they are: what every
+    network of the graph has is in the calibration's constant.
     """
     found: dict[str, BlockPlan] = {}
     for layer in graph.layers:
@@ -93,7 +101,9 @@ def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
 
 def _is_priced(graph: ChannelGraph, layer: TracedLayer) -> bool:
     cuts = graph.cuts_at(layer.name, "in") + graph.cuts_at(layer.name, "out")
-    return bool(cuts) and not layer.is_linear
+    if layer.is_linear and layer.in_channels * layer.out_channels < TIMED_WEIGHTS:
+        return False
+    return bool(cuts)
 
 
 def _grids(

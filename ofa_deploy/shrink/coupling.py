@@ -202,7 +202,7 @@ class _Atoms:
         rank = {name: place for place, name in enumerate(order)}
         alike: dict[object, list[list[Spot]]] = defaultdict(list)
         for spots in self._free():
-            # What convolutions write can go; whoever else writes only goes with it.
+            # What layers write can go; whoever else writes only goes with it.
             spots.sort(key=lambda spot: (rank.get(spot[0], len(rank)), spot))
             sides = Counter((module, side) for module, side, _ in spots)
             alike[frozenset(sides.items())].append(spots)
@@ -221,7 +221,7 @@ class _Atoms:
         return groups, tuple(_cuts(found))
 
     def _free(self) -> Iterable[list[Spot]]:
-        """Sets that nothing fixes, and that a convolution writes."""
+        """Sets that nothing fixes, and that a layer writes."""
         sets: dict[Spot, list[Spot]] = defaultdict(list)
         for spot in self.parent:
             sets[self._root(spot)].append(spot)
@@ -236,19 +236,26 @@ class _Atoms:
         graph = _dependencies(self.network, self.image)
         names = {module: name for name, module in self.network.named_modules()}
         for module in list(graph.module2node):
-            if not isinstance(module, nn.Conv2d):
+            if not isinstance(module, nn.Conv2d | nn.Linear):
                 continue
-            spots = [(names[module], "out", k) for k in range(module.out_channels)]
-            if all(spot in self.parent for spot in spots):
+            channels = range(_width(graph, module, writes=True))
+            if all((names[module], "out", k) in self.parent for k in channels):
                 continue
             group = graph.get_pruning_group(
                 module,
                 graph.get_pruner_of_module(module).prune_out_channels,
-                list(range(module.out_channels)),
+                list(channels),
             )
             for item in group.items:
                 pairs = zip(item.idxs, item.root_idxs, strict=True)
                 self._join(names[module], item.dep, pairs, names, graph)
+        for module, node in graph.module2node.items():
+            if module in names and not node.outputs:  # what it writes are the outputs
+                written = _width(graph, module, writes=True)
+                for channel in range(written):
+                    spot: Spot = (names[module], "out", channel)
+                    if spot in self.parent:
+                        self.fixed.add(spot)
 
     def _join(
         self,

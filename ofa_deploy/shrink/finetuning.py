@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.loop import LoopProgress, TrainingLoop
+from ofa_deploy.train.loop import LoopProgress, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
 
@@ -35,6 +35,7 @@ def finetune(
     images: TrainingImages,
     folder: Path | None,
     teacher: nn.Module | None = None,
+    regulariser: Regulariser | None = None,
     told: Told = nobody,
 ) -> float:
     """Train what is left of a network; returns its accuracy on the held-out images.
@@ -46,6 +47,7 @@ def finetune(
         images: To train on.
         folder: Keeps the run, which is continued; None to keep nothing.
         teacher: Whose class probabilities are learned, too.
+        regulariser: What is added to the loss.
         told: Of progress.
     """
     loop = TrainingLoop(
@@ -55,6 +57,7 @@ def finetune(
         resolution=resolution,
         folder=folder,
         bf16=prefers_bf16(),
+        regulariser=regulariser,
         teacher=teacher,
     )
     return loop.run(lambda progress: told("fine-tuning", progress))

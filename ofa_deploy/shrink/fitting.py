@@ -205,7 +205,7 @@ class Fitting:
             verdicts = judge(
                 replace(self.constraints, latency_ms=self.budget_ms, min_accuracy=None),
                 measurement=measurement,
-                size_bytes=exported.loaded_bytes,
+                files=exported,
                 accuracy=_UNKNOWN,
             )
         (bound_ms,) = (v.bound for v in verdicts if v.constraint == "latency")

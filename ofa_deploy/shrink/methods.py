@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from ofa_deploy.errors import MissingDependency
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
-from ofa_deploy.shrink.candidates import CandidateImages
+from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.legr import Population, RankingSearch
@@ -21,7 +21,7 @@ from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.ranking import ChannelOrder
-from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
+from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -71,7 +71,7 @@ class Search:
     judged: Callable[[int, int], None] = lambda done, total: None
     executor: Executor | None = None
 
-    def run(self, method: Method) -> Found:
+    def run(self, method: ChannelMethod) -> Found:
         """Search by a method.
 
         Raises:
@@ -80,7 +80,7 @@ class Search:
         """
         return _METHODS[method](self)
 
-    def floors(self, method: Method) -> list[int]:
+    def floors(self, method: ChannelMethod) -> list[int]:
         """Least channels of each group."""
         return self.recipe.floors(self.own.graph, method=method, step=self.step)
 
@@ -160,6 +160,7 @@ def _legr(search: Search) -> Found:
             validation_count=settings.validation_count,
             folder=images_folder,
         )
+        warn_if_few(own.module, images)
         ranking = RankingSearch(
             own.module,
             own.graph,
@@ -182,7 +183,7 @@ def _legr(search: Search) -> Found:
     return Found(masked=own.masked(), order=ranking.order(best))
 
 
-_METHODS: Mapping[Method, Callable[[Search], Found]] = {
+_METHODS: Mapping[ChannelMethod, Callable[[Search], Found]] = {
     "pas": _pas,
     "legr": _legr,
     "autoprune": _autoprune,

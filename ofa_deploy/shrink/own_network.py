@@ -105,8 +105,8 @@ class OwnNetwork:
         if not self.graph.groups:
             raise TraceError(
                 f"{type(self.module).__name__} has no channels that could be removed: "
-                "it has no convolution whose channels end before its outputs, or every "
-                "one is grouped"
+                "it has no layer whose channels end before its outputs, or every one "
+                "is grouped"
             )
         if self._narrows_exactly():
             return self
@@ -149,6 +149,8 @@ class OwnNetwork:
                 narrow = FusedNet(narrow.plan, narrow.weights)
             found = run(narrow, noise)
         except (RuntimeError, ValueError):  # shapes that do not fit any more
+            return False
+        if found.shape != expected.shape:
             return False
         difference = np.abs(found - expected).max() / np.abs(expected).max()
         return bool(difference <= MOST_DIFFERENCE)

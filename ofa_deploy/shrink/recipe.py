@@ -11,10 +11,13 @@ from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.masks import Estimator
 from ofa_deploy.shrink.ranking import quota_floors
+from ofa_deploy.shrink.sparse import SparsitySettings
 from ofa_deploy.train.recipe import Phase, Recipe
 
-Method = Literal["pas", "legr", "autoprune"]
-METHODS: tuple[Method, ...] = get_args(Method)
+ChannelMethod = Literal["pas", "legr", "autoprune"]
+# The last takes single weights: a smaller file, and no less time.
+Method = ChannelMethod | Literal["autoprune-weights"]
+METHODS: tuple[Method, ...] = (*get_args(ChannelMethod), "autoprune-weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +34,10 @@ class ShrinkRecipe:
         latent_rate: Of pas and autoprune; see `PasSettings`.
         flip_share: Of pas and autoprune: share of the search's steps in which the price
             alone would remove a channel of the layer that it pulls at hardest.
-        deciding_share: Of autoprune: share of the training images on which masks are
-            trained, and weights are not.
-        estimator: Of autoprune: of its masks' gradient.
+        deciding_share: Of both forms of autoprune: share of the training images on
+            which masks are trained, and weights are not.
+        estimator: Of both forms of autoprune: of its masks' gradient.
+        sparsity: Of autoprune-weights.
         legr: Of legr.
         lowest_share: Of legr: share of the network's price at which the ranking is
             learned; None takes the budget. With one share, and one folder of work, all
@@ -49,6 +53,7 @@ class ShrinkRecipe:
     flip_share: float = 0.3
     deciding_share: float = 0.2
     estimator: Estimator = "softplus"
+    sparsity: SparsitySettings = field(default_factory=SparsitySettings)
     legr: LegrSettings = field(default_factory=LegrSettings)
     lowest_share: float | None = None
 
@@ -64,7 +69,9 @@ class ShrinkRecipe:
         """The floor of channels, as a multiple of the step."""
         return math.ceil(self.floor / step) * step
 
-    def floors(self, graph: ChannelGraph, *, method: Method, step: int) -> list[int]:
+    def floors(
+        self, graph: ChannelGraph, *, method: ChannelMethod, step: int
+    ) -> list[int]:
         """Least channels of each group; of LeGR also what its safeguard keeps."""
         floor = self.aligned_floor(step)
         floors = [min(floor, group.channels) for group in graph.groups]

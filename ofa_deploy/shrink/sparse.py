@@ -4,24 +4,28 @@ Source: X. Xiao, Z. Wang, S. Rajasekaran, "AutoPrune: Automatic Network Pruning 
 Regularizing Auxiliary Parameters", NeurIPS 2019. Runtimes multiply by zeros like by
 anything else: single weights that are gone make a network no faster, and nothing here
 says so. What shrinks is what has to be stored or sent.
+
+The paper leaves open where auxiliary parameters begin, and how they are scaled. Here
+they begin where the weights' magnitudes put them: with equal ones, which weights fall
+first would be a matter of chance. How hard they are pulled at follows from the number
+of steps, and how far they wander from the task's own gradient.
 """
 
 from __future__ import annotations
 
 import copy
-import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
-from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
+from ofa_deploy.shrink.autoprune import AutoPrune, Deciding, typical_gradient
+from ofa_deploy.shrink.finetuning import Told, finetune, nobody
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
     THRESHOLD,
@@ -29,11 +33,13 @@ from ofa_deploy.shrink.masks import (
     estimated_slope,
 )
 from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.loop import LoopProgress, NoRegulariser, TrainingLoop
+from ofa_deploy.train.loop import NoRegulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
 
-BYTES_PER_WEIGHT = 4
+SEARCHING = "searching weights"
+# Of a network that learns nothing any more.
+LEAST_GRADIENT = 1e-12
 
 
 class _IndicatedWeight(torch.autograd.Function):
@@ -72,13 +78,18 @@ class WeightMask(nn.Module):
     """A parametrization: which weights of a layer are kept.
 
     Args:
-        weight: Of the layer.
+        weight: Of the layer. Parameters begin above the threshold, by the weights'
+            magnitudes over their root mean square.
         estimator: Of the gradient.
     """
 
     def __init__(self, weight: Tensor, *, estimator: Estimator) -> None:
         super().__init__()
-        self.latent = nn.Parameter(torch.full_like(weight, INITIAL_LATENT))
+        scale = weight.square().mean().sqrt().clamp(min=torch.finfo(weight.dtype).tiny)
+        height = (INITIAL_LATENT - THRESHOLD) * weight.abs() / scale
+        # A weight of zero is kept at first, like all others.
+        least = torch.finfo(weight.dtype).eps
+        self.latent = nn.Parameter(THRESHOLD + height.clamp(min=least))
         self._estimator: Estimator = estimator
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -86,36 +97,43 @@ class WeightMask(nn.Module):
         return indicated(weight, self.latent, estimator=self._estimator)
 
 
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """Weights of convolutions and linear layers, by the layers' names."""
+    return {
+        name: layer.weight.detach()
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsitySettings:
-    """How many weights are to stay, and how hard that is pulled at.
+    """How hard auxiliary parameters of single weights are pulled at.
 
     Args:
-        target_share: Weights that stay, of those of convolutions and linear layers;
-            in (0, 1].
-        latent_rate: Learning rate of the auxiliary parameters.
-        momentum: Of their optimiser.
-        strength: Of the pull towards the share, while it is above.
+        fall_share: Share of the search's steps after which the pull alone would have
+            left as many weights as are asked for.
+        wander_share: How far the task's gradient alone would take a typical weight's
+            parameter in all these steps, by chance, over how far the pull takes it.
+        momentum: Of the parameters' optimiser.
         weight_decay: Of weights that are kept; others keep their values.
-        deciding_share: Of the training images, on which auxiliary parameters are
-            trained and weights are not.
-        estimator: Of the gradient.
+
+    Raises:
+        SpaceError: A share is none.
     """
 
-    target_share: float
-    latent_rate: float = 0.02
+    fall_share: float = 0.6
+    wander_share: float = 0.25
     momentum: float = 0.9
-    strength: float = 1.0
     weight_decay: float = 5e-4
-    deciding_share: float = 0.2
-    estimator: Estimator = "softplus"
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_share <= 1:
-            raise SpaceError(
-                f"target share {self.target_share:g} of the weights; give a number "
-                "above 0 and at most 1"
-            )
+        for name in ("fall_share", "wander_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SpaceError(
+                    f"{name}={getattr(self, name):g}; give a share above 0 and at most "
+                    "1"
+                )
 
 
 class SparsityPull:
@@ -123,25 +141,61 @@ class SparsityPull:
 
     Args:
         network: Whose weights; its convolutions and linear layers get masks, in place.
+        target_share: Weights that are to stay, of those of these layers; in (0, 1].
+        steps: Of the search.
         settings: How.
+        estimator: Of the masks' gradients.
 
     Raises:
         TraceError: It has no such layers.
+        SpaceError: The target is no share.
     """
 
-    def __init__(self, network: nn.Module, *, settings: SparsitySettings) -> None:
-        self.settings, self.module = settings, network
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        target_share: float,
+        steps: int,
+        settings: SparsitySettings,
+        estimator: Estimator = "softplus",
+    ) -> None:
+        if not 0 < target_share <= 1:
+            raise SpaceError(
+                f"target share {target_share:g} of the weights; give a number above 0 "
+                "and at most 1"
+            )
+        self.module, self.target_share, self.steps = network, target_share, steps
+        self.settings, self._estimator = settings, estimator
+        # Parametrizations belong to a module's class, which its copies share: what is
+        # to have none is copied from here.
+        self._plain = copy.deepcopy(network)
         self.masks: dict[str, WeightMask] = {}
-        for name, layer in list(network.named_modules()):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                mask = WeightMask(layer.weight.detach(), estimator=settings.estimator)
-                parametrize.register_parametrization(layer, "weight", mask)
-                self.masks[name] = mask
+        for name, weight in weights_of(network).items():
+            mask = WeightMask(weight, estimator=estimator)
+            layer = network.get_submodule(name)
+            parametrize.register_parametrization(layer, "weight", mask)
+            self.masks[name] = mask
         if not self.masks:
             raise TraceError(
                 f"{type(network).__name__} has no convolution and no linear layer"
             )
-        self._all = sum(mask.latent.numel() for mask in self.masks.values())
+        self.weight_count = sum(mask.latent.numel() for mask in self.masks.values())
+        # Of the parameters' whole way; what sums up to it in `steps` steps.
+        self._height = self._least_of(self._count(target_share)) - THRESHOLD
+        self._rate, self._strength = 0.0, 0.0
+
+    def scale_to(self, gradient: float) -> None:
+        """Choose the rate, and the pull's strength.
+
+        Args:
+            gradient: Of the task, of a typical parameter.
+        """
+        slowed = 1 - self.settings.momentum
+        wander = self.settings.wander_share * self._height
+        self._rate = wander * slowed / (max(gradient, LEAST_GRADIENT) * self.steps**0.5)
+        fall = self._height / (self.settings.fall_share * self.steps)
+        self._strength = fall * slowed / self._rate
 
     @property
     def latents(self) -> list[nn.Parameter]:
@@ -151,7 +205,7 @@ class SparsityPull:
     @property
     def latent_rate(self) -> float:
         """Of their optimiser."""
-        return self.settings.latent_rate
+        return self._rate
 
     @property
     def momentum(self) -> float:
@@ -167,14 +221,14 @@ class SparsityPull:
         return float(self.flags().float().mean())
 
     def loss(self) -> Tensor:
-        """While too many weights are kept: `strength · mean of the steps`."""
-        if self.current_share() <= self.settings.target_share:
+        """While too many weights are kept: the strength times their number."""
+        if self.current_share() <= self.target_share:
             return torch.zeros(())
         kept = [
-            indicated(torch.ones_like(p), p, estimator=self.settings.estimator).sum()
+            indicated(torch.ones_like(p), p, estimator=self._estimator).sum()
             for p in self.latents
         ]
-        return self.settings.strength * torch.stack(kept).sum() / self._all
+        return self._strength * torch.stack(kept).sum()
 
     def weights_loss(self) -> Tensor:
         """Weight decay of the weights that are kept."""
@@ -189,8 +243,11 @@ class SparsityPull:
         """Nothing: a single weight is no layer that could collapse."""
 
     def facts(self) -> dict[str, object]:
-        """Share of weights that are kept."""
-        return {"kept_share": round(self.current_share(), 5)}
+        """Weights kept of each layer, and of all the share."""
+        return {
+            "kept": [kept for kept, _ in self.kept().values()],
+            "price_share": round(self.current_share(), 5),
+        }
 
     def kept(self) -> Mapping[str, tuple[int, int]]:
         """Weights kept, and all weights, of each layer."""
@@ -205,118 +262,154 @@ class SparsityPull:
 
     def state(self) -> dict[str, Tensor]:
         """The target, to tell another search by."""
-        share = torch.tensor(self.settings.target_share, dtype=torch.float64)
+        share = torch.tensor(self.target_share, dtype=torch.float64)
         return {"target_share": share}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Refuse another search."""
-        if float(state.get("target_share", -1.0)) != self.settings.target_share:
+        if float(state.get("target_share", -1.0)) != self.target_share:
             raise TrainingError(
                 "the search that is to be continued had another target; name another "
                 "folder"
             )
 
+    def _count(self, share: float) -> int:
+        return max(1, round(share * self.weight_count))
+
+    def _least_of(self, count: int) -> float:
+        """The least of so many of the largest parameters."""
+        values = torch.cat([p.detach().flatten() for p in self.latents])
+        return float(values.kthvalue(self.weight_count - count + 1).values)
+
+    # -- after the search --------------------------------------------------------------
+
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Keep exactly the target's share: the weights with the largest parameters."""
-        values = torch.cat([p.flatten() for p in self.latents])
-        count = max(1, round(self.settings.target_share * self._all))
-        least = values.kthvalue(self._all - count + 1).values
-        for latent in self.latents:
-            latent.copy_((latent >= least).to(latent.dtype) * INITIAL_LATENT)
+    def freeze(self, count: int) -> None:
+        """Keep the weights with the largest parameters, for good.
+
+        Args:
+            count: How many; with all of those that are equal to the last.
+        """
+        for latent, kept in zip(self.latents, self._largest(count), strict=True):
+            latent.copy_(kept.to(latent.dtype) * INITIAL_LATENT)
             latent.requires_grad_(False)
 
+    def narrowed_to(self, count: int) -> nn.Module:
+        """A copy of the network with so many weights, and zeros; no masks are left."""
+        return self._plainly(self._largest(count))
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SparseNetwork:
-    """A network most of whose weights are zero.
+    def without_masks(self) -> nn.Module:
+        """A copy of the network as it is, of ordinary layers with zeros in them."""
+        return self._plainly([p.detach() > THRESHOLD for p in self.latents])
 
-    Args:
-        module: Ordinary layers, with the zeros in them.
-        accuracy: On the held-out images, 0..1.
-        weight_count: Weights of convolutions and linear layers.
-        nonzero_count: Of these, not zero.
-        compressed_bytes: What they take, stored by place and value; see
-            `compressed_bytes`. It says nothing of speed.
-    """
+    def _largest(self, count: int) -> list[Tensor]:
+        """Whether each weight is among so many with the largest parameters."""
+        least = self._least_of(min(max(1, count), self.weight_count))
+        return [latent.detach() >= least for latent in self.latents]
 
-    module: nn.Module
-    accuracy: float
-    weight_count: int
-    nonzero_count: int
-    compressed_bytes: int
+    def _plainly(self, kept: Sequence[Tensor]) -> nn.Module:
+        state = self.module.state_dict()
+        for name, mine in zip(self.masks, kept, strict=True):
+            del state[f"{name}.parametrizations.weight.0.latent"]
+            weight = state.pop(f"{name}.parametrizations.weight.original")
+            state[f"{name}.weight"] = weight * mine
+        network = copy.deepcopy(self._plain)
+        network.load_state_dict(state)
+        return network.eval()
 
 
-def prune_weights(
+def search_weights(
     model: nn.Module,
     *,
+    target_share: float,
+    settings: SparsitySettings,
+    estimator: Estimator,
+    deciding_share: float,
     resolution: int,
     images: TrainingImages,
-    settings: SparsitySettings,
-    search: Recipe,
-    finetune: Recipe,
+    recipe: Recipe,
     folder: Path | None,
-    told: Callable[[str, LoopProgress], None] = lambda stage, progress: None,
-) -> SparseNetwork:
-    """Search which weights stay, then train these alone.
+    told: Told = nobody,
+) -> SparsityPull:
+    """Search which weights stay; returns the masks, and with them the trained copy.
 
     Args:
         model: Trained; not changed.
+        target_share: Weights that are to stay, in (0, 1].
+        settings: How hard the others are pulled at.
+        estimator: Of the masks' gradients.
+        deciding_share: Of the training images, on which masks are trained, and weights
+            are not.
         resolution: Height and width of its inputs.
         images: To train on.
-        settings: How many are to stay.
-        search: Of one phase: weights and auxiliary parameters together.
-        finetune: Of one phase: what is left.
-        folder: Keeps both, which are continued; None to keep nothing.
+        recipe: Of one phase: weights and auxiliary parameters together.
+        folder: Keeps the search, which is continued; None to keep nothing.
         told: Of progress.
 
     Raises:
         TraceError: The network has no weights that could go.
         TrainingError: A loss is no number, or the folder holds another run.
     """
-    network = copy.deepcopy(model)
-    pull = SparsityPull(network, settings=settings)
-    of_weights, of_masks = images.for_recipe(search).parted(settings.deciding_share)
+    of_weights, of_masks = images.for_recipe(recipe).parted(deciding_share)
+    pull = SparsityPull(
+        copy.deepcopy(model),
+        target_share=target_share,
+        steps=recipe.phases[0].epochs * of_weights.batches_per_epoch,
+        settings=settings,
+        estimator=estimator,
+    )
     deciding = Deciding(
         images=of_masks,
         resolution=resolution,
-        label_smoothing=search.label_smoothing,
+        label_smoothing=recipe.label_smoothing,
         bf16=prefers_bf16(),
     )
+    # Of the network as it was brought: a search that goes on finds the same.
+    pull.scale_to(typical_gradient(pull, deciding))
     TrainingLoop(
-        network,
+        pull.module,
         images=of_weights,
-        recipe=search,
+        recipe=recipe,
         resolution=resolution,
-        folder=None if folder is None else folder / "search",
+        folder=folder,
         bf16=prefers_bf16(),
         regulariser=AutoPrune(pull, deciding=deciding),
-    ).run(lambda progress: told("searching weights", progress))
-    pull.freeze()
-    accuracy = TrainingLoop(
-        network,
-        images=images.for_recipe(finetune),
-        recipe=finetune,
+    ).run(lambda progress: told(SEARCHING, progress))
+    return pull
+
+
+def finetune_weights(
+    pull: SparsityPull,
+    *,
+    resolution: int,
+    images: TrainingImages,
+    recipe: Recipe,
+    folder: Path | None,
+    teacher: nn.Module | None = None,
+    told: Told = nobody,
+) -> nn.Module:
+    """Train the weights that stayed; returns the network without masks.
+
+    Args:
+        pull: Frozen.
+        resolution: Height and width of the inputs.
+        images: To train on.
+        recipe: Of one phase.
+        folder: Keeps the run, which is continued; None to keep nothing.
+        teacher: Whose class probabilities are learned, too.
+        told: Of progress.
+    """
+    finetune(
+        pull.module,
         resolution=resolution,
-        folder=None if folder is None else folder / "finetune",
-        bf16=prefers_bf16(),
+        recipe=recipe,
+        images=images,
+        folder=folder,
+        teacher=teacher,
         regulariser=_KeptDecay(pull),
-    ).run(lambda progress: told("fine-tuning", progress))
-    for name in pull.masks:
-        layer = network.get_submodule(name)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    weights = [
-        layer.weight.detach().float().numpy()
-        for name in pull.masks
-        if isinstance(layer := network.get_submodule(name), nn.Conv2d | nn.Linear)
-    ]
-    return SparseNetwork(
-        module=network.eval(),
-        accuracy=accuracy,
-        weight_count=sum(weight.size for weight in weights),
-        nonzero_count=sum(int(np.count_nonzero(weight)) for weight in weights),
-        compressed_bytes=sum(compressed_bytes(weight) for weight in weights),
+        told=told,
     )
+    return pull.without_masks()
 
 
 class _KeptDecay(NoRegulariser):
@@ -328,13 +421,3 @@ class _KeptDecay(NoRegulariser):
     def loss(self) -> Tensor:
         """See `Regulariser`."""
         return self._pull.weights_loss()
-
-
-def compressed_bytes(weight: np.ndarray[Any, np.dtype[np.float32]]) -> int:
-    """Bytes of a layer's weights, stored by place and value.
-
-    A bit for each place, compressed by LZMA, and the values that are not zero, in
-    float32.
-    """
-    places = np.packbits(weight.ravel() != 0).tobytes()
-    return len(lzma.compress(places)) + BYTES_PER_WEIGHT * int(np.count_nonzero(weight))

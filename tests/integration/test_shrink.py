@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +36,12 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import LegrSettings
-from ofa_deploy.shrink.methods import Found, Search
+from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
-from ofa_deploy.shrink.to_budget import HISTORY_FILE, Shrinking
+from ofa_deploy.shrink.shrinking import Shrinking
+from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages
@@ -49,6 +51,9 @@ from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from tests.support import tiny, tiny_session
 from tests.support.quick import QUICK
+
+# Few images will do to see that they are used.
+pytestmark = pytest.mark.filterwarnings("ignore:candidates are ranked on")
 
 SIZE = tiny.IMAGE_SIZE
 GENEROUS_MS = 10_000.0
@@ -328,6 +333,92 @@ def test_a_plan_for_other_images_is_refused(dense: StaticNet) -> None:
         )
 
 
+@pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu"])
+def test_a_compressed_file_is_as_small_as_is_asked_for(
+    backend: str, caches: Path, tmp_path: Path
+) -> None:
+    network = train(ResidualNet())
+    before = [p.detach().clone() for p in network.parameters()]
+    limit = 30_000
+    bundle = specialize(
+        backend,
+        compressed_bytes=limit,
+        model=network,
+        method="autoprune-weights",
+        data=data(),
+        out=tmp_path / "bundle",
+        recipe=recipe(),
+    )
+    model = bundle.path / bundle.manifest.model_file
+    files = [model, model.with_suffix(".bin")]
+    sent = sum(len(lzma.compress(f.read_bytes())) for f in files if f.is_file())
+    verdict = bundle.manifest.binding
+    assert (verdict.constraint, verdict.bound) == ("compressed", sent)
+    assert 0.9 * limit <= sent <= limit
+    assert bundle.manifest.parity.agrees
+    assert bundle.manifest.accuracy.value > 0.6
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)
+    )
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert sum(history["kept"]) < 0.5 * sum(history["channels"])
+    weights = onnx.load(bundle.path / "model.onnx").graph.initializer
+    zeros = [float((onnx.numpy_helper.to_array(w) == 0).mean()) for w in weights]
+    assert max(zeros) > 0.5
+    page = (bundle.path / REPORT_FILE).read_text()
+    assert "Kept weights" in page
+    assert "of all layers together" in page
+
+
+def test_a_compressed_file_that_is_small_enough_is_left_as_it_is(
+    caches: Path, tmp_path: Path
+) -> None:
+    bundle = specialize(
+        "onnxruntime-cpu",
+        compressed_bytes=10**7,
+        model=ResidualNet().eval(),
+        method="autoprune-weights",
+        data=data(),
+        out=tmp_path / "bundle",
+        recipe=recipe(),
+    )
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert history["kept"] == history["channels"]
+    assert history["search"] == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "told"),
+    [
+        ({"latency_ms": 1.0}, SpaceError, "give compressed_bytes"),
+        ({"compressed_bytes": 300}, InfeasibleBudget, "Ask for at least"),
+        (
+            {"compressed_bytes": 30_000, "latency_ms": 1e-6},
+            InfeasibleBudget,
+            "latency .* asked for 1e-06 ms",
+        ),
+    ],
+)
+def test_what_fewer_weights_do_not_mend_is_refused(
+    limits: dict[str, Any],
+    error: type[Exception],
+    told: str,
+    caches: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=told):
+        specialize(
+            "onnxruntime-cpu",
+            model=ResidualNet().eval(),
+            method="autoprune-weights",
+            data=data(),
+            out=tmp_path / "bundle",
+            recipe=recipe(),
+            **limits,
+        )
+    assert not (tmp_path / "bundle").exists()
+
+
 def own_network(network: nn.Module) -> OwnNetwork:
     return OwnNetwork.of(
         network,
@@ -366,7 +457,7 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
         step=4,
         floors=settings.floors(own.graph, method="pas", step=4),
     )
-    return call.fitting(Found(masked=masked, order=order), prices)
+    return call.fitting(masked, order, prices, floors=order.floors)
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *, factor: float) -> None:
@@ -579,7 +670,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         (
             {"method": "magic"},
             SpaceError,
-            "method='magic'; give one of pas, legr, autoprune",
+            "method='magic'; give one of pas, legr, autoprune, autoprune-weights",
         ),
         (
             {"latency_ms": None, "min_accuracy": 0.5},

@@ -17,11 +17,13 @@ from torch import nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink import legr
+from ofa_deploy.shrink import candidates, legr
 from ofa_deploy.shrink.candidates import (
     CandidateImages,
     CandidateJob,
+    _losses,
     validation_loss,
+    warn_if_few,
 )
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module
@@ -343,6 +345,18 @@ def test_a_search_leaves_the_network_as_it_was_and_finds_the_least_loss(
     )
     job = CandidateJob(module=module, images=images, tuning_steps=1)
     assert validation_loss(job) == pytest.approx(one.population.best_loss, rel=1e-4)
+
+
+def test_few_images_to_rank_by_are_told_of_with_the_standard_error(
+    images: CandidateImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = CandidateJob(module=RESIDUAL.module, images=images)
+    losses = _losses(job.module, images).double()
+    error = float(losses.std() / len(losses) ** 0.5)
+    with pytest.warns(UserWarning, match=f"standard error of {error:.4f}"):
+        warn_if_few(RESIDUAL.module, images)
+    monkeypatch.setattr(candidates, "FEW_IMAGES", len(losses))
+    warn_if_few(RESIDUAL.module, images)  # pytest raises what is warned of
 
 
 def test_whoever_judges_the_ranking_is_the_same(images: CandidateImages) -> None:

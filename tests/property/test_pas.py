@@ -17,6 +17,7 @@ from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink.channel_prices import timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.extract import extract_module, extract_plan
@@ -248,7 +249,47 @@ def test_concatenated_channels_are_read_where_they_are() -> None:
 
 def test_a_group_whose_width_stands_in_the_code_is_left_whole() -> None:
     names = [group.name for group in channels(own("vgg")).groups]
-    assert names == ["features.0", "features.4"]
+    assert names == ["features.0", "features.4", "classifier.0"]
+
+
+def test_features_between_linear_layers_can_go_and_outputs_stay() -> None:
+    for last in (nn.Linear(40, 5), nn.Conv2d(40, 5, 1)):
+        first = (
+            nn.Linear(12, 40) if isinstance(last, nn.Linear) else nn.Conv2d(12, 40, 1)
+        )
+        network = nn.Sequential(
+            nn.Conv2d(3, 12, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            *([nn.Flatten()] if isinstance(last, nn.Linear) else []),
+            first,
+            nn.ReLU(),
+            last,
+            *([nn.Flatten()] if isinstance(last, nn.Conv2d) else []),
+        )
+        graph = trace_channels(network, input_shape=(3, 8, 8))
+        assert [group.channels for group in graph.groups] == [12, 40]
+
+
+def test_only_linear_layers_that_take_time_are_timed() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 128),
+        nn.ReLU(),
+        nn.Linear(128, 5),
+    )
+    graph = trace_channels(network, input_shape=(3, 8, 8))
+    timed = [block.name for block in timed_layers(graph, step=8).values()]
+    assert set(timed) == {"0", "3"}
+    widths = {
+        (b.in_channels, b.out_channels)
+        for b in timed_layers(graph, step=8).values()
+        if b.name == "3"
+    }
+    assert (1024, 128) in widths
+    assert (8, 8) in widths
 
 
 # -- P7: a removed channel can come back -----------------------------------------------

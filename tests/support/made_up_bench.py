@@ -54,6 +54,17 @@ def chooser(*, search: Nsga2 | None = None) -> Chooser:
     )
 
 
+@dataclass(frozen=True)
+class MadeUpFiles:
+    """Files of a size; they compress not at all."""
+
+    loaded_bytes: int
+
+    @property
+    def compressed_bytes(self) -> int:
+        return self.loaded_bytes
+
+
 @dataclass(slots=True, kw_only=True)
 class MadeUpBench:
     """A `Bench` that times by laws.
@@ -145,7 +156,7 @@ class MadeUpBench:
                 verdicts=judge(
                     self.constraints,
                     measurement=measurement,
-                    size_bytes=self.size_bytes(config),
+                    files=MadeUpFiles(self.size_bytes(config)),
                     accuracy=accuracy,
                 ),
                 device=_table().device,

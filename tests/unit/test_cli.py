@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -522,3 +523,18 @@ def test_training_in_json_is_a_line_per_epoch_and_one_for_the_supernet(
     assert (finished.code, finished.told) == (0, "")
     assert last == {"supernet": str(out / "supernet")}
     assert read_supernet(out / "supernet").accuracy is not None
+
+
+def test_a_warning_is_told_without_the_line_that_gave_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn() -> None:
+        warnings.warn("few images", stacklevel=1)
+
+    monkeypatch.setattr("ofa_deploy.cli.app", warn)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        main()
+    told = capsys.readouterr().err
+    assert told.strip() == "warning: few images"

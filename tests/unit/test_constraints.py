@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ CLAIM = AccuracyClaim(
     ("given_limits", "told"),
     [
         ({}, "neither a latency nor an accuracy is asked for"),
+        ({"latency_ms": 1.0, "compressed_bytes": 0}, "compressed_bytes=0 makes no"),
         ({"size_bytes": 1000}, "neither a latency nor an accuracy is asked for"),
         ({"min_accuracy": 0.9, "percentile": 95}, "percentile=95 without a latency_ms"),
         ({"latency_ms": 1.0, "percentile": 75}, "percentile=75 is not one of 50, 90"),
@@ -163,18 +164,34 @@ def test_a_percentile_of_runs_timed_in_several_is_refused() -> None:
         judge_latency(averaged, budget_ms=2.0, percentile=95)
 
 
+@dataclass(frozen=True)
+class Files:
+    loaded_bytes: int = 900_000
+    compressed_bytes: int = 800_000
+
+
 def test_every_constraint_gets_its_verdict() -> None:
     asked = Constraints(
-        latency_ms=5.0, size_bytes=10**6, peak_memory_mb=50.0, min_accuracy=0.8
+        latency_ms=5.0,
+        size_bytes=10**6,
+        compressed_bytes=700_000,
+        peak_memory_mb=50.0,
+        min_accuracy=0.8,
     )
     verdicts = judge(
         asked,
         measurement=replace(fresh(4.0), memory_mb=60.0),
-        size_bytes=900_000,
+        files=Files(),
         accuracy=CLAIM,
     )
     met = {found.constraint: found.met for found in verdicts}
-    assert met == {"latency": True, "size": True, "memory": False, "accuracy": True}
+    assert met == {
+        "latency": True,
+        "size": True,
+        "compressed": False,
+        "memory": False,
+        "accuracy": True,
+    }
     evidence = {found.constraint: found.evidence for found in verdicts}
     assert evidence["accuracy"] == "predicted"
 
@@ -185,7 +202,7 @@ def test_a_memory_that_nobody_counts_is_refused() -> None:
         judge(
             asked,
             measurement=replace(fresh(4.0), memory_mb=None),
-            size_bytes=1,
+            files=Files(),
             accuracy=CLAIM,
         )
 

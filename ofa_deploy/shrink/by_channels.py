@@ -1,0 +1,170 @@
+"""Shrinking by whole channels: less to compute, and less to store."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ofa_deploy.assembly import VerifiedNetwork
+from ofa_deploy.constraints import binding
+from ofa_deploy.contract import EXPECTED_RATIO
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.finetuning import finetune, freeze
+from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
+from ofa_deploy.shrink.methods import SEARCHING, Search
+from ofa_deploy.shrink.pas import LatentOrder
+from ofa_deploy.shrink.recipe import ChannelMethod
+from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
+
+# Fine-tuned networks certified: one that misses gives up channels and is tuned again.
+MAX_FINISHED = 3
+# Of the share of its price that is asked of a network which was thought fast enough.
+SHARE_STEP = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByChannels:
+    """A call, by one of the methods that choose channels.
+
+    Args:
+        call: The call.
+        method: Its method.
+        prices: The device's.
+        stack: Closes the folders of exported files.
+    """
+
+    call: Shrinking
+    method: ChannelMethod
+    prices: DevicePrices
+    stack: ExitStack
+
+    def run(self) -> Shrunk:
+        """As little as the limits ask for: nothing, where the whole keeps them.
+
+        Raises:
+            InfeasibleBudget: No form keeps the limits.
+        """
+        call, own = self.call, self.call.own
+        masked = own.masked()
+        as_it_is = LatentOrder(
+            latents=masked.latents(), step=self.prices.step, floors=self.floors
+        )
+        whole = call.fitting(masked, as_it_is, self.prices, floors=self.floors)
+        share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
+        if share >= 1:
+            kept = masked.kept()
+            unchanged = own.remainder(masked, kept)
+            network = call.certify(whole, unchanged, kept, whole.full_ms, self.stack)
+            if network.met:
+                return self._shrunk(network, self._channels, ())
+            call.require_accuracy(network)
+            # In coarse steps: a call that goes on must ask for the same share again.
+            used_share = binding(network.verdicts).used_share
+            share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
+        self._require_reachable(whole, share)
+        teacher = copy.deepcopy(own.module) if call.recipe.distill else None
+        folder = call.work / self._name(share)
+        call.reporter.begin(SEARCHING)
+        found = Search(
+            own=own,
+            price=self.prices.price,
+            share=share,
+            step=self.prices.step,
+            recipe=call.recipe,
+            images=call.images,
+            folder=folder / SEARCH_FOLDER,
+            told=call.tell,
+            judged=call.reporter.advance,
+            executor=call.executor,
+        ).run(self.method)
+        fitting = call.fitting(
+            found.masked, found.order, self.prices, floors=self.floors
+        )
+        return self._finish(fitting, folder, teacher)
+
+    @property
+    def floors(self) -> list[int]:
+        """Least channels of each group."""
+        return self.call.recipe.floors(
+            self.call.own.graph, method=self.method, step=self.prices.step
+        )
+
+    @property
+    def _channels(self) -> tuple[int, ...]:
+        return tuple(group.channels for group in self.call.own.graph.groups)
+
+    def _shrunk(
+        self,
+        network: VerifiedNetwork,
+        counts: tuple[int, ...],
+        trainings: tuple[Path, ...],
+    ) -> Shrunk:
+        return Shrunk(
+            network=network,
+            parts=tuple(group.name for group in self.call.own.graph.groups),
+            had=self._channels,
+            kept=counts,
+            trainings=trainings,
+        )
+
+    def _name(self, share: float) -> str:
+        lowest_share = self.call.recipe.lowest_share
+        if self.method == "legr" and lowest_share is not None:
+            share = min(share, lowest_share)
+        return self.call.name(self.prices, share, self.prices.step)
+
+    def _require_reachable(self, whole: Fitting, share: float) -> None:
+        call, least_ms = self.call, whole.price_ms(whole.floors)
+        if least_ms > share * whole.full_ms:
+            raise InfeasibleBudget(
+                f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
+                f"{call.target.backend}: with {call.recipe.floor} channels in every "
+                f"layer it is still priced at {least_ms:.4g} ms. Ask for at least "
+                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower the floor",
+                budget_ms=whole.budget_ms,
+                fastest_ms=least_ms,
+            )
+
+    def _finish(
+        self,
+        fitting: Fitting,
+        folder: Path,
+        teacher: nn.Module | None,
+    ) -> Shrunk:
+        """Fit, fine-tune, certify; narrower where that missed."""
+        call = self.call
+        memory = folder / f"chosen-{call.limits_name}.json"
+        fitted: Fitted | None = fitting.widest(memory=memory)
+        trainings = [folder / SEARCH_FOLDER]
+        for _ in range(MAX_FINISHED):
+            if fitted is None:
+                break
+            freeze(fitting.masked, fitted.kept)
+            remainder = call.own.remainder(fitting.masked, fitted.kept)
+            trainings.append(folder / fitted.name)
+            call.reporter.begin("fine-tuning")
+            finetune(
+                remainder,
+                resolution=call.own.resolution,
+                recipe=call.recipe.finetune,
+                images=call.images,
+                folder=trainings[-1],
+                teacher=teacher,
+                told=call.tell,
+            )
+            network = call.certify(
+                fitting, remainder, fitted.kept, fitted.predicted_ms, self.stack
+            )
+            if network.met:
+                return self._shrunk(network, fitted.counts, tuple(trainings))
+            call.require_accuracy(network)
+            if len(trainings) <= MAX_FINISHED:
+                used_share = binding(network.verdicts).used_share
+                fitted = fitting.narrower(fitted, used_share=used_share)
+        raise call.missed(network)

@@ -1,0 +1,243 @@
+"""One call to shrink a network: what it is given, and what all methods share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+
+from ofa_deploy.assembly import VerifiedNetwork, measured_accuracy
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
+from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.reporting import Reporter
+from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.fitting import Fitting
+from ofa_deploy.shrink.masks import MaskedNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.ranking import ChannelOrder
+from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
+from ofa_deploy.target import Target
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LoopProgress
+from ofa_deploy.verify import judge
+from profilers.backends import get_backend
+from profilers.device import this_device
+
+SEARCH_FOLDER = "search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk:
+    """A network that keeps its limits, and how it came to be.
+
+    Args:
+        network: Verified.
+        parts: Names of what could go, channels or weights, part by part.
+        had: How many each had.
+        kept: How many each has now.
+        trainings: Folders of the search, and of each fine-tuning; none where the whole
+            network keeps the limits.
+    """
+
+    network: VerifiedNetwork
+    parts: tuple[str, ...]
+    had: tuple[int, ...]
+    kept: tuple[int, ...]
+    trainings: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrinking:
+    """One call: a network, a device, and what is asked for.
+
+    Args:
+        own: The network.
+        method: That chooses what goes.
+        target: Where it is to run.
+        constraints: What is asked for.
+        recipe: How to shrink.
+        images: To train on.
+        evaluation: To measure the accuracy on.
+        work: Folder of checkpoints, from which a call that was killed goes on.
+        reporter: Told of stages.
+        told: Told of trainings.
+        executor: Judges LeGR's candidates; None for processes of its own.
+    """
+
+    own: OwnNetwork
+    method: Method
+    target: Target
+    constraints: Constraints
+    recipe: ShrinkRecipe
+    images: TrainingImages
+    evaluation: ImageSet
+    work: Path
+    reporter: Reporter
+    told: Told = nobody
+    executor: Executor | None = None
+
+    @property
+    def source(self) -> Source:
+        """The network as it was brought."""
+        return Source(own=self.own, sha256=self.own.sha256)
+
+    def fitting(
+        self,
+        masked: MaskedNetwork,
+        order: ChannelOrder,
+        prices: DevicePrices,
+        *,
+        floors: Sequence[int],
+    ) -> Fitting:
+        """What fits structures to the budget.
+
+        Args:
+            masked: The network with its masks.
+            order: In which channels go.
+            prices: The device's.
+            floors: Least channels of each group.
+        """
+        return Fitting(
+            own=self.own,
+            masked=masked,
+            order=order,
+            method=self.method,
+            target=self.target,
+            constraints=self.constraints,
+            floors=floors,
+            prices=prices,
+            reporter=self.reporter,
+        )
+
+    def tell(self, stage: str, progress: LoopProgress) -> None:
+        """Of a training."""
+        self.reporter.advance(progress.step, progress.steps)
+        self.told(stage, progress)
+
+    def name(self, prices: DevicePrices, *others: object) -> str:
+        """Of everything that decides a search: another one is never continued.
+
+        Args:
+            prices: The device's.
+            others: What else decides this one.
+        """
+        decides = [self.method, self.own.sha256, prices.table.space_sha256]
+        decides += [prices.table.created_at, *map(str, others)]
+        decides += [str(asdict(self.recipe)), str(asdict(self.own.normalisation))]
+        return short_digest(decides)
+
+    @property
+    def limits_name(self) -> str:
+        """Of everything that is asked for."""
+        return short_digest([str(asdict(self.constraints))])
+
+    def missed(self, network: VerifiedNetwork) -> InfeasibleBudget:
+        """What does not keep all limits, to be raised."""
+        return InfeasibleBudget(
+            f"what is left of {self.own.family} does not keep all limits on "
+            f"{self.target.backend}: "
+            + "; ".join(
+                f"{v.constraint} {v.told(v.bound)}, asked for {v.told(v.limit)}"
+                for v in network.verdicts
+                if not v.met
+            )
+            + ". Loosen that",
+            budget_ms=self.constraints.budget_ms,
+            fastest_ms=None,
+            nearest=network.exported.facts.name,
+        )
+
+    def require_accuracy(self, network: VerifiedNetwork) -> None:
+        """Refuse what is not accurate enough: nothing smaller would be.
+
+        Raises:
+            InfeasibleBudget: The accuracy that is asked for is not kept.
+        """
+        if any(v.constraint == "accuracy" and not v.met for v in network.verdicts):
+            raise self.missed(network)
+
+    def certify(
+        self,
+        fitting: Fitting,
+        trained: nn.Module,
+        kept: Sequence[Tensor],
+        predicted_ms: float,
+        stack: ExitStack,
+    ) -> VerifiedNetwork:
+        """Export what is left now, and show what it does.
+
+        Args:
+            fitting: Writes and times it.
+            trained: What is left.
+            kept: Indices of the channels that stay, of each group.
+            predicted_ms: What it should take.
+            stack: Closes the folder of its files.
+        """
+        folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
+        exported = fitting.written(trained, kept, Path(folder))
+        measurement = fitting.measure(exported)
+        runtime = fitting.prices.table.runtime
+        self.reporter.begin("measuring the accuracy")
+        accuracy = measured_accuracy(
+            self.source,
+            exported,
+            self.evaluation,
+            runtime,
+            progress=self.reporter.advance,
+        )
+        margin = TWO_SIDED_95 * fitting.prices.residual_ratio * predicted_ms
+        return VerifiedNetwork(
+            exported=exported,
+            measurement=measurement,
+            predicted=LatencyEstimate(
+                ms=predicted_ms,
+                low_ms=predicted_ms - margin,
+                high_ms=predicted_ms + margin,
+            ),
+            accuracy=accuracy,
+            constraints=self.constraints,
+            verdicts=judge(
+                self.constraints,
+                measurement=measurement,
+                files=exported,
+                accuracy=accuracy,
+            ),
+            device=this_device(
+                accelerator=get_backend(self.target.backend).accelerator()
+            ),
+            runtime=runtime,
+            candidates=tuple(found.candidate for found in fitting.timed),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A `NetworkSource`: the network before it was shrunk."""
+
+    own: OwnNetwork
+    sha256: str
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """See `NetworkSource`."""
+        return self.own.normalisation
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See `NetworkSource`."""
+        return self.own.class_names
+
+
+def short_digest(parts: Sequence[str]) -> str:
+    """Name of what is decided by these."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
