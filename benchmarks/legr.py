@@ -21,7 +21,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +36,12 @@ from trainings import (
     WEIGHTS,
     Lines,
     accuracy_of,
+    arrays_of,
     keep,
     kept,
     log_of,
     one_cycle,
+    onnx_of,
     time_on,
     train,
     training_set,
@@ -50,7 +51,6 @@ from ofa_deploy.api import specialize
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.candidates import CandidateImages
 from ofa_deploy.shrink.cost import MacPrice, full_counts
@@ -66,7 +66,6 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
-from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
@@ -92,11 +91,6 @@ def network(weights: str) -> ResNet:
     state = {name: torch.from_numpy(array) for name, array in kept(weights).items()}
     module.load_state_dict(state)
     return module.eval()
-
-
-def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
-    """Parameters and statistics of a module."""
-    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
 def owned(images: TrainingImages) -> OwnNetwork:
@@ -263,15 +257,6 @@ def tuned(own: OwnNetwork, ranking: str, share: float) -> nn.Module:
     narrow = extract_module(own.module, own.graph, indices)
     narrow.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
     return narrow.eval()
-
-
-def onnx_of(module: nn.Module) -> bytes:
-    """As it is deployed."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        target = Target(backend="onnxruntime-cpu", threads=1)
-        file = write_module(module, resolution=RESOLUTION, target=target, folder=folder)
-        return (folder / file).read_bytes()
 
 
 def prune_by_latency(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import nn
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.evaluation import top1_accuracy
+from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -89,6 +92,11 @@ def kept(name: str) -> Weights:
     }
 
 
+def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
+    """Parameters and statistics of a module."""
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
 class Lines:
     """A line an epoch, besides the bar."""
 
@@ -137,6 +145,15 @@ def train(
 def log_of(folder: Path) -> Path:
     """The log that a training left."""
     return folder / LOG_FILE
+
+
+def onnx_of(module: nn.Module) -> bytes:
+    """As it is deployed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        target = Target(backend="onnxruntime-cpu", threads=1)
+        file = write_module(module, resolution=RESOLUTION, target=target, folder=folder)
+        return (folder / file).read_bytes()
 
 
 def accuracy_of(model: bytes, inputs: NDArray[np.float32], test: ImageSet) -> float:

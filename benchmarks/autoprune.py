@@ -1,0 +1,296 @@
+"""AutoPrune on CIFAR-10: half of the MACs by filters, one weight in fifty by weights.
+
+Both of a VGG-like network. Trainings take hours, so each stage is a command of its own,
+which goes on where it was stopped and leaves its weights (float16) and log in the
+repository; the last one measures and publishes. In this order:
+
+    dense      the network that both are made from
+    filters    half of its MACs
+    weights    one in fifty of its weights
+    report     everything measured, and the section of RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+from typing import Any
+
+import torch
+from cifar_networks import Vgg
+from inputs import add_data, add_work, console, new_parser, read_test_images
+from numpy.typing import NDArray
+from report import Section
+from torch import nn
+from trainings import (
+    LOGS,
+    RESOLUTION,
+    Lines,
+    accuracy_of,
+    arrays_of,
+    keep,
+    kept,
+    log_of,
+    one_cycle,
+    onnx_of,
+    time_on,
+    train,
+    training_set,
+)
+
+from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.preprocess import prepare
+from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.finetuning import finetune
+from ofa_deploy.shrink.methods import Search
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.recipe import ShrinkRecipe
+from ofa_deploy.shrink.sparse import finetune_weights, search_weights
+from ofa_deploy.train.allocator import keep_freed_memory
+from ofa_deploy.train.images import TrainingImages
+
+DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 12, 24
+MACS_SHARE, WEIGHTS_SHARE = 0.5, 0.02
+STEP = 8
+DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1)
+# Bars.
+MOST_LOST, LEAST_FEWER = 0.005, 50
+
+
+def shrink_recipe() -> ShrinkRecipe:
+    """Of both forms."""
+    return ShrinkRecipe(
+        search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
+        finetune=one_cycle("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+    )
+
+
+def dense_network() -> nn.Module:
+    """What the stage `dense` left."""
+    return _loaded(Vgg(), kept("vgg-dense"))
+
+
+def _loaded(module: nn.Module, arrays: dict[str, NDArray[Any]]) -> nn.Module:
+    module.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
+    return module.eval()
+
+
+def owned(images: TrainingImages) -> OwnNetwork:
+    """The dense network, ready to be pruned."""
+    return OwnNetwork.of(
+        dense_network(),
+        resolution=RESOLUTION,
+        normalisation=images.normalisation,
+        class_names=images.training.class_names,
+    )
+
+
+# -- stages ----------------------------------------------------------------------------
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """The network that both are made from."""
+    torch.manual_seed(0)
+    module, folder = Vgg(), args.work / "autoprune" / "dense"
+    images = TrainingImages(training_set(args), DENSE)
+    train(module, "dense", images=images, recipe=DENSE, folder=folder)
+    keep("vgg-dense", arrays_of(module), {"": log_of(folder)})
+
+
+def prune_filters(args: argparse.Namespace) -> None:
+    """Half of the MACs."""
+    settings = shrink_recipe()
+    images = TrainingImages(training_set(args), settings.search)
+    own = owned(images)
+    folder = args.work / "autoprune" / f"filters-{own.sha256[:12]}"
+    price = MacPrice(own.graph)
+    with StageBar(console) as bar:
+        found = Search(
+            own=own,
+            price=price,
+            share=MACS_SHARE,
+            step=STEP,
+            recipe=settings,
+            images=images,
+            folder=folder / "search",
+            told=Lines(bar),
+        ).run("autoprune")
+        full = float(price(full_counts(own.graph)))
+        indices = found.order.kept(found.order.within(price, MACS_SHARE * full))
+        narrow = extract_module(own.module, own.graph, indices)
+        tuning = folder / f"finetune-{'-'.join(str(len(one)) for one in indices)}"
+        finetune(
+            narrow,
+            resolution=RESOLUTION,
+            recipe=settings.finetune,
+            images=images,
+            folder=tuning,
+            teacher=dense_network(),
+            told=Lines(bar),
+        )
+    arrays = arrays_of(narrow)
+    arrays |= {f"kept.{index}": one.numpy() for index, one in enumerate(indices)}
+    logs = {"-search": log_of(folder / "search"), "-finetune": log_of(tuning)}
+    keep("vgg-filters", arrays, logs)
+
+
+def prune_weights(args: argparse.Namespace) -> None:
+    """One weight in fifty."""
+    settings = shrink_recipe()
+    images = TrainingImages(training_set(args), settings.search)
+    own = owned(images)
+    folder = args.work / "autoprune" / f"weights-{own.sha256[:12]}"
+    with StageBar(console) as bar:
+        pull = search_weights(
+            own.module,
+            target_share=WEIGHTS_SHARE,
+            settings=settings.sparsity,
+            estimator=settings.estimator,
+            deciding_share=settings.deciding_share,
+            resolution=RESOLUTION,
+            images=images,
+            recipe=settings.search,
+            folder=folder / "search",
+            told=Lines(bar),
+        )
+        pull.freeze(int(WEIGHTS_SHARE * pull.weight_count))
+        sparse = finetune_weights(
+            pull,
+            resolution=RESOLUTION,
+            images=images,
+            recipe=settings.finetune,
+            folder=folder / "finetune",
+            teacher=dense_network(),
+            told=Lines(bar),
+        )
+    logs = {"-search": log_of(folder / "search")}
+    logs["-finetune"] = log_of(folder / "finetune")
+    keep("vgg-weights", arrays_of(sparse), logs)
+
+
+# -- the report ------------------------------------------------------------------------
+
+
+def filters_network(own: OwnNetwork) -> nn.Module:
+    """What the stage `filters` left."""
+    arrays = kept("vgg-filters")
+    count = len(own.graph.groups)
+    indices = [torch.from_numpy(arrays.pop(f"kept.{k}")) for k in range(count)]
+    return _loaded(extract_module(own.module, own.graph, indices), arrays)
+
+
+def weights_of(module: nn.Module) -> tuple[int, int]:
+    """Weights of convolutions and linear layers that are not zero, and all."""
+    weights = [
+        layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    return (
+        sum(int(weight.count_nonzero()) for weight in weights),
+        sum(weight.numel() for weight in weights),
+    )
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Measure everything, and write the section."""
+    images = TrainingImages(training_set(args), shrink_recipe().search)
+    test = read_test_images(args.data)
+    own = owned(images)
+    networks = {
+        "dense": own.module,
+        "filters": filters_network(own),
+        "weights": _loaded(Vgg(), kept("vgg-weights")),
+    }
+    models = {name: onnx_of(module) for name, module in networks.items()}
+    inputs = prepare(
+        test.images, resolution=RESOLUTION, normalisation=images.normalisation
+    )
+    found = {name: accuracy_of(model, inputs, test) for name, model in models.items()}
+    latencies = time_on("openvino-cpu", models)
+    price = MacPrice(own.graph)
+    full = float(price(full_counts(own.graph)))
+    counts = [
+        float(len(kept("vgg-filters")[f"kept.{k}"]))
+        for k in range(len(own.graph.groups))
+    ]
+    left = float(price(torch.tensor(counts, dtype=torch.float64)))
+    nonzero = {name: weights_of(module) for name, module in networks.items()}
+    section = Section("autoprune", "AutoPrune", results=args.results)
+    section.text(
+        f"A VGG-like network of {nonzero['dense'][1] / 1e6:.2f} million weights and "
+        f"{full:.0f} MMACs, trained for {DENSE_EPOCHS} epochs; either form searches "
+        f"for {SEARCH_EPOCHS} and is fine-tuned for {FINETUNE_EPOCHS}, with the dense "
+        "network as teacher. Test accuracy of the exported models; compressed: the "
+        "ONNX file by xz; OpenVINO, 1 thread, timed against each other. Single weights "
+        "that are zero make nothing faster."
+    )
+    section.table(
+        [
+            "network",
+            "weights not zero",
+            "compressed kB",
+            "OpenVINO ms",
+            "test accuracy",
+        ],
+        [
+            [
+                name,
+                f"{nonzero[name][0]:,}",
+                f"{len(lzma.compress(models[name])) / 1e3:,.0f}",
+                f"{latencies[name]:.4f}",
+                f"{found[name]:.2%}",
+            ]
+            for name in networks
+        ],
+    )
+    section.table(["training", "epochs", "minutes"], trainings())
+    lost = {name: found["dense"] - found[name] for name in ("filters", "weights")}
+    section.bar(
+        f"filters: {lost['filters']:+.2%} lost (at most {MOST_LOST:.1%}) with "
+        f"{left / full:.1%} of the MACs",
+        passed=lost["filters"] <= MOST_LOST and left <= MACS_SHARE * full,
+    )
+    fewer = nonzero["weights"][1] / nonzero["weights"][0]
+    section.bar(
+        f"weights: {lost['weights']:+.2%} lost (at most {MOST_LOST:.1%}) with "
+        f"{fewer:.1f}× fewer that are not zero (at least {LEAST_FEWER}×)",
+        passed=lost["weights"] <= MOST_LOST and fewer >= LEAST_FEWER,
+    )
+    section.publish()
+
+
+def trainings() -> list[list[str]]:
+    """Epochs and wall time of every training, from their logs."""
+    rows = []
+    for log in sorted(LOGS.glob("vgg-*.jsonl")):
+        last = json.loads(log.read_text().splitlines()[-1])
+        name = log.stem.removeprefix("vgg-").replace("-", ", ")
+        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
+    return rows
+
+
+STAGES = {
+    "dense": train_dense,
+    "filters": prune_filters,
+    "weights": prune_weights,
+    "report": publish,
+}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = new_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_data(parser)
+    add_work(parser)
+    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
+    args = parser.parse_args()
+    keep_freed_memory()
+    STAGES[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
