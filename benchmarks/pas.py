@@ -4,11 +4,12 @@ Trainings take hours, so each stage is a command of its own, which goes on where
 stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
-    first           the network that everything else is made from: one cycle
-    dense           it once more, from there, for longer
+    plain           the network that everything else is made from, without its branches
+    dense           it gets its branches, and is trained on
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
-    uniform         that network, trained from nothing for as long as the two above
+    uniform-plain   that network, trained as the two above: without branches first
+    uniform         then with them, for as long as pruning took, too
     milliseconds    Pruning-as-Search again, by OpenVINO's latency, through `specialize`
     report          everything measured, and the section of RESULTS.md
 """
@@ -36,6 +37,7 @@ from trainings import (
     Lines,
     Weights,
     accuracy_of,
+    digest,
     keep,
     kept,
     log_of,
@@ -46,6 +48,7 @@ from trainings import (
 )
 
 from ofa_deploy.api import specialize
+from ofa_deploy.branching import plain_plan, with_silent_branches
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
@@ -73,8 +76,8 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.recipe import Recipe
 from profilers.backends import get_backend
 
-FIRST_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 36, 84, 8, 24
-ALL_EPOCHS = FIRST_EPOCHS + DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
+PLAIN_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 80, 12, 8, 24
+ALL_EPOCHS = PLAIN_EPOCHS + DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
@@ -98,13 +101,14 @@ def dense_plan() -> NetworkPlan:
     return lower(space(), space().largest())
 
 
-def long_cycle(name: str, *, epochs: int) -> Recipe:
-    """As the dense network is trained to its end, and the uniform one from nothing.
+PLAIN = one_cycle(
+    "plain", epochs=PLAIN_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
+)
 
-    More of the batches are mixed than in the first cycle, at whose end the images as
-    they are were learnt by heart.
-    """
-    return one_cycle(name, epochs=epochs, peak_learning_rate=0.1, cutmix_share=0.5)
+
+def branched_recipe(name: str, *, epochs: int) -> Recipe:
+    """Of a network that has just got its branches."""
+    return one_cycle(name, epochs=epochs, peak_learning_rate=0.05)
 
 
 def shrink_recipe() -> ShrinkRecipe:
@@ -123,23 +127,28 @@ def train_whole(
     network: StaticNet, stage: str, recipe: Recipe, args: argparse.Namespace
 ) -> None:
     """Train a network, and keep its weights and its log."""
-    folder = args.work / "pas" / stage
+    folder = args.work / "pas" / f"{stage}-{digest(network.weights())}"
     images = TrainingImages(training_set(args), recipe)
     train(network, stage, images=images, recipe=recipe, folder=folder)
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
 
 
-def train_first(args: argparse.Namespace) -> None:
-    """The network that everything else is made from, in one cycle."""
+def train_plain(args: argparse.Namespace) -> None:
+    """The network that everything else is made from, without its branches."""
     torch.manual_seed(0)
-    recipe = one_cycle("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
-    train_whole(StaticNet(dense_plan()), "first", recipe, args)
+    train_whole(StaticNet(plain_plan(dense_plan())), "plain", PLAIN, args)
 
 
 def train_dense(args: argparse.Namespace) -> None:
-    """The same in a second cycle, from the first one's end."""
-    recipe = long_cycle("dense", epochs=DENSE_EPOCHS)
-    train_whole(StaticNet(dense_plan(), kept("pas-first")), "dense", recipe, args)
+    """It gets its branches, and is trained on."""
+    recipe = branched_recipe("dense", epochs=DENSE_EPOCHS)
+    train_whole(branched(dense_plan(), "pas-plain"), "dense", recipe, args)
+
+
+def branched(plan: NetworkPlan, name: str) -> StaticNet:
+    """A plain network that was kept, with branches that are silent yet."""
+    rng = np.random.default_rng(0)
+    return StaticNet(plan, with_silent_branches(kept(name), plan, rng=rng))
 
 
 def prune_by_macs(args: argparse.Namespace) -> None:
@@ -167,7 +176,6 @@ def prune_by_macs(args: argparse.Namespace) -> None:
         settled = torch.tensor(counts, dtype=torch.float64)
         print(f"settled at {counts}: {float(price(settled)) / full:.2%}", flush=True)
         freeze(masked, found.order.kept(counts))
-        tuning = folder / f"finetune-{'-'.join(map(str, counts))}"
         tuning = folder / f"finetune-{'-'.join(map(str, counts))}"
         finetune(
             own.remainder(masked, masked.kept()),
@@ -269,13 +277,22 @@ def choose_scale(args: argparse.Namespace) -> None:
     print(text)
 
 
-def train_uniform(args: argparse.Namespace) -> None:
-    """The same family, scaled uniformly, for as many epochs as the pruned one took."""
-    share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
+def uniform_plan() -> NetworkPlan:
+    """The same family, scaled as the stage `scale` found."""
+    return scaled_plan(json.loads((LOGS / "pas-scale.json").read_text())["share"])
+
+
+def train_uniform_plain(args: argparse.Namespace) -> None:
+    """As the dense network, without branches first."""
     torch.manual_seed(0)
-    plan = scaled_plan(share)
-    recipe = long_cycle("uniform", epochs=ALL_EPOCHS)
-    train_whole(StaticNet(plan), "uniform", recipe, args)
+    train_whole(StaticNet(plain_plan(uniform_plan())), "uniform-plain", PLAIN, args)
+
+
+def train_uniform(args: argparse.Namespace) -> None:
+    """Then with them, for as many epochs as the pruned one took."""
+    recipe = branched_recipe("uniform", epochs=ALL_EPOCHS - PLAIN_EPOCHS)
+    network = branched(uniform_plan(), "pas-uniform-plain")
+    train_whole(network, "uniform", recipe, args)
 
 
 def prune_by_milliseconds(args: argparse.Namespace) -> None:
@@ -315,14 +332,14 @@ def publish(args: argparse.Namespace) -> None:
     dense = StaticNet(dense_plan(), kept("pas-dense")).eval()
     fused, _ = pruned_by_macs(training)
     share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
-    uniform_plan = scaled_plan(share)
+    scaled = uniform_plan()
     bundle = Bundle.open(WEIGHTS / "pas-milliseconds")
     networks = {
         "dense": (dense_plan(), fuse(dense.weights(), dense_plan())),
         "PaS, half of the MACs": (fused.plan, dict(fused.weights)),
         f"uniform × {share:.2f}": (
-            uniform_plan,
-            fuse(kept("pas-uniform"), uniform_plan),
+            scaled,
+            fuse(kept("pas-uniform"), scaled),
         ),
     }
     models = {
@@ -354,10 +371,11 @@ def write(
     """Tables and bars."""
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
-        f"{FIRST_EPOCHS} and then {DENSE_EPOCHS} epochs; pruned for {SEARCH_EPOCHS} "
-        f"and fine-tuned for {FINETUNE_EPOCHS}; the uniform one trained from nothing "
-        f"for all {ALL_EPOCHS}. Test accuracy of the "
-        "exported models; OpenVINO, 1 thread, timed against each other."
+        f"{PLAIN_EPOCHS} epochs without its branches and {DENSE_EPOCHS} with them; "
+        f"pruned for {SEARCH_EPOCHS} and fine-tuned for {FINETUNE_EPOCHS}; the "
+        f"uniform one trained from nothing in the same way, for {ALL_EPOCHS} epochs. "
+        "Test accuracy of the exported models; OpenVINO, 1 thread, timed against each "
+        "other."
     )
     section.table(
         ["network", "MMACs", "of dense", "test accuracy", "OpenVINO ms"],
@@ -490,10 +508,11 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 
 STAGES = {
-    "first": train_first,
+    "plain": train_plain,
     "dense": train_dense,
     "macs": prune_by_macs,
     "scale": choose_scale,
+    "uniform-plain": train_uniform_plain,
     "uniform": train_uniform,
     "milliseconds": prune_by_milliseconds,
     "report": publish,

@@ -6,6 +6,7 @@ Weights are kept as float16, so that the next stage can start on another machine
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -71,8 +72,11 @@ def keep(
         logs: Of its trainings, by what to add to the name.
     """
     WEIGHTS.mkdir(exist_ok=True)
+    # Whatever the order in memory is: safetensors writes memory as it is.
     halves = {
-        key: array.astype(np.float16) if array.dtype == np.float32 else array
+        key: np.ascontiguousarray(
+            array.astype(np.float16) if array.dtype == np.float32 else array
+        )
         for key, array in arrays.items()
     }
     save_file(halves, WEIGHTS / f"{name}.safetensors")
@@ -95,6 +99,15 @@ def kept(name: str) -> Weights:
 def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
     """Parameters and statistics of a module."""
     return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Name of what a training starts from: another start is never continued."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:12]
 
 
 class Lines:
