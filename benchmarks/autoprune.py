@@ -13,30 +13,30 @@ repository; the last one measures and publishes. In this order:
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
-from typing import Any
 
 import torch
 from cifar_networks import Vgg
 from inputs import add_data, add_work, console, new_parser, read_test_images
-from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
-    LOGS,
     RESOLUTION,
     Lines,
     accuracy_of,
     arrays_of,
     keep,
     kept,
+    kept_counts,
+    loaded,
     log_of,
+    narrowed,
     one_cycle,
     onnx_of,
     time_on,
     train,
     training_set,
+    trainings_of,
 )
 
 from ofa_deploy.cli.progress import StageBar
@@ -47,7 +47,7 @@ from ofa_deploy.shrink.finetuning import finetune
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
-from ofa_deploy.shrink.sparse import finetune_weights, search_weights
+from ofa_deploy.shrink.sparse import finetune_weights, search_weights, weights_of
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
@@ -69,12 +69,7 @@ def shrink_recipe() -> ShrinkRecipe:
 
 def dense_network() -> nn.Module:
     """What the stage `dense` left."""
-    return _loaded(Vgg(), kept("vgg-dense"))
-
-
-def _loaded(module: nn.Module, arrays: dict[str, NDArray[Any]]) -> nn.Module:
-    module.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
-    return module.eval()
+    return loaded(Vgg(), kept("vgg-dense"))
 
 
 def owned(images: TrainingImages) -> OwnNetwork:
@@ -114,6 +109,7 @@ def prune_filters(args: argparse.Namespace) -> None:
             step=STEP,
             recipe=settings,
             images=images,
+            held_out=images.validation,
             folder=folder / "search",
             told=Lines(bar),
         ).run("autoprune")
@@ -173,21 +169,9 @@ def prune_weights(args: argparse.Namespace) -> None:
 # -- the report ------------------------------------------------------------------------
 
 
-def filters_network(own: OwnNetwork) -> nn.Module:
-    """What the stage `filters` left."""
-    arrays = kept("vgg-filters")
-    count = len(own.graph.groups)
-    indices = [torch.from_numpy(arrays.pop(f"kept.{k}")) for k in range(count)]
-    return _loaded(extract_module(own.module, own.graph, indices), arrays)
-
-
-def weights_of(module: nn.Module) -> tuple[int, int]:
+def counted(module: nn.Module) -> tuple[int, int]:
     """Weights of convolutions and linear layers that are not zero, and all."""
-    weights = [
-        layer.weight
-        for layer in module.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
+    weights = weights_of(module).values()
     return (
         sum(int(weight.count_nonzero()) for weight in weights),
         sum(weight.numel() for weight in weights),
@@ -201,8 +185,8 @@ def publish(args: argparse.Namespace) -> None:
     own = owned(images)
     networks = {
         "dense": own.module,
-        "filters": filters_network(own),
-        "weights": _loaded(Vgg(), kept("vgg-weights")),
+        "filters": narrowed(own, kept("vgg-filters")),
+        "weights": loaded(Vgg(), kept("vgg-weights")),
     }
     models = {name: onnx_of(module) for name, module in networks.items()}
     inputs = prepare(
@@ -212,12 +196,8 @@ def publish(args: argparse.Namespace) -> None:
     latencies = time_on("openvino-cpu", models)
     price = MacPrice(own.graph)
     full = float(price(full_counts(own.graph)))
-    counts = [
-        float(len(kept("vgg-filters")[f"kept.{k}"]))
-        for k in range(len(own.graph.groups))
-    ]
-    left = float(price(torch.tensor(counts, dtype=torch.float64)))
-    nonzero = {name: weights_of(module) for name, module in networks.items()}
+    left = float(price(kept_counts("vgg-filters", own)))
+    nonzero = {name: counted(module) for name, module in networks.items()}
     section = Section("autoprune", "AutoPrune", results=args.results)
     section.text(
         f"A VGG-like network of {nonzero['dense'][1] / 1e6:.2f} million weights and "
@@ -246,7 +226,7 @@ def publish(args: argparse.Namespace) -> None:
             for name in networks
         ],
     )
-    section.table(["training", "epochs", "minutes"], trainings())
+    section.table(["training", "epochs", "minutes"], trainings_of("vgg-"))
     lost = {name: found["dense"] - found[name] for name in ("filters", "weights")}
     section.bar(
         f"filters: {lost['filters']:+.2%} lost (at most {MOST_LOST:.1%}) with "
@@ -260,16 +240,6 @@ def publish(args: argparse.Namespace) -> None:
         passed=lost["weights"] <= MOST_LOST and fewer >= LEAST_FEWER,
     )
     section.publish()
-
-
-def trainings() -> list[list[str]]:
-    """Epochs and wall time of every training, from their logs."""
-    rows = []
-    for log in sorted(LOGS.glob("vgg-*.jsonl")):
-        last = json.loads(log.read_text().splitlines()[-1])
-        name = log.stem.removeprefix("vgg-").replace("-", ", ")
-        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
-    return rows
 
 
 STAGES = {

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
-import time
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,14 @@ from trainings import (
     Lines,
     accuracy_of,
     arrays_of,
+    digest,
     keep,
+    keep_bundle,
     kept,
+    kept_counts,
+    loaded,
     log_of,
+    narrowed,
     one_cycle,
     onnx_of,
     time_on,
@@ -65,7 +70,6 @@ from ofa_deploy.shrink.legr import (
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.shrink.recipe import default_shrink_recipe
-from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
@@ -85,12 +89,9 @@ SAME_LATENCY = 0.02
 CPUS = 2
 
 
-def network(weights: str) -> ResNet:
+def network(weights: str) -> nn.Module:
     """ResNet-20 with what a stage left."""
-    module = ResNet(DEPTH)
-    state = {name: torch.from_numpy(array) for name, array in kept(weights).items()}
-    module.load_state_dict(state)
-    return module.eval()
+    return loaded(ResNet(DEPTH), kept(weights))
 
 
 def owned(images: TrainingImages) -> OwnNetwork:
@@ -135,14 +136,14 @@ def search(
     price = MacPrice(own.graph)
     candidates = CandidateImages.written(
         images,
+        held_out=images.validation,
         resolution=RESOLUTION,
         training_count=settings.training_count,
         validation_count=settings.validation_count,
         folder=folder / "images",
     )
     return RankingSearch(
-        own.module,
-        own.graph,
+        own,
         price=price,
         most=share * float(price(full_counts(own.graph))),
         step=1,
@@ -162,39 +163,41 @@ def learn_ranking(args: argparse.Namespace) -> None:
         StageBar(console) as bar,
         ProcessPoolExecutor(CPUS, env={"OMP_NUM_THREADS": "1"}) as executor,
     ):
-        quick = replace(
-            SETTINGS, evaluations=TIMED_EVALUATIONS, population=TIMED_EVALUATIONS
-        )
-        for share in BUDGETS:
+        # The first one is for nothing: it starts the processes, too.
+        for share in (BUDGETS[0], *BUDGETS):
             bar.begin(f"timing evaluations at {share:.0%}")
-            with tempfile.TemporaryDirectory() as name:
-                timed = search(
-                    own, images, share=share, settings=quick, folder=Path(name)
-                )
-                began_s = time.perf_counter()
-                timed.run(executor)
-                seconds = time.perf_counter() - began_s
-                seconds_each[str(share)] = seconds / TIMED_EVALUATIONS
+            seconds_each[str(share)] = seconds_of_one(own, images, share, executor)
         bar.begin("learning the ranking")
         learned = search(
             own, images, share=BUDGETS[0], settings=SETTINGS, folder=folder
         )
-        done, began_s = learned.population.done, time.perf_counter()
         best = learned.run(
             executor,
             lambda population: bar.advance(population.done, SETTINGS.evaluations),
         )
-        seconds = time.perf_counter() - began_s
     content = {
         "alpha": best.alpha.tolist(),
         "kappa": best.kappa.tolist(),
         "layers": [source.name for source in learned.sources],
         "history": learned.population.history,
-        "seconds": seconds * SETTINGS.evaluations / max(1, SETTINGS.evaluations - done),
+        "seconds": learned.population.seconds,
         "seconds_each": seconds_each,
     }
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     (LOGS / "legr-ranking.json").write_text(text)
+
+
+def seconds_of_one(
+    own: OwnNetwork, images: TrainingImages, share: float, executor: Executor
+) -> float:
+    """Seconds an evaluation takes at a share of the MACs, many being side by side."""
+    quick = replace(
+        SETTINGS, evaluations=TIMED_EVALUATIONS, population=TIMED_EVALUATIONS
+    )
+    with tempfile.TemporaryDirectory() as name:
+        timed = search(own, images, share=share, settings=quick, folder=Path(name))
+        timed.run(executor)
+    return timed.population.seconds / TIMED_EVALUATIONS
 
 
 def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
@@ -213,20 +216,31 @@ def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
         Affine(alpha=np.array(learned["alpha"]), kappa=np.array(learned["kappa"]))
     )
     plain = order(Affine.plain(len(sources)))
-    full = [group.channels for group in own.graph.groups]
-
-    def uniform(width: float) -> list[int]:
-        return [max(1, int(width * channels)) for channels in full]
-
-    def cost(counts: list[int]) -> float:
-        return float(price(torch.tensor(counts, dtype=torch.float64)))
-
-    widths = [w for w in np.linspace(0.02, 1, 400) if cost(uniform(w)) <= most]
     return {
         "LeGR": list(ranked.kept(ranked.within(price, most))),
-        "uniform": list(plain.kept(uniform(widths[-1]))),
+        "uniform": list(plain.kept(uniform_counts(own, most))),
         "norm": list(plain.kept(plain.within(price, most))),
     }
+
+
+def uniform_counts(own: OwnNetwork, most: float) -> list[int]:
+    """One share of all groups' channels; what is left over, where most is missing."""
+    price = MacPrice(own.graph)
+    full = [group.channels for group in own.graph.groups]
+
+    def fits(counts: list[int]) -> bool:
+        return float(price(torch.tensor(counts, dtype=torch.float64))) <= most
+
+    for width in np.linspace(1, 0.02, 800):
+        counts = [max(1, int(width * channels)) for channels in full]
+        if fits(counts):
+            break
+    missing = np.array([width * c for c in full]) - counts
+    for index in np.argsort(-missing):
+        more = [n + (k == index) for k, n in enumerate(counts)]
+        if more[index] <= full[index] and fits(more):
+            counts = more
+    return counts
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -237,26 +251,29 @@ def tune(args: argparse.Namespace) -> None:
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
             name = f"legr-{ranking.lower()}-{share * 100:.0f}"
-            if (WEIGHTS / f"{name}.safetensors").is_file():
+            places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
+            if is_kept(name, places):
                 continue
             narrow = extract_module(own.module, own.graph, indices)
-            folder = args.work / "legr" / f"{own.sha256[:12]}-{name}"
+            start = f"{own.sha256[:12]}-{digest(places)}"
+            folder = args.work / "legr" / f"{name}-{start}"
             train(
                 narrow, name, images=images, recipe=TUNE, folder=folder, teacher=teacher
             )
-            arrays = arrays_of(narrow)
-            arrays |= {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
-            keep(name, arrays, {"": log_of(folder)})
+            keep(name, arrays_of(narrow) | places, {"": log_of(folder)})
+
+
+def is_kept(name: str, places: dict[str, NDArray[Any]]) -> bool:
+    """Whether a result is there, of these channels."""
+    if not (WEIGHTS / f"{name}.safetensors").is_file():
+        return False
+    before = kept(name)
+    return all(np.array_equal(before[key], place) for key, place in places.items())
 
 
 def tuned(own: OwnNetwork, ranking: str, share: float) -> nn.Module:
     """What the stage `tuned` left."""
-    arrays = kept(f"legr-{ranking.lower()}-{share * 100:.0f}")
-    count = len(own.graph.groups)
-    indices = [torch.from_numpy(arrays.pop(f"kept.{k}")) for k in range(count)]
-    narrow = extract_module(own.module, own.graph, indices)
-    narrow.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
-    return narrow.eval()
+    return narrowed(own, kept(f"legr-{ranking.lower()}-{share * 100:.0f}"))
 
 
 def prune_by_latency(args: argparse.Namespace) -> None:
@@ -264,28 +281,31 @@ def prune_by_latency(args: argparse.Namespace) -> None:
     data = training_set(args)
     images = TrainingImages(data, TUNE)
     own = owned(images)
-    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
-    path = LOGS / "legr-budget.json"
+    by_macs = tuned(own, "LeGR", 0.5)
+    work = args.work / "legr" / f"latency-{digest(arrays_of(by_macs))}"
+    path = work / "budget.json"
     if not path.is_file():
-        found = time_on("openvino-cpu", {"macs": by_macs})
+        found = time_on("openvino-cpu", {"macs": onnx_of(by_macs)})
+        work.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n")
     budget_ms = json.loads(path.read_text())["budget_ms"]
     recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
-    with StageBar(console) as bar:
-        bundle = specialize(
-            "openvino-cpu",
-            latency_ms=budget_ms,
-            model=network("resnet20-dense"),
-            method="legr",
-            data=data,
-            out=args.work / "legr" / "latency" / "bundle",
-            recipe=recipe,
-            work=args.work / "legr" / "latency" / "work",
-            reporter=bar,
-            training_told=Lines(bar),
-        )
-    shutil.copytree(bundle.path, WEIGHTS / "legr-latency", dirs_exist_ok=True)
-    shutil.copyfile(bundle.path / HISTORY_FILE, LOGS / "legr-latency.json")
+    out = work / "bundle"
+    if not out.exists():
+        with StageBar(console) as bar:
+            specialize(
+                "openvino-cpu",
+                latency_ms=budget_ms,
+                model=network("resnet20-dense"),
+                method="legr",
+                data=data,
+                out=out,
+                recipe=recipe,
+                work=work,
+                reporter=bar,
+                training_told=Lines(bar),
+            )
+    keep_bundle("legr-latency", out)
 
 
 # -- the report ------------------------------------------------------------------------
@@ -309,10 +329,10 @@ def publish(args: argparse.Namespace) -> None:
     }
     macs = {
         (ranking, share): float(
-            price(torch.tensor([float(len(one)) for one in indices]).double())
+            price(kept_counts(f"legr-{ranking.lower()}-{share * 100:.0f}", own))
         )
         for share in BUDGETS
-        for ranking, indices in structures(own, share).items()
+        for ranking in RANKINGS
     }
     section = Section("legr", "LeGR", results=args.results)
     section.text(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +38,14 @@ from trainings import (
     accuracy_of,
     digest,
     keep,
+    keep_bundle,
     kept,
     log_of,
     one_cycle,
     time_on,
     train,
     training_set,
+    trainings_of,
 )
 
 from ofa_deploy.api import specialize
@@ -68,7 +69,6 @@ from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
-from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
@@ -167,6 +167,7 @@ def prune_by_macs(args: argparse.Namespace) -> None:
             step=STEP,
             recipe=settings,
             images=training,
+            held_out=training.validation,
             folder=folder / "search",
             told=lines,
         ).run("pas")
@@ -303,23 +304,24 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     data = training_set(args)
     budget_ms = json.loads((LOGS / "pas-scale.json").read_text())["budget_ms"]
     print(f"budget: {budget_ms:.4f} ms")
-    out = args.work / "pas" / "milliseconds" / "bundle"
-    with StageBar(console) as bar:
-        bundle = specialize(
-            "openvino-cpu",
-            latency_ms=budget_ms,
-            model=StaticNet(dense_plan(), kept("pas-dense")),
-            method="pas",
-            data=data,
-            out=out,
-            recipe=shrink_recipe(),
-            work=args.work / "pas" / "milliseconds" / "work",
-            reporter=bar,
-            training_told=Lines(bar),
-        )
-    target = WEIGHTS / "pas-milliseconds"
-    shutil.copytree(bundle.path, target, dirs_exist_ok=True)
-    shutil.copyfile(bundle.path / HISTORY_FILE, LOGS / "pas-milliseconds.json")
+    weights = kept("pas-dense")
+    work = args.work / "pas" / f"milliseconds-{digest(weights)}-{budget_ms:.6f}"
+    out = work / "bundle"
+    if not out.exists():
+        with StageBar(console) as bar:
+            specialize(
+                "openvino-cpu",
+                latency_ms=budget_ms,
+                model=StaticNet(dense_plan(), weights),
+                method="pas",
+                data=data,
+                out=out,
+                recipe=shrink_recipe(),
+                work=work,
+                reporter=bar,
+                training_told=Lines(bar),
+            )
+    keep_bundle("pas-milliseconds", out)
 
 
 # -- the report ------------------------------------------------------------------------
@@ -451,11 +453,7 @@ def write(
 
 def trainings() -> list[list[str]]:
     """Epochs and wall time of every training, from their logs."""
-    rows = []
-    for log in sorted(LOGS.glob("pas-*.jsonl")):
-        last = json.loads(log.read_text().splitlines()[-1])
-        name = log.stem.removeprefix("pas-").replace("-", ", ")
-        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
+    rows = trainings_of("pas-")
     history = json.loads((LOGS / "pas-milliseconds.json").read_text())
     for part in ("search", "finetune"):
         last = history[part][-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from inputs import console
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
@@ -108,6 +113,46 @@ def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
         found.update(name.encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:12]
+
+
+def loaded(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
+    """A module with arrays that `arrays_of` gave."""
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def narrowed(own: OwnNetwork, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
+    """What is left of a network: `kept.0`, … say which channels, the others what."""
+    rest = dict(arrays)
+    count = len(own.graph.groups)
+    indices = [torch.from_numpy(rest.pop(f"kept.{k}")) for k in range(count)]
+    return loaded(extract_module(own.module, own.graph, indices), rest)
+
+
+def kept_counts(name: str, own: OwnNetwork) -> Tensor:
+    """Channels of each group that a kept result has left of a network."""
+    arrays = kept(name)
+    counts = [len(arrays[f"kept.{k}"]) for k in range(len(own.graph.groups))]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def keep_bundle(name: str, bundle: Path) -> None:
+    """Put a bundle where it is committed, and its history beside the logs."""
+    target = WEIGHTS / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(bundle, target)
+    shutil.copyfile(bundle / HISTORY_FILE, LOGS / f"{name}.json")
+
+
+def trainings_of(prefix: str) -> list[list[str]]:
+    """Name, epochs and minutes of all trainings whose logs begin so."""
+    rows = []
+    for log in sorted(LOGS.glob(f"{prefix}*.jsonl")):
+        last = json.loads(log.read_text().splitlines()[-1])
+        name = log.stem.removeprefix(prefix).replace("-", ", ")
+        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
+    return rows
 
 
 class Lines:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -273,9 +273,32 @@ def shrink(
     evaluations: Annotated[
         int, typer.Option(min=1, help="Candidates that legr judges.")
     ] = 400,
+    lowest_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Of legr: share of the latency at which it ranks; with one --work, "
+            "budgets above it are cut from one search."
+        ),
+    ] = None,
     finetune_epochs: Annotated[
         int, typer.Option(min=1, help="Passes over what was found.")
     ] = 30,
+    distill: Annotated[
+        bool, typer.Option(help="Let your network teach what is left of it.")
+    ] = True,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the inputs your network was trained with, as 0.49,0.48,0.45 "
+            "for pixels of 0 to 1; default: the images' own."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Likewise, as 0.25,0.24,0.26.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Accuracy to keep besides, 0..1.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
     eval_data: Annotated[
         Path | None, typer.Option(help="Labelled images to measure accuracy on.")
@@ -300,9 +323,15 @@ def shrink(
             out=out,
             latency_ms=latency_ms,
             compressed_bytes=compressed_bytes,
+            min_accuracy=min_accuracy,
             eval_data=eval_data,
-            recipe=shrinking.recipe(
-                search_epochs, finetune_epochs, batch_size, evaluations
+            normalisation=shrinking.normalisation(mean, std),
+            recipe=replace(
+                shrinking.recipe(
+                    search_epochs, finetune_epochs, batch_size, evaluations
+                ),
+                distill=distill,
+                lowest_share=lowest_share,
             ),
             work=work,
             reporter=bar,

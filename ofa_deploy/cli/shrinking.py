@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ofa_deploy.errors import DataError, MissingDependency
+from ofa_deploy.preprocess import Normalisation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +91,33 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise DataError(f"{path} holds weights of another network: {error}") from error
+
+
+def normalisation(mean: str | None, std: str | None) -> Normalisation | None:
+    """Of pixels of 0 to 1, as frameworks give it, for pixels of 0 to 255.
+
+    Raises:
+        DataError: One of them is missing, or is no three numbers.
+    """
+    if mean is None and std is None:
+        return None
+    return Normalisation(
+        mean=_three("--mean", mean, least=0.0), std=_three("--std", std, least=1e-3)
+    )
+
+
+def _three(name: str, given: str | None, *, least: float) -> tuple[float, float, float]:
+    """Three numbers for pixels of 0 to 1, as for pixels of 0 to 255."""
+    try:
+        red, green, blue = (float(part) for part in (given or "").split(","))
+    except ValueError:
+        red = green = blue = math.nan
+    if not all(least <= value <= 1 for value in (red, green, blue)):
+        raise DataError(
+            f"{name} {given!r}: give both --mean and --std, each as three numbers for "
+            "pixels of 0 to 1, such as 0.49,0.48,0.45"
+        )
+    return 255 * red, 255 * green, 255 * blue
 
 
 def recipe(

@@ -31,6 +31,9 @@ class ShrinkHistory:
         search: Of every epoch of the search: loss, accuracy, channels kept, price.
         finetune: Of every epoch afterwards.
         kept: Channels that each group has now; or weights.
+        left_whole: Layers whose channels cannot all be removed.
+        family: Networks that the same ranking leaves at other prices: price, counts,
+            and loss before fine-tuning.
     """
 
     method: str
@@ -41,6 +44,8 @@ class ShrinkHistory:
     search: Log
     finetune: Log
     kept: tuple[int, ...]
+    left_whole: tuple[str, ...] = ()
+    family: Log = ()
 
     @property
     def unit(self) -> str:
@@ -67,10 +72,11 @@ def shrunk_report(
         plot(
             f"Kept {history.unit}",
             f"Of each {_part(history)}: the whole bar is what it had, the dark part "
-            "what it kept.",
+            f"what it kept. {_told_whole(history)}",
             draw_kept(history),
         ),
         _course(history),
+        *_family(history),
         plot(
             "Accuracy on held-out images",
             "While weights were trained.",
@@ -105,6 +111,48 @@ def _course(history: ShrinkHistory) -> str:
         f"the thick line is {of_all}.",
         draw_course(history),
     )
+
+
+def _told_whole(history: ShrinkHistory) -> str:
+    if history.unit == "weights" or not history.left_whole:
+        return ""
+    return (
+        "Not all channels of these can be removed, because of what reads them: "
+        f"{', '.join(history.left_whole)}."
+    )
+
+
+def _family(history: ShrinkHistory) -> list[str]:
+    """What the same ranking leaves for other budgets."""
+    if not history.family:
+        return []
+    return [
+        plot(
+            "Other budgets of the same ranking",
+            "Loss on held-out images before fine-tuning, by predicted milliseconds: "
+            "each network keeps what the ones left of it keep.",
+            draw_family(history),
+        )
+    ]
+
+
+def draw_family(history: ShrinkHistory) -> str:
+    """Loss by price."""
+    prices = [float(member["price"]) for member in history.family]
+    losses = [float(member["loss"]) for member in history.family]
+    drawn = Plot(
+        name="family",
+        label="Loss before fine-tuning by predicted milliseconds",
+        x_label="predicted ms",
+        y_label="cross-entropy",
+        x_range=padded(prices),
+        y_range=padded(losses),
+    )
+    drawn.line(prices, losses, kind="course course0", tip="the nested family")
+    for member, price, loss in zip(history.family, prices, losses, strict=True):
+        tip = f"{price:.4g} ms, loss {loss:.4f}\n{sum(member['counts'])} channels"
+        drawn.point(price, loss, kind="chosen", tip=tip)
+    return drawn.render()
 
 
 def _part(history: ShrinkHistory) -> str:

@@ -9,7 +9,7 @@ good: what was removed keeps its weights, and comes back when it is missed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,6 +42,7 @@ class Deciding:
     def loss(self, module: nn.Module, step: int) -> Tensor:
         """Of a network on a step's batch."""
         rng = np.random.default_rng([self.images.seed, step])
+        torch.manual_seed(int(rng.integers(2**63)))
         inputs, targets = self.images.batch(
             0, step, resolution=self.resolution, rng=rng
         )
@@ -211,7 +212,11 @@ def typical_gradient(pull: Pull, deciding: Deciding, *, batches: int = 4) -> flo
     pull.module.eval()  # or batch norms' statistics would move
     for step in range(batches):
         with _only_masks(pull):
-            found = torch.autograd.grad(deciding.loss(pull.module, step), pull.latents)
-        squares.append(torch.cat([one.flatten() for one in found]).square().mean())
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                deciding.loss(pull.module, step), pull.latents, allow_unused=True
+            )
+        # A layer that is not called has no gradient.
+        flat = [one.flatten() for one in found if one is not None]
+        squares.append(torch.cat(flat).square().mean())
     pull.module.train(training)
     return float(torch.stack(squares).mean().sqrt())

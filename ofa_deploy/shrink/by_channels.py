@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.constraints import binding
 from ofa_deploy.contract import EXPECTED_RATIO
-from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
@@ -78,6 +78,7 @@ class ByChannels:
             step=self.prices.step,
             recipe=call.recipe,
             images=call.images,
+            held_out=call.ranked_on,
             folder=folder / SEARCH_FOLDER,
             told=call.tell,
             judged=call.reporter.advance,
@@ -86,7 +87,8 @@ class ByChannels:
         fitting = call.fitting(
             found.masked, found.order, self.prices, floors=self.floors
         )
-        return self._finish(fitting, folder, teacher)
+        shrunk = self._finish(fitting, folder, teacher)
+        return replace(shrunk, family=found.family)
 
     @property
     def floors(self) -> list[int]:
@@ -113,23 +115,42 @@ class ByChannels:
             trainings=trainings,
         )
 
-    def _name(self, share: float) -> str:
+    def _lowest(self, share: float) -> float:
+        """The share at which is searched."""
         lowest_share = self.call.recipe.lowest_share
         if self.method == "legr" and lowest_share is not None:
-            share = min(share, lowest_share)
-        return self.call.name(self.prices, share, self.prices.step)
+            return min(share, lowest_share)
+        return share
+
+    def _name(self, share: float) -> str:
+        return self.call.name(self.prices, self._lowest(share), self.prices.step)
 
     def _require_reachable(self, whole: Fitting, share: float) -> None:
         call, least_ms = self.call, whole.price_ms(whole.floors)
         if least_ms > share * whole.full_ms:
             raise InfeasibleBudget(
                 f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
-                f"{call.target.backend}: with {call.recipe.floor} channels in every "
-                f"layer it is still priced at {least_ms:.4g} ms. Ask for at least "
-                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower the floor",
+                f"{call.target.backend}: with no more than the channels that "
+                f"{self._floors_told} keep it is still priced at {least_ms:.4g} ms. "
+                f"Ask for at least {least_ms * EXPECTED_RATIO:.4g} ms, or lower these",
                 budget_ms=whole.budget_ms,
                 fastest_ms=least_ms,
             )
+        lowest, least = call.recipe.lowest_share, least_ms / whole.full_ms
+        if self.method == "legr" and lowest is not None and lowest < least:
+            raise SpaceError(
+                f"lowest_share={lowest:g}, but with no more than the channels that "
+                f"{self._floors_told} keep the network still costs {least:.3g} of its "
+                f"{whole.full_ms:.4g} ms; give at least that, or lower these"
+            )
+
+    @property
+    def _floors_told(self) -> str:
+        recipe = self.call.recipe
+        told = f"floor={recipe.floor}"
+        if self.method == "legr":
+            told += f" and safeguard={recipe.legr.safeguard:g}"
+        return told
 
     def _finish(
         self,

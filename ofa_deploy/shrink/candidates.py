@@ -8,6 +8,7 @@ channels have shifted, costs one pass over some images.
 from __future__ import annotations
 
 import copy
+import hashlib
 import multiprocessing
 import warnings
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.images import TrainingImages
@@ -55,24 +57,26 @@ class CandidateImages:
         cls,
         images: TrainingImages,
         *,
+        held_out: ImageSet,
         resolution: int,
         training_count: int,
         validation_count: int,
         folder: Path,
     ) -> CandidateImages:
-        """Some training images and some that are held out, evenly over the classes.
+        """Some training images and some others, evenly over the classes.
 
         Args:
             images: To take them from.
+            held_out: To measure the loss on.
             resolution: Height and width of the inputs.
             training_count: To re-estimate statistics, and to tune on; at most.
-            validation_count: To measure the loss on; at most.
+            validation_count: Of those that are held out; at most.
             folder: Gets the files.
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts = {
             "training": (images.training, training_count),
-            "validation": (images.validation, validation_count),
+            "validation": (held_out, validation_count),
         }
         for name, (part, count) in parts.items():
             picked = np.linspace(0, len(part) - 1, min(count, len(part)))
@@ -83,6 +87,15 @@ class CandidateImages:
         return cls(
             folder=folder, resolution=resolution, normalisation=images.normalisation
         )
+
+    @property
+    def sha256(self) -> str:
+        """Of all images and labels."""
+        digest = hashlib.sha256()
+        for part in ("training", "validation"):
+            for array in _loaded(self.folder, part):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def batches(self, part: str) -> list[tuple[Tensor, Tensor]]:
         """Inputs and labels of `training` or `validation`."""
@@ -122,18 +135,21 @@ class CandidateJob:
         images: To judge it on.
         tuning_steps: Of SGD before it is judged; 0 for none.
         learning_rate: Of these.
+        seed: Of what is random in the network itself, such as dropout.
     """
 
     module: nn.Module
     images: CandidateImages
     tuning_steps: int = 0
     learning_rate: float = 0.01
+    seed: int = 0
 
 
 def validation_loss(job: CandidateJob) -> float:
     """Mean cross-entropy on the held-out images; lower is better."""
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # the others have the other cores
+    torch.manual_seed(job.seed)
     module = job.module
     training = job.images.batches("training")
     _tune(module, training, steps=job.tuning_steps, rate=job.learning_rate)

@@ -139,6 +139,11 @@ def extract_module(
     for (name, side), positions in _removed(graph, kept).items():
         module = result.get_submodule(name)
         pruner = pruners.get_pruner_of_module(module)
+        if isinstance(pruner, torch_pruning.ops.DummyPruner):
+            raise TraceError(
+                f"{name} ({type(module).__name__}): nothing is known of how to remove "
+                "its channels"
+            )
         cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
         cut(module, positions)
     return result

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.shrink.candidates import (
@@ -28,9 +30,9 @@ from ofa_deploy.shrink.candidates import (
     CandidateJob,
     validation_loss,
 )
-from ofa_deploy.shrink.cost import Price
-from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import (
     RemovalOrder,
     Writer,
@@ -42,8 +44,20 @@ from profilers.files import write_atomically
 
 Floats = NDArray[np.float64]
 STATE_FILE = "legr.json"
+# Shares of the whole network's price at which the nested family is shown.
+FAMILY_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # How the spread of mutations falls: to this share of it at the last evaluation.
 LAST_SPREAD = 0.2
+
+
+_COUNTS = (
+    "evaluations",
+    "population",
+    "samples",
+    "together",
+    "training_count",
+    "validation_count",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +88,20 @@ class LegrSettings:
     safeguard: float = 0.1
     tuning_steps: int = 0
     learning_rate: float = 0.01
-    together: int = 2
+    together: int = 8
     training_count: int = 1000
     validation_count: int = 2500
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("evaluations", "population", "samples", "together"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise SpaceError(f"{name}={getattr(self, name)}; give at least 1")
+        if self.tuning_steps < 0 or not self.spread > 0:
+            raise SpaceError(
+                f"tuning_steps={self.tuning_steps}, spread={self.spread:g}; give at "
+                "least 0 steps, and a spread above 0"
+            )
         if self.evaluations < self.population:
             raise SpaceError(
                 f"evaluations={self.evaluations} for a population of {self.population};"
@@ -138,6 +157,7 @@ class Population:
         kappa: `(population, layers)`.
         losses: `(population,)`; infinite where nobody lives yet.
         done: Evaluations so far.
+        seconds: That these took, over all sittings.
         best: The best so far; None before the first.
         best_loss: Its loss.
         history: Best loss after each evaluation.
@@ -147,6 +167,7 @@ class Population:
     kappa: Floats
     losses: Floats
     done: int = 0
+    seconds: float = 0.0
     best: Affine | None = None
     best_loss: float = float("inf")
     history: list[float] = field(default_factory=list)
@@ -207,12 +228,26 @@ def bred(
     return Affine(alpha=alpha, kappa=kappa)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One of the nested networks that a ranking leaves.
+
+    Args:
+        price: In the price's unit.
+        counts: Channels of each group.
+        loss: On the held-out images, before anything is fine-tuned.
+    """
+
+    price: float
+    counts: tuple[int, ...]
+    loss: float
+
+
 class RankingSearch:
     """Learns one ranking of a network's channels, at the lowest budget of interest.
 
     Args:
-        network: Trained; not changed.
-        graph: Its channels.
+        own: The network; not changed.
         price: Of channel counts.
         most: The lowest budget of interest, in the price's unit.
         step: Channel counts are multiples of this.
@@ -229,8 +264,7 @@ class RankingSearch:
 
     def __init__(
         self,
-        network: nn.Module,
-        graph: ChannelGraph,
+        own: OwnNetwork,
         *,
         price: Price,
         most: float,
@@ -240,10 +274,10 @@ class RankingSearch:
         floors: Sequence[int] | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.network, self.graph = network, graph
+        self.own, graph = own, own.graph
         self.price, self.most, self.step = price, most, step
         self.settings, self.images, self.folder = settings, images, folder
-        self.sources = writers(network, graph)
+        self.sources = writers(own.module, graph)
         self.floors = list(
             floors or quota_floors(graph, safeguard=settings.safeguard, step=step)
         )
@@ -255,7 +289,7 @@ class RankingSearch:
 
     def order(self, affine: Affine) -> RemovalOrder:
         """The order in which channels go by a ranking."""
-        scores = affine_scores(self.graph, self.sources, affine)
+        scores = affine_scores(self.own.graph, self.sources, affine)
         return RemovalOrder(scores, step=self.step, floors=self.floors)
 
     def run(
@@ -265,15 +299,15 @@ class RankingSearch:
 
         Args:
             executor: Runs the judging; of processes, threads, or another engine's.
-            told: Of the population, after each brood.
+            told: Of the population, after each evaluation.
         """
-        settings = self.settings
+        settings, began_s = self.settings, time.monotonic()
         while self.population.done < settings.evaluations:
             first = self.population.done
-            # The first ones have no parents, and the last brood may be smaller.
+            # The first ones have no parents: all can be judged side by side.
             end = min(first + settings.together, settings.evaluations)
             if first < settings.population:
-                end = min(end, settings.population)
+                end = settings.population
             brood = [
                 bred(
                     self.population,
@@ -283,20 +317,57 @@ class RankingSearch:
                 )
                 for index in range(first, end)
             ]
-            jobs = [executor.submit(validation_loss, self._job(one)) for one in brood]
+            jobs = [
+                executor.submit(validation_loss, self._job(self._kept(one, self.most)))
+                for one in brood
+            ]
             for one, job in zip(brood, jobs, strict=True):
                 self.population.take(one, _finite(job.result()))
-            self._save()
-            if told is not None:
-                told(self.population)
+                now_s = time.monotonic()
+                self.population.seconds += now_s - began_s
+                began_s = now_s
+                # Others must be bred again from the parents that they had.
+                if first < settings.population or self.population.done == end:
+                    self._save()
+                if told is not None:
+                    told(self.population)
         assert self.population.best is not None
         return self.population.best
 
-    def _job(self, affine: Affine) -> CandidateJob:
+    def family(self, affine: Affine, executor: Executor) -> tuple[Member, ...]:
+        """The networks of a ranking at some prices, cheapest first.
+
+        Each keeps what the ones before it keep: further budgets are cut from the same
+        ranking.
+
+        Args:
+            affine: The ranking.
+            executor: Runs the judging.
+        """
+        full = float(self.price(full_counts(self.own.graph)))
+        least = float(self.price(torch.tensor(self.floors, dtype=torch.float64)))
+        prices = [s * full for s in FAMILY_SHARES if s * full >= max(least, self.most)]
+        kept = [self._kept(affine, most) for most in sorted({self.most, *prices})]
+        jobs = [executor.submit(validation_loss, self._job(one)) for one in kept]
+        counts = [tuple(len(indices) for indices in one) for one in kept]
+        return tuple(
+            Member(
+                price=float(self.price(torch.tensor(count, dtype=torch.float64))),
+                counts=count,
+                loss=_finite(job.result()),
+            )
+            for count, job in zip(counts, jobs, strict=True)
+        )
+
+    def _kept(self, affine: Affine, most: float) -> tuple[Tensor, ...]:
+        """Channels that a ranking keeps at a price."""
         order = self.order(affine)
-        kept = order.kept(order.within(self.price, self.most))
+        return order.kept(order.within(self.price, most))
+
+    def _job(self, kept: Sequence[Tensor]) -> CandidateJob:
         return CandidateJob(
-            module=extract_module(self.network, self.graph, kept),
+            module=self.own.candidate(kept),
+            seed=self.settings.seed,
             images=self.images,
             tuning_steps=self.settings.tuning_steps,
             learning_rate=self.settings.learning_rate,
@@ -308,8 +379,10 @@ class RankingSearch:
     def _subject(self) -> str:
         """Digest of everything that decides the search."""
         digest = hashlib.sha256()
+        graph = self.own.graph
         decides = [asdict(self.settings), self.most, self.step, self.price.unit]
-        decides += [self.floors, [group.name for group in self.graph.groups]]
+        decides += [float(self.price(full_counts(graph))), self.images.sha256]
+        decides += [self.floors, [group.name for group in graph.groups]]
         digest.update(json.dumps(decides, sort_keys=True).encode())
         for source in self.sources:
             digest.update(source.norms.tobytes())
@@ -326,6 +399,7 @@ class RankingSearch:
             "kappa": population.kappa.tolist(),
             "losses": [None if np.isinf(x) else x for x in population.losses.tolist()],
             "done": population.done,
+            "seconds": population.seconds,
             "best": {"alpha": best.alpha.tolist(), "kappa": best.kappa.tolist()},
             "history": population.history,
         }
@@ -344,6 +418,7 @@ class RankingSearch:
         population.kappa[:] = content["kappa"]
         population.losses[:] = [np.inf if x is None else x for x in content["losses"]]
         population.done = content["done"]
+        population.seconds = content["seconds"]
         population.history = content["history"]
         population.best_loss = population.history[-1]
         population.best = Affine(

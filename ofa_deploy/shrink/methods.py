@@ -7,16 +7,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import MissingDependency
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.legr import Population, RankingSearch
+from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
@@ -28,6 +29,7 @@ from ofa_deploy.train.precision import prefers_bf16
 from profilers.files import write_atomically
 
 SEARCHING = "searching widths"
+FAMILY_FILE = "family.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,10 +39,12 @@ class Found:
     Args:
         masked: The network, with its masks; trained further, by methods that train.
         order: In which channels go.
+        family: What the order leaves at some prices, where the method judged that.
     """
 
     masked: MaskedNetwork
     order: ChannelOrder
+    family: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,7 +57,8 @@ class Search:
         share: Of the whole network's price that is asked for.
         step: Channel counts are multiples of this.
         recipe: How.
-        images: To train on, and to judge on.
+        images: To train on.
+        held_out: To judge candidates on.
         folder: Keeps the search, which is continued; None to keep nothing.
         told: Of a training's progress.
         judged: Told how many candidates were judged, of how many.
@@ -66,6 +71,7 @@ class Search:
     step: int
     recipe: ShrinkRecipe
     images: TrainingImages
+    held_out: ImageSet
     folder: Path | None
     told: Told = nobody
     judged: Callable[[int, int], None] = lambda done, total: None
@@ -155,6 +161,7 @@ def _legr(search: Search) -> Found:
     with _scratch(folder) as images_folder:
         images = CandidateImages.written(
             search.images,
+            held_out=search.held_out,
             resolution=own.resolution,
             training_count=settings.training_count,
             validation_count=settings.validation_count,
@@ -162,8 +169,7 @@ def _legr(search: Search) -> Found:
         )
         warn_if_few(own.module, images)
         ranking = RankingSearch(
-            own.module,
-            own.graph,
+            own,
             price=search.price,
             most=min(share, search.share) * full,
             step=search.step,
@@ -178,9 +184,26 @@ def _legr(search: Search) -> Found:
 
         with _executor(search.executor) as executor:
             best = ranking.run(executor, told)
+            family = _remembered_family(folder, lambda: ranking.family(best, executor))
     if folder is not None:
         _write_log(folder, ranking.population.history)
-    return Found(masked=own.masked(), order=ranking.order(best))
+    return Found(masked=own.masked(), order=ranking.order(best), family=family)
+
+
+def _remembered_family(
+    folder: Path | None, judge: Callable[[], tuple[Member, ...]]
+) -> tuple[Member, ...]:
+    """The family of a ranking; judged once, however many budgets are cut from it."""
+    if folder is None:
+        return judge()
+    path = folder / FAMILY_FILE
+    if not path.is_file():
+        content = [asdict(member) for member in judge()]
+        write_atomically(path, json.dumps(content).encode())
+    return tuple(
+        Member(price=one["price"], counts=tuple(one["counts"]), loss=one["loss"])
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    )
 
 
 _METHODS: Mapping[ChannelMethod, Callable[[Search], Found]] = {

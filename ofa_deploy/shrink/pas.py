@@ -10,6 +10,7 @@ take to fall; layers keep a floor of channels, and one that collapses is opened 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
@@ -23,6 +24,7 @@ from ofa_deploy.shrink.masks import (
     THRESHOLD,
     MaskedModule,
     MaskedNetwork,
+    estimated_slope,
 )
 
 # A layer that loses this share of the channels above its floor between two looks has
@@ -117,7 +119,11 @@ class PruningAsSearch:
         counts = full_counts(self.masked.graph).requires_grad_()
         (slope,) = torch.autograd.grad(self.price(counts) / self.full_price, counts)
         distance = max(1 - settings.target_share, LEAST_DISTANCE)
+        # Midway of the fall stands for all of it.
+        height = torch.tensor((INITIAL_LATENT - THRESHOLD) / 2)
+        estimator = self.masked.masks[0].estimator
         steepest = float(slope.max()) * 2 * distance
+        steepest *= float(estimated_slope(height, estimator))
         if steepest <= 0:
             return 0.0
         per_step = settings.latent_rate / (1 - settings.momentum) * steepest
@@ -197,9 +203,12 @@ class PruningAsSearch:
 
     def remarks(self) -> tuple[str, ...]:
         """See `Regulariser`."""
+        times = Counter(self.collapses)
         return tuple(
-            f"{name} collapsed and was opened again; the pull is halved"
-            for name in self.collapses
+            f"{name} collapsed and was opened again"
+            + (f", {count} times" if count > 1 else "")
+            + "; the pull is halved"
+            for name, count in times.items()
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -218,7 +227,8 @@ class PruningAsSearch:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `Regulariser`."""
         groups = self.masked.graph.groups
-        if not torch.equal(state["settings"], self._settings_row()):
+        before = state.get("settings")
+        if before is None or not torch.equal(before, self._settings_row()):
             raise TrainingError(
                 "the search that is to be continued was another one: of another "
                 "target, price, rate or floor. Continue with the same, or name "
@@ -231,7 +241,9 @@ class PruningAsSearch:
 
     def _settings_row(self) -> Tensor:
         """What decides a search besides its recipe, to tell another one by."""
-        values = [*astuple(self.settings), self.full_price, *self.floors]
+        mask = self.masked.masks[0]
+        slope = float(estimated_slope(torch.tensor(-1.0), mask.estimator))
+        values = [*astuple(self.settings), self.full_price, slope, *self.floors]
         return torch.tensor(values, dtype=torch.float64)
 
     def current_share(self) -> float:

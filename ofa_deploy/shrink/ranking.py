@@ -6,7 +6,7 @@ network keeps, a larger one keeps too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError
+from ofa_deploy.fuse import fuse
+from ofa_deploy.layers import RepConvLayer
+from ofa_deploy.nn.static import PlannedNet
 from ofa_deploy.shrink.cost import Price
 from ofa_deploy.shrink.groups import ChannelGraph, Indices
 
@@ -49,11 +52,12 @@ def writers(network: nn.Module, graph: ChannelGraph) -> list[Writer]:
         graph: Its channels.
     """
     found = []
+    merged = _merged_kernels(network)
     for layer in graph.layers:
         cuts = graph.cuts_at(layer.name, "out")
         if not cuts:
             continue
-        norms = _filter_norms(network.get_submodule(layer.name))
+        norms = _filter_norms(network, layer.name, merged)
         groups = np.full(len(norms), -1, dtype=np.intp)
         channels = np.zeros(len(norms), dtype=np.intp)
         for cut in cuts:
@@ -65,14 +69,31 @@ def writers(network: nn.Module, graph: ChannelGraph) -> list[Writer]:
     return found
 
 
-def _filter_norms(module: nn.Module) -> Floats:
+def _filter_norms(
+    network: nn.Module, name: str, merged: Mapping[str, NDArray[np.float32]]
+) -> Floats:
     """Of a layer's filters; of a branched layer, of those that its branches make."""
-    from ofa_deploy.nn.static import StaticRepConv
+    if name in merged:
+        weight = torch.from_numpy(merged[name])
+    else:
+        found = network.get_submodule(name).weight
+        assert isinstance(found, Tensor)
+        weight = found.detach()
+    norms: Floats = weight.double().flatten(1).square().sum(1).numpy()
+    return norms
 
-    conv = module.dense.conv if isinstance(module, StaticRepConv) else module
-    weight = conv.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().double().flatten(1).square().sum(1).numpy()
+
+def _merged_kernels(network: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """What branches make together, by the path of their layer."""
+    if not isinstance(network, PlannedNet):
+        return {}
+    fused = fuse(network.weights(), network.plan)
+    return {
+        f"blocks.{place}.layers.{index}": fused[f"{layer.name}.weight"]
+        for place, block in enumerate(network.plan.blocks)
+        for index, layer in enumerate(block.layers)
+        if isinstance(layer, RepConvLayer)
+    }
 
 
 def group_scores(

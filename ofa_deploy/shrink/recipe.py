@@ -58,7 +58,9 @@ class ShrinkRecipe:
     lowest_share: float | None = None
 
     def __post_init__(self) -> None:
-        shares = {"deciding_share": self.deciding_share}
+        if self.floor < 1 or (self.step is not None and self.step < 1):
+            raise SpaceError(f"floor={self.floor}, step={self.step}; give at least 1")
+        shares = {"deciding_share": self.deciding_share, "flip_share": self.flip_share}
         if self.lowest_share is not None:
             shares["lowest_share"] = self.lowest_share
         for name, share in shares.items():

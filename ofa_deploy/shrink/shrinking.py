@@ -22,6 +22,7 @@ from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.fitting import Fitting
+from ofa_deploy.shrink.legr import Member
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import ChannelOrder
@@ -47,6 +48,7 @@ class Shrunk:
         kept: How many each has now.
         trainings: Folders of the search, and of each fine-tuning; none where the whole
             network keeps the limits.
+        family: Networks that the same search leaves for other budgets.
     """
 
     network: VerifiedNetwork
@@ -54,6 +56,7 @@ class Shrunk:
     had: tuple[int, ...]
     kept: tuple[int, ...]
     trainings: tuple[Path, ...]
+    family: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ class Shrinking:
         constraints: What is asked for.
         recipe: How to shrink.
         images: To train on.
+        ranked_on: To judge candidates on.
         evaluation: To measure the accuracy on.
         work: Folder of checkpoints, from which a call that was killed goes on.
         reporter: Told of stages.
@@ -80,6 +84,7 @@ class Shrinking:
     constraints: Constraints
     recipe: ShrinkRecipe
     images: TrainingImages
+    ranked_on: ImageSet
     evaluation: ImageSet
     work: Path
     reporter: Reporter
@@ -132,7 +137,7 @@ class Shrinking:
             others: What else decides this one.
         """
         decides = [self.method, self.own.sha256, prices.table.space_sha256]
-        decides += [prices.table.created_at, *map(str, others)]
+        decides += [prices.table.created_at, self.images.sha256, *map(str, others)]
         decides += [str(asdict(self.recipe)), str(asdict(self.own.normalisation))]
         return short_digest(decides)
 

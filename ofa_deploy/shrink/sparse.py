@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,16 +261,19 @@ class SparsityPull:
         return ()
 
     def state(self) -> dict[str, Tensor]:
-        """The target, to tell another search by."""
-        share = torch.tensor(self.target_share, dtype=torch.float64)
-        return {"target_share": share}
+        """What decides a search besides its recipe, to tell another one by."""
+        slope = float(estimated_slope(torch.tensor(-1.0), self._estimator))
+        values = [self.target_share, self.steps, slope, *astuple(self.settings)]
+        return {"sparsity": torch.tensor(values, dtype=torch.float64)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Refuse another search."""
-        if float(state.get("target_share", -1.0)) != self.target_share:
+        before = state.get("sparsity")
+        if before is None or not torch.equal(before, self.state()["sparsity"]):
             raise TrainingError(
-                "the search that is to be continued had another target; name another "
-                "folder"
+                "the search that is to be continued was another one: of another "
+                "target, estimator or settings. Continue with the same, or name "
+                "another folder"
             )
 
     def _count(self, share: float) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from ofa_deploy.assembly import assemble_bundle, require_classes
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError, DeviceError, SpaceError
 from ofa_deploy.exporting import compare_exported
 from ofa_deploy.preprocess import Normalisation
@@ -78,7 +78,7 @@ def shrink(
         out: Folder of the bundle; must not exist, or be empty.
         threads: Of one inference, instead of naming them in `device`.
         eval_data: Labelled images to measure the accuracy on; None takes those of
-            `data` that are held out.
+            `data` that are held out, of `legr` the half that ranked no candidates.
         normalisation: Of the network's inputs; None measures the training images, as
             `ofa-deploy` itself trains.
         recipe: How; None for `default_shrink_recipe`.
@@ -109,7 +109,13 @@ def shrink(
     read = _read(data, reporter)
     images = TrainingImages(read, recipe.search, normalisation=normalisation)
     images.for_recipe(recipe.finetune)
-    evaluation = images.validation if eval_data is None else _read(eval_data, reporter)
+    if known.startswith("autoprune"):
+        images.parted(recipe.deciding_share)
+    ranked_on, evaluation = images.validation, images.validation
+    if eval_data is not None:
+        evaluation = _read(eval_data, reporter)
+    elif known == "legr":  # what chose the channels does not say how good they are
+        ranked_on, evaluation = split_validation(images.validation, fraction=0.5)
     height, width = read.images.shape[1:3]
     if height != width:
         raise DataError(
@@ -137,6 +143,7 @@ def shrink(
         constraints=constraints,
         recipe=recipe,
         images=images,
+        ranked_on=ranked_on,
         evaluation=evaluation,
         work=work,
         reporter=reporter,
@@ -231,6 +238,8 @@ def _history(call: Shrinking, before_sha256: str, shrunk: Shrunk) -> ShrinkHisto
         search=logs[0] if logs else (),
         finetune=tuple(line for log in logs[1:] for line in log),
         kept=shrunk.kept,
+        left_whole=call.own.left_whole,
+        family=tuple(asdict(member) for member in shrunk.family),
     )
 
 

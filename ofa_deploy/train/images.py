@@ -72,6 +72,12 @@ class TrainingImages:
         return other
 
     def _require_batch(self, recipe: Recipe) -> None:
+        side = min(self.training.images.shape[1:3])
+        if recipe.crop_padding >= side:
+            raise TrainingError(
+                f"crop_padding={recipe.crop_padding} for images of {side} pixels; give "
+                "less than that"
+            )
         if len(self.training) < recipe.batch_size:
             raise TrainingError(
                 f"{len(self.training)} training images are fewer than one batch of "

@@ -257,6 +257,8 @@ class TrainingLoop:
         self._optimizer.set_learning_rate(learning_rate(self.recipe.phases[0], epoch))
         self._optimizer.zero_grad()
         self.network.train()
+        # Of what is random in the network itself, such as dropout.
+        torch.manual_seed(int(rng.integers(2**63)))
         loss = supernet_loss(
             self._logits(inputs),
             targets,

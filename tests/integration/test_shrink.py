@@ -36,7 +36,7 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import LegrSettings
-from ofa_deploy.shrink.methods import Search
+from ofa_deploy.shrink.methods import SEARCHING, Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
@@ -273,8 +273,9 @@ def test_a_network_with_skips_keeps_them(
     assert bundle.manifest.space_name == "ResidualNet"
 
 
+@pytest.mark.parametrize("method", ["pas", "legr", "autoprune"])
 def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
-    caches: Path, tmp_path: Path
+    method: Method, caches: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
@@ -294,7 +295,7 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
         data=data(),
         out=tmp_path / "out",
         latency_ms=0.8 * full_ms,
-        method="legr",
+        method=method,
         recipe=recipe(),
         work=tmp_path / "work",
     )
@@ -306,6 +307,55 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
     trained = read_checkpoint(checkpoint).weights
     assert trained["inner.weight"].shape[0] == history["kept"][1]
+
+
+def test_budgets_above_the_lowest_are_cut_from_one_search(
+    caches: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    network = train(ResidualNet())
+    own = own_network(network)
+    prices = device_prices.measure_prices(
+        own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        backend=get_backend("onnxruntime-cpu"),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    full_ms = float(prices.price(full_counts(own.graph)))
+    judged: list[int] = []
+
+    class Counting(Silent):
+        """Counts what is judged."""
+
+        stage = ""
+
+        def begin(self, stage: str) -> None:
+            self.stage = stage
+
+        def advance(self, done: int, total: int) -> None:
+            if self.stage == SEARCHING:
+                judged.append(done)
+
+    for share in (0.75, 0.9):
+        bundle = specialize(
+            "onnxruntime-cpu",
+            model=network,
+            data=data(),
+            out=tmp_path / f"{share}",
+            latency_ms=share * full_ms,
+            method="legr",
+            recipe=recipe(lowest_share=0.7),
+            work=tmp_path / "work",
+            reporter=Counting(),
+        )
+        assert bundle.manifest.binding.met
+        assert judged == list(range(1, 9))  # by the first call alone
+        history = json.loads((bundle.path / HISTORY_FILE).read_text())
+        assert len(history["family"]) == 4
+        page = (bundle.path / REPORT_FILE).read_text()
+        assert "Other budgets of the same ranking" in page
 
 
 def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
@@ -444,6 +494,7 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
         constraints=Constraints(latency_ms=0.6 * full_ms),
         recipe=settings,
         images=TrainingImages(data(), settings.search),
+        ranked_on=data(),
         evaluation=data(),
         work=work,
         reporter=Silent(),
@@ -564,6 +615,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(
             step=4,
             recipe=settings,
             images=TrainingImages(data(), settings.search),
+            held_out=data(),
             folder=folder,
             told=told,
         ).run("pas")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.errors import SpaceError, TraceError, TrainingError
+from ofa_deploy.families import repvgg
+from ofa_deploy.nn.static import FusedNet, StaticNet
+from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink import candidates, legr
 from ofa_deploy.shrink.candidates import (
@@ -26,7 +31,7 @@ from ofa_deploy.shrink.candidates import (
     warn_if_few,
 )
 from ofa_deploy.shrink.cost import MacPrice, full_counts
-from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.extract import extract_module, extract_plan
 from ofa_deploy.shrink.legr import (
     STATE_FILE,
     Affine,
@@ -98,10 +103,10 @@ shares = st.floats(0.15, 0.95)
 
 
 def test_plain_numbers_rank_by_the_norm_alone() -> None:
-    order = order_of(CHAIN, Affine.plain(2), safeguard=0)
+    order = order_of(CHAIN, Affine.plain(3), safeguard=0)
     norms = [
         (float(weight.square().sum()), index, channel)
-        for index, name in enumerate(("features.0", "features.4"))
+        for index, name in enumerate(("features.0", "features.4", "classifier.0"))
         for channel, weight in enumerate(
             cast(nn.Conv2d, CHAIN.module.get_submodule(name)).weight.detach()
         )
@@ -131,7 +136,7 @@ def test_a_common_factor_changes_nothing(
 def test_of_single_layers_a_common_summand_changes_nothing(
     seed: int, summand: float, steps: int
 ) -> None:
-    one = affine(seed, 2)
+    one = affine(seed, 3)
     other = Affine(alpha=one.alpha, kappa=one.kappa + summand)
     first, second = order_of(CHAIN, one), order_of(CHAIN, other)
     assert first.counts(steps) == second.counts(steps)
@@ -298,8 +303,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> CandidateImages:
     phase = Phase(name="x", epochs=1, peak_learning_rate=0.1, distill=False)
     data = tiny.images(per_class=40, seed=2)
     settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    training = TrainingImages(data, settings)
     return CandidateImages.written(
-        TrainingImages(data, settings),
+        training,
+        held_out=training.validation,
         resolution=SIZE,
         training_count=QUICK.training_count,
         validation_count=QUICK.validation_count,
@@ -320,8 +327,7 @@ def search(
     images: CandidateImages, folder: Path | None = None, **changes: Any
 ) -> RankingSearch:
     return RankingSearch(
-        RESIDUAL.module,
-        RESIDUAL.graph,
+        RESIDUAL,
         price=PRICE,
         most=0.4 * FULL,
         step=1,
@@ -345,6 +351,50 @@ def test_a_search_leaves_the_network_as_it_was_and_finds_the_least_loss(
     )
     job = CandidateJob(module=module, images=images, tuning_steps=1)
     assert validation_loss(job) == pytest.approx(one.population.best_loss, rel=1e-4)
+
+
+def test_candidates_of_a_chain_of_branches_are_judged_without_what_they_lost(
+    images: CandidateImages,
+) -> None:
+    torch.manual_seed(0)
+    space = replace(
+        repvgg.small(class_count=3),
+        resolutions=(SIZE,),
+        stages=(repvgg.stage(32, depths=(1,)),),
+    )
+    network = StaticNet(lower(space, space.largest()))
+    own = OwnNetwork.of(
+        network,
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abc"),
+    )
+    x = torch.randn(4, 3, SIZE, SIZE)
+    found = []
+    for share in (0.5, 0.75):
+        kept = [torch.arange(int(share * g.channels)) for g in own.graph.groups]
+        left = extract_plan(network, own.graph, kept, name="left")
+        expected = FusedNet(left.plan, left.weights).eval()(x)
+        module = own.candidate(kept).eval()
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        found.append(validation_loss(CandidateJob(module=module, images=images)))
+    assert found[0] != found[1]
+    with pytest.raises(TraceError, match="nothing is known of how to remove"):
+        extract_module(own.module, own.graph, kept)
+
+
+def test_a_ranking_leaves_a_nested_family(images: CandidateImages) -> None:
+    one = search(images)
+    affine = Affine.plain(len(one.sources))
+    family = one.family(affine, InTurn())
+    prices = [member.price for member in family]
+    assert prices == sorted(prices)
+    assert prices[0] <= one.most
+    assert prices[-1] == pytest.approx(FULL)
+    for smaller, larger in itertools.pairwise(family):
+        counts = zip(smaller.counts, larger.counts, strict=True)
+        assert all(a <= b for a, b in counts)
+    assert all(np.isfinite(member.loss) for member in family)
 
 
 def test_few_images_to_rank_by_are_told_of_with_the_standard_error(
@@ -378,10 +428,23 @@ def test_a_search_that_was_killed_goes_on(
     with pytest.raises(KeyboardInterrupt):
         search(images, tmp_path).run(InTurn(), stop)
     resumed = search(images, tmp_path)
-    assert 14 < resumed.population.done < QUICK.evaluations
+    assert 8 <= resumed.population.done < QUICK.evaluations
     best = resumed.run(InTurn())
     assert np.array_equal(best.alpha, whole.alpha)
     assert np.array_equal(best.kappa, whole.kappa)
+
+
+def test_a_search_of_other_images_is_not_continued(
+    images: CandidateImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legr, "validation_loss", lambda job: 1.0)
+    search(images, tmp_path / "search").run(InTurn())
+    folder = tmp_path / "others"
+    shutil.copytree(images.folder, folder)
+    labels = np.load(folder / "validation_labels.npy")
+    np.save(folder / "validation_labels.npy", labels[::-1])
+    with pytest.raises(TrainingError, match="another search"):
+        search(replace(images, folder=folder), tmp_path / "search")
 
 
 def test_another_search_is_not_continued(
@@ -405,7 +468,15 @@ def test_a_loss_that_is_no_number_is_the_worst(
 
 
 @pytest.mark.parametrize(
-    "change", [{"evaluations": 0}, {"population": 50}, {"samples": 0}, {"together": 0}]
+    "change",
+    [
+        {"evaluations": 0},
+        {"population": 50},
+        {"samples": 0},
+        {"together": 0},
+        {"training_count": 0},
+        {"tuning_steps": -1},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(SpaceError, match="give at least"):
