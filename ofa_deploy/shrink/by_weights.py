@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.shrink.cost import full_counts
@@ -146,23 +145,20 @@ class ByWeights:
         """Of the compressed file with so many weights."""
         network = pull.narrowed_to(count)
         with TemporaryDirectory(prefix="ofa-deploy-") as name:
-            fitting, kept = self._fitting(network)
-            return fitting.written(network, kept, Path(name)).compressed_bytes
+            fitting = self._fitting(network)
+            return fitting.written(network, (), Path(name)).compressed_bytes
 
     def _certify(self, network: nn.Module, expected_ms: float) -> VerifiedNetwork:
-        fitting, kept = self._fitting(network)
-        return self.call.certify(fitting, network, kept, expected_ms, self.stack)
+        fitting = self._fitting(network)
+        return self.call.certify(fitting, network, (), expected_ms, self.stack)
 
-    def _fitting(self, network: nn.Module) -> tuple[Fitting, tuple[Tensor, ...]]:
-        """What writes and times a network that keeps all of its channels."""
+    def _fitting(self, network: nn.Module) -> Fitting:
+        """What writes and times a network, all of whose groups are left whole."""
         own = replace(self.call.own, module=network)
-        masked, channels = own.masked(), [g.channels for g in own.graph.groups]
-        order = LatentOrder(
-            latents=masked.latents(), step=self.prices.step, floors=channels
-        )
+        masked = own.masked()
+        order = LatentOrder(latents=[], step=self.prices.step, floors=[])
         call = replace(self.call, own=own)
-        kept = tuple(torch.arange(count) for count in channels)
-        return call.fitting(masked, order, self.prices, floors=channels), kept
+        return call.fitting(masked, order, self.prices, floors=[])
 
     def _shrunk(
         self, network: VerifiedNetwork, kept: Sequence[int], trainings: tuple[Path, ...]

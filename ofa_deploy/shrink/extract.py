@@ -73,7 +73,9 @@ def extract_plan(
         for index, layer in enumerate(block.layers):
             path = f"blocks.{place}.layers.{index}"
             if isinstance(layer, RepConvLayer):
-                written = kept[writers[path]].numpy()
+                written = np.arange(layer.out_channels)
+                if path in writers:
+                    written = kept[writers[path]].numpy()
                 weight = fused[f"{layer.name}.weight"][written][:, last]
                 weights[f"{layer.name}.weight"] = np.ascontiguousarray(weight)
                 weights[f"{layer.name}.bias"] = fused[f"{layer.name}.bias"][written]

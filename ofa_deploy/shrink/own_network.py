@@ -58,8 +58,17 @@ class OwnNetwork:
         resolution: int,
         normalisation: Normalisation,
         class_names: tuple[str, ...],
+        narrowed: bool = True,
     ) -> OwnNetwork:
         """A copy of a network, traced.
+
+        Args:
+            module: From images to logits.
+            resolution: Height and width of its input.
+            normalisation: Of its inputs.
+            class_names: In output order.
+            narrowed: Whether channels of it are to go; else all groups are left whole,
+                and it need not have any.
 
         Raises:
             TraceError: It cannot be traced; names the layer.
@@ -91,7 +100,7 @@ class OwnNetwork:
             class_names=class_names,
             graph=graph,
         )
-        return own._exact()
+        return own._exact() if narrowed else replace(own, graph=graph.only([]))
 
     def _exact(self) -> OwnNetwork:
         """Itself, with the groups left whole that cannot be removed exactly.

@@ -127,6 +127,7 @@ def shrink(
         resolution=height,
         normalisation=images.normalisation,
         class_names=read.class_names,
+        narrowed=known != "autoprune-weights",
     )
     require_classes(evaluation, Source(own=own, sha256=""))
     if target.backend == "litert-cpu" and not own.is_chain:
@@ -213,9 +214,11 @@ def _shrunk(call: Shrinking, prices: DevicePrices, stack: ExitStack) -> Shrunk:
 
 def _prices(call: Shrinking, folder: Path) -> DevicePrices:
     backend = get_backend(call.target.backend)
-    step = call.recipe.step or runtime_step(
-        call.target, backend=backend, folder=folder, reporter=call.reporter
-    )
+    step = call.recipe.step or 1
+    if call.recipe.step is None and call.own.graph.groups:
+        step = runtime_step(
+            call.target, backend=backend, folder=folder, reporter=call.reporter
+        )
     return measure_prices(
         call.own,
         target=call.target,

@@ -422,6 +422,27 @@ def test_a_compressed_file_is_as_small_as_is_asked_for(
     assert "of all layers together" in page
 
 
+def test_a_chain_of_branches_is_as_small_as_is_asked_for_on_litert(
+    dense: StaticNet, caches: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    limit = 60_000
+    bundle = specialize(
+        "litert-cpu",
+        compressed_bytes=limit,
+        model=dense,
+        method="autoprune-weights",
+        data=data(),
+        out=tmp_path / "bundle",
+        recipe=recipe(),
+    )
+    model = bundle.path / bundle.manifest.model_file
+    assert len(lzma.compress(model.read_bytes())) <= limit
+    assert bundle.manifest.parity.agrees
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert sum(history["kept"]) < 0.8 * sum(history["channels"])
+
+
 def test_a_compressed_file_that_is_small_enough_is_left_as_it_is(
     caches: Path, tmp_path: Path
 ) -> None:
