@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ofa_deploy.assembly import VerifiedNetwork
@@ -17,9 +18,10 @@ from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
-from ofa_deploy.shrink.methods import SEARCHING, Search
+from ofa_deploy.shrink.methods import SEARCHING, Found, Search
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
+from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
@@ -84,11 +86,29 @@ class ByChannels:
             judged=call.reporter.advance,
             executor=call.executor,
         ).run(self.method)
-        fitting = call.fitting(
-            found.masked, found.order, self.prices, floors=self.floors
+        # What channels go from may be less deep than the network was.
+        left = replace(
+            self,
+            call=replace(call, own=found.own),
+            prices=self.prices.of_graph(found.own.graph),
         )
-        shrunk = self._finish(fitting, folder, teacher)
-        return replace(shrunk, family=found.family)
+        shrunk = left._finish(found, folder, teacher)
+        return self._of_all(shrunk, found)
+
+    def _of_all(self, shrunk: Shrunk, found: Found) -> Shrunk:
+        """With the groups that went with their blocks, and the depths."""
+        counts = dict(zip(shrunk.parts, shrunk.kept, strict=True))
+        parts = [group.name for group in self.call.own.graph.groups]
+        return replace(
+            shrunk,
+            parts=(*parts, *(name for name, _, _ in found.depths)),
+            had=(*self._channels, *(blocks for _, blocks, _ in found.depths)),
+            kept=(
+                *(counts.get(name, 0) for name in parts),
+                *(depth for _, _, depth in found.depths),
+            ),
+            family=found.family,
+        )
 
     @property
     def floors(self) -> list[int]:
@@ -154,12 +174,15 @@ class ByChannels:
 
     def _finish(
         self,
-        fitting: Fitting,
+        found: Found,
         folder: Path,
         teacher: nn.Module | None,
     ) -> Shrunk:
         """Fit, fine-tune, certify; narrower where that missed."""
         call = self.call
+        fitting = call.fitting(
+            found.masked, found.order, self.prices, floors=self.floors
+        )
         memory = folder / f"chosen-{call.limits_name}.json"
         fitted: Fitted | None = fitting.widest(memory=memory)
         trainings = [folder / SEARCH_FOLDER]
@@ -168,12 +191,15 @@ class ByChannels:
                 break
             freeze(fitting.masked, fitted.kept)
             remainder = call.own.remainder(fitting.masked, fitted.kept)
+            if found.fresh:
+                torch.manual_seed(call.recipe.finetune.seed)
+                reset_parameters(remainder)
             trainings.append(folder / fitted.name)
             call.reporter.begin("fine-tuning")
             finetune(
                 remainder,
                 resolution=call.own.resolution,
-                recipe=call.recipe.finetune,
+                recipe=call.recipe.finetune_of(self.method),
                 images=call.images,
                 folder=trainings[-1],
                 teacher=teacher,

@@ -165,6 +165,33 @@ class LatencyPrice:
         )
         return self.scale * total + self.constant_ms
 
+    @property
+    def constant(self) -> float:
+        """See `LayerPrices`."""
+        return self.constant_ms
+
+    def of_layer(self, place: int, read: float, written: float) -> float:
+        """See `LayerPrices`."""
+        for index, calls, surface in self._surfaces:
+            if index == place:
+                at = surface.at(torch.tensor(read), torch.tensor(written))
+                return self.scale * calls * float(at)
+        return 0.0
+
+    def of_graph(self, graph: ChannelGraph) -> LatencyPrice:
+        """The same of another network, all of whose layers were measured.
+
+        Args:
+            graph: Of a part of the network that was.
+        """
+        return LatencyPrice(
+            graph,
+            latency_ms=self._latency_ms,
+            step=self._step,
+            scale=self.scale,
+            constant_ms=self.constant_ms,
+        )
+
     def scaled(self, ratio: float) -> LatencyPrice:
         """The same with everything that many times as long."""
         return LatencyPrice(

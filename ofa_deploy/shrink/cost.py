@@ -32,6 +32,26 @@ class Price(Protocol):
         """
 
 
+class LayerPrices(Price, Protocol):
+    """A price that is a sum over layers."""
+
+    @property
+    def constant(self) -> float:
+        """What every network costs besides its layers."""
+
+    def of_graph(self, graph: ChannelGraph) -> LayerPrices:
+        """The same of a part of the network."""
+
+    def of_layer(self, place: int, read: float, written: float) -> float:
+        """What one layer costs.
+
+        Args:
+            place: Index of the layer.
+            read: Channels that it reads.
+            written: Channels that it writes.
+        """
+
+
 class Counts:
     """Channel counts of layers, as a linear function of the groups' counts.
 
@@ -91,6 +111,20 @@ class MacPrice:
         read, written = self._counts.of_layers(counts)
         read = torch.where(self._alone, torch.ones_like(read), read)
         return (self._macs * read * written).sum() / 1e6
+
+    @property
+    def constant(self) -> float:
+        """See `LayerPrices`."""
+        return 0.0
+
+    def of_graph(self, graph: ChannelGraph) -> MacPrice:
+        """See `LayerPrices`."""
+        return MacPrice(graph)
+
+    def of_layer(self, place: int, read: float, written: float) -> float:
+        """See `LayerPrices`."""
+        read = 1.0 if self._alone[place] else read
+        return float(self._macs[place]) * read * written / 1e6
 
 
 def full_counts(graph: ChannelGraph) -> Tensor:

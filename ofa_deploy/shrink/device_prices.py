@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
+from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.target import Target
 from profilers.backends.base import Backend
@@ -54,6 +55,10 @@ class DevicePrices:
     table: LatencyTable
     step: int
     residual_ratio: float
+
+    def of_graph(self, graph: ChannelGraph) -> DevicePrices:
+        """The same of a part of the network."""
+        return replace(self, price=self.price.of_graph(graph))
 
 
 def measure_prices(

@@ -7,15 +7,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+from torch import nn
+
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import MissingDependency
+from ofa_deploy.errors import MissingDependency, TraceError
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
-from ofa_deploy.shrink.cost import Price, full_counts
+from ofa_deploy.shrink.cost import LayerPrices, full_counts
+from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
@@ -23,6 +27,9 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
+from ofa_deploy.shrink.searched import insert_distributions
+from ofa_deploy.shrink.stages import searchable_groups, shallower
+from ofa_deploy.shrink.tas import TransformableSearch
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -39,11 +46,17 @@ class Found:
     Args:
         masked: The network, with its masks; trained further, by methods that train.
         order: In which channels go.
+        own: What channels go from: the network, or what is left of its depth.
+        fresh: Whether what is left is trained from nothing.
+        depths: Of each stage whose depth was searched: name, blocks, those kept.
         family: What the order leaves at some prices, where the method judged that.
     """
 
     masked: MaskedNetwork
     order: ChannelOrder
+    own: OwnNetwork
+    fresh: bool = False
+    depths: tuple[tuple[str, int, int], ...] = ()
     family: tuple[Member, ...] = ()
 
 
@@ -66,7 +79,7 @@ class Search:
     """
 
     own: OwnNetwork
-    price: Price
+    price: LayerPrices
     share: float
     step: int
     recipe: ShrinkRecipe
@@ -107,15 +120,12 @@ class Search:
             ),
         )
 
-    def trained(
-        self,
-        masked: MaskedNetwork,
-        images: TrainingImages,
-        regulariser: Regulariser,
-    ) -> Found:
-        """What training with masks leaves."""
+    def train(
+        self, module: nn.Module, images: TrainingImages, regulariser: Regulariser
+    ) -> None:
+        """Train a network while it is searched."""
         TrainingLoop(
-            masked.module,
+            module,
             images=images,
             recipe=self.recipe.search,
             resolution=self.own.resolution,
@@ -123,10 +133,19 @@ class Search:
             bf16=prefers_bf16(),
             regulariser=regulariser,
         ).run(lambda progress: self.told(SEARCHING, progress))
+
+    def trained(
+        self,
+        masked: MaskedNetwork,
+        images: TrainingImages,
+        regulariser: Regulariser,
+    ) -> Found:
+        """What training with masks leaves."""
+        self.train(masked.module, images, regulariser)
         order = LatentOrder(
             latents=masked.latents(), step=self.step, floors=self.floors("pas")
         )
-        return Found(masked=masked, order=order)
+        return Found(masked=masked, order=order, own=self.own)
 
 
 def _pas(search: Search) -> Found:
@@ -187,7 +206,7 @@ def _legr(search: Search) -> Found:
             family = _remembered_family(folder, lambda: ranking.family(best, executor))
     if folder is not None:
         _write_log(folder, ranking.population.history)
-    return Found(masked=own.masked(), order=ranking.order(best), family=family)
+    return Found(masked=own.masked(), order=ranking.order(best), own=own, family=family)
 
 
 def _remembered_family(
@@ -206,10 +225,83 @@ def _remembered_family(
     )
 
 
+def searched_by_tas(own: OwnNetwork) -> OwnNetwork:
+    """The network with those groups alone whose widths tas can search.
+
+    Raises:
+        TraceError: There are none.
+    """
+    if own.is_chain:
+        raise TraceError(
+            f"{own.family}: the branches of its layers have batch norms of their own, "
+            "which tas cannot search; take pas, legr or autoprune"
+        )
+    groups = searchable_groups(own.module, own.graph, own.image)
+    if not groups:
+        raise TraceError(
+            f"{own.family} has no channels that pass a batch norm right where they are "
+            "written: nothing can be searched by tas; take pas, legr or autoprune"
+        )
+    return replace(own, graph=own.graph.only(groups))
+
+
+def _tas(search: Search) -> Found:
+    own, settings = search.own, search.recipe.tas
+    of_weights, of_choices = search.images.for_recipe(search.recipe.search).parted(
+        settings.deciding_share
+    )
+    torch.manual_seed(search.recipe.search.seed)
+    searched = insert_distributions(
+        own.module,
+        own.graph,
+        step=search.step,
+        searches_depth=settings.searches_depth,
+        fresh=settings.fresh,
+    )
+    deciding = Deciding(
+        images=of_choices,
+        resolution=own.resolution,
+        label_smoothing=search.recipe.search.label_smoothing,
+        bf16=prefers_bf16(),
+    )
+    regulariser = TransformableSearch(
+        searched,
+        price=search.price,
+        target_share=search.share,
+        settings=settings,
+        deciding=deciding,
+        steps=search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch,
+    )
+    search.train(searched.module, of_weights, regulariser)
+    left = own.left_of(shallower(own.module, searched.stages, searched.depths()))
+    widths = {
+        group.name: distribution
+        for group, distribution in zip(
+            own.graph.groups, searched.width_distributions, strict=True
+        )
+    }
+    chosen = [widths[group.name] for group in left.graph.groups]
+    return Found(
+        masked=left.masked(),
+        order=LikeliestOrder(
+            choices=[one.choices for one in chosen],
+            probabilities=[one.probabilities.detach() for one in chosen],
+            step=search.step,
+        ),
+        own=left,
+        fresh=True,
+        depths=tuple(
+            (stage.name, stage.blocks, depth)
+            for stage, depth in zip(searched.stages, searched.depths(), strict=True)
+        ),
+    )
+
+
 _METHODS: Mapping[ChannelMethod, Callable[[Search], Found]] = {
     "pas": _pas,
     "legr": _legr,
     "autoprune": _autoprune,
+    "tas": _tas,
 }
 
 

@@ -173,6 +173,23 @@ class OwnNetwork:
         return type(self.module).__name__
 
     @property
+    def image(self) -> Tensor:
+        """Of the size of its inputs, black, `(1, 3, resolution, resolution)`."""
+        return torch.zeros(1, IMAGE_CHANNELS, self.resolution, self.resolution)
+
+    def left_of(self, module: nn.Module) -> OwnNetwork:
+        """A part of it, with those of its groups that are still there.
+
+        Args:
+            module: Without some of its modules; the others have their paths.
+        """
+        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        graph = trace_channels(module, input_shape=shape)
+        names = {group.name for group in self.graph.groups}
+        still = [i for i, group in enumerate(graph.groups) if group.name in names]
+        return replace(self, module=module, graph=graph.only(still))
+
+    @property
     def left_whole(self) -> tuple[str, ...]:
         """Layers some or all of whose channels cannot be removed, but for the last."""
         return tuple(

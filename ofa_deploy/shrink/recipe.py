@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from ofa_deploy.errors import SpaceError
@@ -12,11 +12,14 @@ from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.masks import Estimator
 from ofa_deploy.shrink.ranking import quota_floors
 from ofa_deploy.shrink.sparse import SparsitySettings
+from ofa_deploy.shrink.tas import TasSettings
+from ofa_deploy.shrink.transformable import width_choices
 from ofa_deploy.train.recipe import Phase, Recipe
 
-ChannelMethod = Literal["pas", "legr", "autoprune"]
+ChannelMethod = Literal["pas", "legr", "autoprune", "tas"]
 # The last takes single weights: a smaller file, and no less time.
 Method = ChannelMethod | Literal["autoprune-weights"]
+KNOWLEDGE_TEMPERATURE = 4.0
 METHODS: tuple[Method, ...] = (*get_args(ChannelMethod), "autoprune-weights")
 
 
@@ -39,6 +42,7 @@ class ShrinkRecipe:
         estimator: Of both forms of autoprune: of its masks' gradient.
         sparsity: Of autoprune-weights.
         legr: Of legr.
+        tas: Of tas.
         lowest_share: Of legr: share of the network's price at which the ranking is
             learned; None takes the budget. With one share, and one folder of work, all
             budgets above it are served by one search.
@@ -55,6 +59,7 @@ class ShrinkRecipe:
     estimator: Estimator = "softplus"
     sparsity: SparsitySettings = field(default_factory=SparsitySettings)
     legr: LegrSettings = field(default_factory=LegrSettings)
+    tas: TasSettings = field(default_factory=TasSettings)
     lowest_share: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,10 +76,18 @@ class ShrinkRecipe:
         """The floor of channels, as a multiple of the step."""
         return math.ceil(self.floor / step) * step
 
+    def finetune_of(self, method: ChannelMethod) -> Recipe:
+        """Of tas with a teacher at a temperature, as published, if there is none."""
+        if method != "tas" or self.finetune.temperature is not None:
+            return self.finetune
+        return replace(self.finetune, temperature=KNOWLEDGE_TEMPERATURE)
+
     def floors(
         self, graph: ChannelGraph, *, method: ChannelMethod, step: int
     ) -> list[int]:
         """Least channels of each group; of LeGR also what its safeguard keeps."""
+        if method == "tas":
+            return [width_choices(g.channels, step=step)[0] for g in graph.groups]
         floor = self.aligned_floor(step)
         floors = [min(floor, group.channels) for group in graph.groups]
         if method != "legr":

@@ -30,6 +30,7 @@ from ofa_deploy.shrink.device_prices import (
     runtime_step,
 )
 from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import (
     METHODS,
@@ -72,7 +73,7 @@ def shrink(
         device: Such as `openvino-cpu`.
         constraints: What is asked for; a latency must be among it, or for
             `autoprune-weights` a compressed size.
-        method: `pas`, `legr` or `autoprune`, which take channels, or
+        method: `pas`, `legr`, `autoprune` or `tas`, which take channels, or
             `autoprune-weights`.
         data: Labelled images of the network's input size, to train on.
         out: Folder of the bundle; must not exist, or be empty.
@@ -111,6 +112,8 @@ def shrink(
     images.for_recipe(recipe.finetune)
     if known.startswith("autoprune"):
         images.parted(recipe.deciding_share)
+    if known == "tas":
+        images.parted(recipe.tas.deciding_share)
     ranked_on, evaluation = images.validation, images.validation
     if eval_data is not None:
         evaluation = _read(eval_data, reporter)
@@ -129,6 +132,8 @@ def shrink(
         class_names=read.class_names,
         narrowed=known != "autoprune-weights",
     )
+    if known == "tas":
+        own = searched_by_tas(own)
     require_classes(evaluation, Source(own=own, sha256=""))
     if target.backend == "litert-cpu" and not own.is_chain:
         raise DeviceError(

@@ -27,7 +27,7 @@ from ofa_deploy.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from ofa_deploy.train.distill import supernet_loss
+from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Recipe, learning_rate
@@ -259,13 +259,7 @@ class TrainingLoop:
         self.network.train()
         # Of what is random in the network itself, such as dropout.
         torch.manual_seed(int(rng.integers(2**63)))
-        loss = supernet_loss(
-            self._logits(inputs),
-            targets,
-            soft_targets=self._soft_targets(inputs),
-            label_smoothing=self.recipe.label_smoothing,
-            distillation_ratio=self.recipe.distillation_ratio,
-        )
+        loss = self._loss(self._logits(inputs), targets, self._taught(inputs))
         total = loss + self.regulariser.loss()
         if not math.isfinite(float(total.detach())):
             raise TrainingError(
@@ -277,16 +271,35 @@ class TrainingLoop:
         self.regulariser.after_step()
         return float(loss.detach())
 
+    def _loss(self, logits: Tensor, targets: Tensor, taught: Tensor | None) -> Tensor:
+        recipe = self.recipe
+        if taught is not None and recipe.temperature is not None:
+            return knowledge_loss(
+                logits,
+                targets,
+                taught,
+                temperature=recipe.temperature,
+                teacher_share=recipe.teacher_share,
+                label_smoothing=recipe.label_smoothing,
+            )
+        return supernet_loss(
+            logits,
+            targets,
+            soft_targets=None if taught is None else taught.softmax(1),
+            label_smoothing=recipe.label_smoothing,
+            distillation_ratio=recipe.distillation_ratio,
+        )
+
     @torch.no_grad()
-    def _soft_targets(self, inputs: Tensor) -> Tensor | None:
-        """The teacher's class probabilities, `(N, classes)`; None without one."""
+    def _taught(self, inputs: Tensor) -> Tensor | None:
+        """The teacher's logits, `(N, classes)`; None without one."""
         if self._teacher is None:
             return None
         self._teacher.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
             logits = self._teacher(inputs)
         assert isinstance(logits, Tensor)
-        return logits.float().softmax(1)
+        return logits.float()
 
     def _logits(self, inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):

@@ -76,6 +76,9 @@ class Recipe:
         muon_weight_decay: Of Muon; decoupled, so times its learning rate.
         label_smoothing: Of the hard loss.
         distillation_ratio: Weight of the teacher's loss against the hard one.
+        temperature: At which a teacher's knowledge is learned by `knowledge_loss`;
+            None for its class probabilities, by `supernet_loss`.
+        teacher_share: Of that loss, 0..1.
         crop_padding: Pixels by which training images are shifted at most.
         validation_fraction: Share of the images held out, 0..1.
         seed: Of everything random.
@@ -90,6 +93,8 @@ class Recipe:
     muon_weight_decay: float = 0.05
     label_smoothing: float = 0.1
     distillation_ratio: float = 1.0
+    temperature: float | None = None
+    teacher_share: float = 0.9
     crop_padding: int = 4
     validation_fraction: float = 0.1
     seed: int = 0
@@ -99,6 +104,13 @@ class Recipe:
             raise TrainingError(
                 f"batch_size={self.batch_size} must be at least 2: batch norm needs "
                 "more than one image"
+            )
+        if self.temperature is not None and not (
+            self.temperature > 0 and 0 <= self.teacher_share <= 1
+        ):
+            raise TrainingError(
+                f"temperature={self.temperature:g}, teacher_share="
+                f"{self.teacher_share:g}; give one above 0, and a share of 0 to 1"
             )
         if not self.phases or self.phases[0].distill:
             raise TrainingError(
@@ -120,6 +132,8 @@ class Recipe:
         """
         past = replace(self, phases=self.phases[: phase_index + 1])
         content = asdict(past)
+        if self.temperature is None:  # nor had they such a loss
+            del content["temperature"], content["teacher_share"]
         for phase in content["phases"]:
             if not phase["teachers"]:
                 del phase["teachers"]  # runs from before there were any stay the same

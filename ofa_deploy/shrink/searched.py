@@ -1,0 +1,184 @@
+"""A network that has every width and depth in it, and draws among them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.stages import Stage, find_stages
+from ofa_deploy.shrink.transformable import (
+    Distribution,
+    SearchedNorm,
+    SearchedStage,
+    depth_choices,
+    width_choices,
+)
+
+
+class SearchedModule(nn.Module):
+    """A network that draws its widths and depths anew for every pass.
+
+    Args:
+        network: With `SearchedNorm` and `SearchedStage` in it.
+        widths: Distributions of its groups.
+        depths: Distributions of its stages.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        widths: Sequence[Distribution],
+        depths: Sequence[Distribution],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.widths = nn.ModuleList(widths)
+        self.depths = nn.ModuleList(depths)
+        self.tau = 1.0
+
+    @property
+    def distributions(self) -> list[Distribution]:
+        """Of widths, then of depths."""
+        found = (*self.widths, *self.depths)
+        return [one for one in found if isinstance(one, Distribution)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits; in training of what is drawn, else of what is likeliest."""
+        for width in self.widths:
+            assert isinstance(width, Distribution)
+            if self.training:
+                width.draw(self.tau)
+            else:
+                width.settle(width.likeliest)
+        for depth in self.depths:
+            assert isinstance(depth, Distribution)
+            if self.training:
+                depth.draw_all(self.tau)
+            else:
+                depth.settle(depth.likeliest)
+        result = self.network(x)
+        assert isinstance(result, Tensor)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchedNetwork:
+    """A network with everything in it that may be chosen.
+
+    Args:
+        module: The network to train.
+        graph: Its channels.
+        stages: Whose depth is searched.
+    """
+
+    module: SearchedModule
+    graph: ChannelGraph
+    stages: tuple[Stage, ...]
+
+    def widths(self) -> tuple[int, ...]:
+        """The likeliest of each group."""
+        return tuple(one.likeliest for one in self.width_distributions)
+
+    def depths(self) -> tuple[int, ...]:
+        """The likeliest of each stage."""
+        return tuple(one.likeliest for one in self.depth_distributions)
+
+    @property
+    def width_distributions(self) -> list[Distribution]:
+        """Of the groups."""
+        return self.module.distributions[: len(self.graph.groups)]
+
+    @property
+    def depth_distributions(self) -> list[Distribution]:
+        """Of the stages."""
+        return self.module.distributions[len(self.graph.groups) :]
+
+
+def insert_distributions(
+    network: nn.Module,
+    graph: ChannelGraph,
+    *,
+    step: int,
+    searches_depth: bool,
+    fresh: bool,
+) -> SearchedNetwork:
+    """A copy of a network with a distribution for each width, and each depth.
+
+    Args:
+        network: Stays as it is.
+        graph: Its channels, all of which are searched.
+        step: Widths are multiples of this.
+        searches_depth: Whether stages get distributions, too.
+        fresh: Whether weights are drawn anew.
+
+    Raises:
+        SpaceError: A layer is too narrow for a choice.
+    """
+    copied = copy.deepcopy(network)
+    if fresh:
+        reset_parameters(copied)
+    widths = [
+        Distribution(width_choices(group.channels, step=step)) for group in graph.groups
+    ]
+    layers = {layer.name for layer in graph.layers}
+    for cut in graph.cuts:
+        if cut.side == "out" and cut.module not in layers:
+            norm = copied.get_submodule(cut.module)
+            assert isinstance(norm, nn.BatchNorm2d)
+            _replace(copied, cut.module, _searched_norm(norm, widths[cut.group]))
+    stages = find_stages(network, graph) if searches_depth else ()
+    depths = [Distribution(depth_choices(stage.blocks)) for stage in stages]
+    copied = _with_stages(copied, stages, depths)
+    module = SearchedModule(copied, widths, depths)
+    return SearchedNetwork(module=module, graph=graph, stages=stages)
+
+
+def reset_parameters(network: nn.Module) -> None:
+    """Draw all weights anew, as their modules do when they are made."""
+    for module in network.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+def _searched_norm(norm: nn.BatchNorm2d, width: Distribution) -> SearchedNorm:
+    """A norm for each width, each of which begins as the first channels' were."""
+    found = SearchedNorm(norm.num_features, width)
+    before = norm.state_dict()
+    for choice, one in zip(width.choices, found.norms, strict=True):
+        state = {k: v[:choice] if v.ndim else v for k, v in before.items()}
+        one.load_state_dict(state)
+    return found
+
+
+def _with_stages(
+    network: nn.Module, stages: Sequence[Stage], depths: Sequence[Distribution]
+) -> nn.Module:
+    """Blocks of each stage in one module of their own."""
+    by_container: dict[str, list[tuple[Stage, Distribution]]] = {}
+    for stage, depth in zip(stages, depths, strict=True):
+        by_container.setdefault(stage.container, []).append((stage, depth))
+    for container, found in by_container.items():
+        sequence = network.get_submodule(container)
+        blocks = list(sequence.children())
+        children: list[nn.Module] = []
+        place = 0
+        for stage, depth in found:
+            children += blocks[place : stage.first]
+            place = stage.first + stage.blocks
+            children.append(SearchedStage(blocks[stage.first : place], depth))
+        replaced = nn.Sequential(*children, *blocks[place:])
+        if not container:
+            network = replaced
+        else:
+            _replace(network, container, replaced)
+    return network
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(network.get_submodule(parent), last, module)

@@ -1,0 +1,264 @@
+"""Transformable Architecture Search: widths and depths learned by gradient.
+
+Source: X. Dong, Y. Yang, "Network Pruning via Transformable Architecture Search",
+NeurIPS 2019, and its code. The network is searched with every width and depth in it;
+weights are trained on one half of the training images, the distributions on the other,
+where they feel the price, too. What is likeliest in the end is trained from nothing,
+with the whole network as its teacher.
+
+Widths belong to groups of channels, so that skips stay what they are; the published
+search gives every convolution a width of its own, and projects where sums do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.shrink.autoprune import Deciding
+from ofa_deploy.shrink.cost import LayerPrices
+from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
+from ofa_deploy.shrink.searched import SearchedNetwork
+from ofa_deploy.shrink.transformable import temperature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasSettings:
+    """How distributions are learned; the published values, but for the rate.
+
+    Args:
+        cost_weight: Of the price in the distributions' loss.
+        tolerance: Share of the whole price below the target at which nothing pulls.
+        rate: Of Adam. Published are 0.001 and some fifty thousand steps.
+        betas: Of Adam.
+        weight_decay: Of Adam.
+        highest_temperature: At the beginning.
+        lowest_temperature: At the end.
+        falls: How the temperature falls: `cosine` or `linear`.
+        deciding_share: Of the training images, on which distributions are trained.
+        searches_depth: Whether blocks of stages may go, too.
+        fresh: Whether the search starts from new weights, as published, or from those
+            that the network has.
+
+    Raises:
+        SpaceError: A value makes no sense.
+    """
+
+    cost_weight: float = 2.0
+    tolerance: float = 0.05
+    rate: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 0.001
+    highest_temperature: float = 5.0
+    lowest_temperature: float = 0.1
+    falls: str = "cosine"
+    deciding_share: float = 0.5
+    searches_depth: bool = True
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deciding_share < 1:
+            raise SpaceError(
+                f"deciding_share={self.deciding_share:g}; give a share between 0 and 1"
+            )
+        if not 0 < self.lowest_temperature <= self.highest_temperature:
+            raise SpaceError(
+                f"temperatures {self.highest_temperature:g} to "
+                f"{self.lowest_temperature:g}; give a lowest one above 0, and a "
+                "highest one that is no lower"
+            )
+        if self.falls not in ("cosine", "linear"):
+            raise SpaceError(f"falls={self.falls!r}; give 'cosine' or 'linear'")
+
+
+class TransformableSearch:
+    """A `Regulariser` that trains distributions on images of their own.
+
+    Args:
+        searched: The network.
+        price: Of its channel counts.
+        target_share: Of the whole network's price that is aimed at; in (0, 1].
+        settings: How.
+        deciding: What distributions are trained with.
+        steps: Of the whole search.
+
+    Raises:
+        SpaceError: The target is below the least that there is to choose.
+    """
+
+    def __init__(
+        self,
+        searched: SearchedNetwork,
+        *,
+        price: LayerPrices,
+        target_share: float,
+        settings: TasSettings,
+        deciding: Deciding,
+        steps: int,
+    ) -> None:
+        if not 0 < target_share <= 1:
+            raise SpaceError(
+                f"target share {target_share:g} of the price; give a number above 0 "
+                "and at most 1"
+            )
+        self.searched, self.settings = searched, settings
+        self.target_share = target_share
+        self.deciding, self.steps = deciding, steps
+        self.price = ExpectedPrice(searched, price)
+        self._full = self.price.full
+        if self.price.least > target_share * self._full:
+            raise SpaceError(
+                f"target {target_share:.3g} of {self._full:.4g} {price.unit}: "
+                "the least that there is to choose costs "
+                f"{self.price.least:.4g}. Ask for {self.price.least / self._full:.3g} "
+                "to 1"
+            )
+        self._logits = [one.logits for one in searched.module.distributions]
+        for logits in self._logits:
+            logits.requires_grad_(False)
+        self._optimizer = torch.optim.Adam(
+            self._logits,
+            lr=settings.rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        self._step = 0
+        self._cool()
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """See `Regulariser`: distributions are not stepped with the weights."""
+        return {}
+
+    def loss(self) -> Tensor:
+        """See `Regulariser`: weights do not feel the price."""
+        return torch.zeros(())
+
+    def after_step(self) -> None:
+        """The distributions' own step, on their own images."""
+        settings = self.settings
+        with self._only_distributions():
+            self._optimizer.zero_grad()
+            loss = self.deciding.loss(self.searched.module, self._step)
+            cost = cost_loss(
+                self.price.expected(),
+                self.settled_price,
+                target=self.target_share * self._full,
+                slack=settings.tolerance * self._full,
+            )
+            torch.autograd.backward(loss + settings.cost_weight * cost.float())
+            self._optimizer.step()
+        self._step += 1
+        self._cool()
+
+    @property
+    def settled_price(self) -> float:
+        """Price of what is likeliest now."""
+        return self.price.settled(self.searched.widths(), self.searched.depths())
+
+    def facts(self) -> dict[str, object]:
+        """What is likeliest, what it costs, and all probabilities."""
+        return {
+            "kept": [*self.searched.widths(), *self.searched.depths()],
+            "price_share": round(self.settled_price / self._full, 4),
+            "expected_share": round(float(self.price.expected()) / self._full, 4),
+            "temperature": round(self.searched.module.tau, 4),
+            "probabilities": [
+                [round(float(p), 3) for p in one.probabilities.detach()]
+                for one in self.searched.module.distributions
+            ],
+        }
+
+    def kept(self) -> Mapping[str, tuple[int, int]]:
+        """See `Regulariser`."""
+        found = {
+            group.name: (width, group.channels)
+            for group, width in zip(
+                self.searched.graph.groups, self.searched.widths(), strict=True
+            )
+        }
+        for stage, depth in zip(
+            self.searched.stages, self.searched.depths(), strict=True
+        ):
+            found[stage.name] = (depth, stage.blocks)
+        return found
+
+    def remarks(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Regulariser`."""
+        found: dict[str, Tensor] = {
+            "tas": self._settings_row(),
+            "tas_steps": torch.tensor(self._step),
+        }
+        for index, logits in enumerate(self._logits):
+            for name, value in self._optimizer.state.get(logits, {}).items():
+                found[f"adam.{index}.{name}"] = value.detach().clone()
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Regulariser`."""
+        before = state.get("tas")
+        if before is None or not torch.equal(before, self._settings_row()):
+            raise TrainingError(
+                "the search that is to be continued was another one: of another "
+                "method, target, price or rate. Continue with the same, or name "
+                "another folder"
+            )
+        self._step = int(state["tas_steps"])
+        for index, logits in enumerate(self._logits):
+            prefix = f"adam.{index}."
+            kept: dict[str, Any] = {
+                name.removeprefix(prefix): value.clone()
+                for name, value in state.items()
+                if name.startswith(prefix)
+            }
+            if kept:
+                self._optimizer.state[logits] = kept
+        self._cool()
+
+    def _settings_row(self) -> Tensor:
+        values: list[float] = []
+        for value in astuple(self.settings):
+            if isinstance(value, tuple):
+                values += value
+            else:
+                values.append(
+                    float(value == "linear" if isinstance(value, str) else value)
+                )
+        return torch.tensor(
+            [*values, self.target_share, self._full, self.steps], dtype=torch.float64
+        )
+
+    def _cool(self) -> None:
+        settings = self.settings
+        self.searched.module.tau = temperature(
+            self._step / self.steps,
+            highest=settings.highest_temperature,
+            lowest=settings.lowest_temperature,
+            falls=settings.falls,
+        )
+
+    @contextmanager
+    def _only_distributions(self) -> Iterator[None]:
+        """Gradients for distributions, and for nothing else."""
+        others = [p for p in self.searched.module.parameters() if p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for logits in self._logits:
+            logits.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for logits in self._logits:
+                logits.requires_grad_(False)
+            for parameter in others:
+                parameter.requires_grad_(True)

@@ -1,0 +1,254 @@
+"""Layers whose width and depth are drawn from distributions that are learned.
+
+Source: X. Dong, Y. Yang, "Network Pruning via Transformable Architecture Search",
+NeurIPS 2019, and its code. Everything keeps the whole network's shape: channels beyond
+the drawn width are zero, so that sums of different widths add their first channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofa_deploy.errors import SpaceError
+
+# Widths are these tenths of a layer's own, rounded down.
+TENTHS = range(3, 11)
+# Candidates drawn at a time.
+DRAWN = 2
+# So that what has no chance can still be drawn as the second one.
+LEAST_CHANCE = 1e-7
+INITIAL_SPREAD = 0.01
+
+
+def width_choices(channels: int, *, step: int = 1) -> tuple[int, ...]:
+    """Widths to choose from, ascending, the whole one last.
+
+    Args:
+        channels: Of the whole layer.
+        step: Widths are multiples of this, or all that there are.
+
+    Raises:
+        SpaceError: There is but one.
+    """
+    tenths = [max(1, channels * tenth // 10) for tenth in TENTHS]
+    aligned = {min(channels, -(-width // step) * step) for width in tenths}
+    if len(aligned) < DRAWN:
+        raise SpaceError(
+            f"{channels} channels in steps of {step} leave but one width to choose; "
+            "search networks whose layers have more, or smaller steps"
+        )
+    return tuple(sorted(aligned))
+
+
+def depth_choices(blocks: int) -> tuple[int, ...]:
+    """Depths to choose from, ascending: every other one of more than three."""
+    if blocks <= 3:
+        return tuple(range(1, blocks + 1))
+    return tuple(sorted({*range(1, blocks + 1, 2), blocks}))
+
+
+def temperature(
+    done: float, *, highest: float, lowest: float, falls: str = "cosine"
+) -> float:
+    """Of the distributions, as the search goes on.
+
+    Args:
+        done: Share of the search that is done, 0..1.
+        highest: At the beginning.
+        lowest: At the end.
+        falls: `cosine`, as in the method's code (5 to 0.1), or `linear`, as in its
+            text (10 to 0.1).
+    """
+    if falls == "linear":
+        return highest + (lowest - highest) * done
+    cosine = float(torch.cos(torch.tensor(torch.pi * done)))
+    return lowest + (highest - lowest) * (1 + cosine) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draw:
+    """Choices drawn from a distribution.
+
+    Args:
+        indices: Of the choices.
+        weights: How much each counts, positive, of sum 1; differentiable.
+    """
+
+    indices: tuple[int, ...]
+    weights: Tensor
+
+
+class Distribution(nn.Module):
+    """Of one layer's width, or one stage's depth.
+
+    Args:
+        choices: What there is to choose from, ascending.
+    """
+
+    def __init__(self, choices: Sequence[int]) -> None:
+        super().__init__()
+        self.choices = tuple(choices)
+        self.logits = nn.Parameter(INITIAL_SPREAD * torch.randn(len(self.choices)))
+        # Of this pass through the network; all layers of a group share it.
+        self.drawn: Draw | None = None
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Of the choices; differentiable."""
+        return self.logits.softmax(0)
+
+    @property
+    def expected(self) -> Tensor:
+        """Mean of the choices; differentiable."""
+        values = torch.tensor(self.choices, dtype=torch.float64)
+        return (self.probabilities.double() * values).sum()
+
+    @property
+    def likeliest(self) -> int:
+        """The choice of the highest probability."""
+        return self.choices[int(self.logits.detach().argmax())]
+
+    def draw(self, tau: float) -> None:
+        """Draw two choices for the passes that come."""
+        self.drawn = drawn_pair(self.logits, tau=tau)
+
+    def draw_all(self, tau: float) -> None:
+        """Draw all choices, with weights, for the passes that come."""
+        weights = (_gumbel(self.logits) / tau).softmax(0)
+        self.drawn = Draw(indices=tuple(range(len(self.choices))), weights=weights)
+
+    def settle(self, choice: int) -> None:
+        """Let one choice be drawn with certainty."""
+        index = self.choices.index(choice)
+        self.drawn = Draw(indices=(index,), weights=torch.ones(1))
+
+
+def drawn_pair(logits: Tensor, *, tau: float) -> Draw:
+    """Two distinct choices by their Gumbel-softmax probabilities.
+
+    Args:
+        logits: `(choices,)`.
+        tau: Temperature, above 0.
+    """
+    heights = _gumbel(logits) / tau
+    chances = heights.detach().softmax(0) + LEAST_CHANCE
+    picked = torch.multinomial(chances, DRAWN)
+    return Draw(
+        indices=tuple(int(index) for index in picked),
+        weights=heights[picked].softmax(0),
+    )
+
+
+def _gumbel(logits: Tensor) -> Tensor:
+    """Log-probabilities with Gumbel noise."""
+    noise = -torch.empty_like(logits).exponential_().log()
+    while not torch.isfinite(noise).all():
+        noise = -torch.empty_like(logits).exponential_().log()
+    return logits.log_softmax(0) + noise
+
+
+def interpolation_matrix(channels: int, out: int) -> Tensor:
+    """What makes `out` channels of `channels`, `(out, channels)`.
+
+    Each is the mean of those in its stretch: adaptive average pooling over channels.
+    """
+    matrix = torch.zeros(out, channels)
+    for row in range(out):
+        first = row * channels // out
+        end = -(-(row + 1) * channels // out)
+        matrix[row, first:end] = 1 / (end - first)
+    return matrix
+
+
+def interpolate_channels(x: Tensor, out: int) -> Tensor:
+    """Channel-wise interpolation of `(N, channels, H, W)` to `(N, out, H, W)`."""
+    channels = x.shape[1]
+    if channels == out:
+        return x
+    matrix = interpolation_matrix(channels, out).to(x.dtype)
+    return F.conv2d(x, matrix[:, :, None, None])
+
+
+def padded_channels(x: Tensor, channels: int) -> Tensor:
+    """Zeros for the channels that are missing."""
+    missing = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+
+
+class SearchedNorm(nn.Module):
+    """A batch norm for each width of the layer before it.
+
+    Args:
+        channels: Of the whole layer.
+        width: The distribution of its width.
+    """
+
+    def __init__(self, channels: int, width: Distribution) -> None:
+        super().__init__()
+        self.channels = channels
+        self.norms = nn.ModuleList(nn.BatchNorm2d(choice) for choice in width.choices)
+        self._width = (width,)  # belongs to the network
+
+    @property
+    def width(self) -> Distribution:
+        """The distribution of its width."""
+        return self._width[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the drawn widths of `(N, channels, H, W)`; zeros beyond the widest."""
+        drawn = self.width.drawn
+        assert drawn is not None
+        choices = [self.width.choices[index] for index in drawn.indices]
+        widest = max(choices)
+        total: Tensor | None = None
+        for place, (index, count) in enumerate(
+            zip(drawn.indices, choices, strict=True)
+        ):
+            normed = self.norms[index](x[:, :count])
+            mixed = interpolate_channels(normed, widest) * drawn.weights[place]
+            total = mixed if total is None else total + mixed
+        assert total is not None
+        return padded_channels(total, self.channels)
+
+
+class SearchedStage(nn.Module):
+    """Blocks of one shape in sequence, of which the first few are kept.
+
+    Args:
+        blocks: In order; the first may change the shape.
+        depth: The distribution of their number.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], depth: Distribution) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self._depth = (depth,)
+
+    @property
+    def depth(self) -> Distribution:
+        """The distribution of the number of blocks."""
+        return self._depth[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix what the drawn depths give."""
+        drawn = self.depth.drawn
+        assert drawn is not None
+        weights = {
+            self.depth.choices[index]: weight
+            for index, weight in zip(drawn.indices, drawn.weights, strict=True)
+        }
+        total: Tensor | None = None
+        for count, block in enumerate(self.blocks, start=1):
+            if count > max(weights):
+                break
+            x = block(x)
+            if count in weights:
+                mixed = x * weights[count]
+                total = mixed if total is None else total + mixed
+        assert total is not None
+        return total

@@ -1,0 +1,550 @@
+"""Laws of TAS; P1 to P9 are numbered as in the method's specification."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ofa_deploy.errors import SpaceError, TraceError, TrainingError
+from ofa_deploy.families.cifar_resnet import ResNetShape
+from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink.autoprune import Deciding
+from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder, cost_loss
+from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.methods import searched_by_tas
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.stages import find_stages, shallower
+from ofa_deploy.shrink.tas import TasSettings, TransformableSearch
+from ofa_deploy.shrink.transformable import (
+    Distribution,
+    SearchedNorm,
+    depth_choices,
+    drawn_pair,
+    interpolate_channels,
+    temperature,
+    width_choices,
+)
+from ofa_deploy.train.distill import knowledge_loss
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.recipe import Phase, Recipe
+from tests.support import own_networks, tiny
+from tests.support.mac_counter import counted_macs
+
+SIZE = own_networks.SIZE
+seeds = st.integers(0, 10_000)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Deep(nn.Module):
+    """Two stages of skips, the second one narrower in space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = own_networks.conv(3, 16)
+        self.blocks = nn.Sequential(
+            own_networks.Residual(16, 16, 1),
+            own_networks.Residual(16, 16, 1),
+            own_networks.Residual(16, 16, 1),
+            own_networks.Residual(16, 24, 2),
+            own_networks.Residual(24, 24, 1),
+        )
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.blocks(self.stem(x)).mean((2, 3))))
+
+
+@lru_cache(maxsize=1)
+def own() -> OwnNetwork:
+    torch.manual_seed(0)
+    found = OwnNetwork.of(
+        Deep(),
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abc"),
+    )
+    return searched_by_tas(found)
+
+
+def searched(network: OwnNetwork, *, fresh: bool = False) -> SearchedNetwork:
+    torch.manual_seed(0)
+    return insert_distributions(
+        network.module, network.graph, step=1, searches_depth=True, fresh=fresh
+    )
+
+
+# -- choices ---------------------------------------------------------------------------
+
+
+def test_widths_are_the_published_tenths() -> None:
+    assert width_choices(16) == (4, 6, 8, 9, 11, 12, 14, 16)
+    assert width_choices(32) == (9, 12, 16, 19, 22, 25, 28, 32)
+    assert width_choices(64) == (19, 25, 32, 38, 44, 51, 57, 64)
+    assert len(width_choices(8)) == 7  # two tenths are one width
+    assert all(w % 8 == 0 for w in width_choices(64, step=8))
+
+
+@pytest.mark.parametrize(("channels", "step"), [(1, 1), (8, 8), (12, 16)])
+def test_a_layer_without_a_choice_is_refused(channels: int, step: int) -> None:
+    with pytest.raises(SpaceError, match="but one width to choose"):
+        width_choices(channels, step=step)
+
+
+def test_depths_are_the_published_ones() -> None:
+    assert [depth_choices(n) for n in (2, 3, 5, 9, 18)] == [
+        (1, 2),
+        (1, 2, 3),
+        (1, 3, 5),
+        (1, 3, 5, 7, 9),
+        (1, 3, 5, 7, 9, 11, 13, 15, 17, 18),
+    ]
+
+
+@pytest.mark.parametrize(("falls", "highest"), [("cosine", 5.0), ("linear", 10.0)])
+def test_the_temperature_falls_from_end_to_end(falls: str, highest: float) -> None:
+    found = [
+        temperature(k / 20, highest=highest, lowest=0.1, falls=falls) for k in range(21)
+    ]
+    assert found[0] == pytest.approx(highest)
+    assert found[-1] == pytest.approx(0.1)
+    assert found == sorted(found, reverse=True)
+
+
+# -- P1: interpolation of channels -----------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 24), st.integers(1, 24))
+def test_channels_are_interpolated_as_adaptive_pooling_does(
+    seed: int, channels: int, out: int
+) -> None:
+    x = drawn(seed, 2, channels, 3, 4)
+    found = interpolate_channels(x, out)
+    pooled = F.adaptive_avg_pool3d(x[:, None], (out, 3, 4))[:, 0]
+    torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-6)
+    if channels == out:
+        assert torch.equal(found, x)
+    constant = torch.full((1, channels, 2, 2), 0.7)
+    torch.testing.assert_close(
+        interpolate_channels(constant, out), torch.full((1, out, 2, 2), 0.7)
+    )
+
+
+def test_one_channel_is_the_mean_and_multiples_repeat() -> None:
+    x = drawn(0, 2, 5, 3, 3)
+    torch.testing.assert_close(
+        interpolate_channels(x, 1), x.mean(1, keepdim=True), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(interpolate_channels(x, 15), x.repeat_interleave(3, 1))
+
+
+# -- P2, P3: what is drawn -------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.floats(0.05, 5.0))
+def test_two_choices_are_drawn_with_weights_of_sum_one(seed: int, tau: float) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(8, requires_grad=True)
+    found = drawn_pair(logits, tau=tau)
+    assert len(set(found.indices)) == 2
+    assert float(found.weights.detach().sum()) == pytest.approx(1.0, abs=1e-5)
+    (gradient,) = torch.autograd.grad(found.weights[0], logits)
+    touched = set((gradient.abs() > 1e-6).nonzero().flatten().tolist())
+    assert touched <= set(found.indices)
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_when_it_is_cold_one_choice_has_all_the_weight() -> None:
+    torch.manual_seed(0)
+    largest = [
+        float(drawn_pair(torch.randn(8), tau=0.01).weights.max()) for _ in range(50)
+    ]
+    assert sum(one > 0.99 for one in largest) >= 45
+
+
+@pytest.mark.parametrize("tau", [0.01, 1.0])
+def test_choices_are_drawn_by_their_probabilities(tau: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    count = 20_000
+    noise = -torch.empty(count, 4).exponential_().log()
+    heights = (logits.log_softmax(0) + noise) / tau
+    shares = torch.bincount(heights.argmax(1), minlength=4) / count
+    assert float((shares - logits.softmax(0)).abs().max()) < 0.02
+    if tau == 0.01:  # only then is the first that is drawn the highest, too
+        first = torch.tensor(
+            [drawn_pair(logits, tau=tau).indices[0] for _ in range(4000)]
+        )
+        shares = torch.bincount(first, minlength=4) / len(first)
+        assert float((shares - logits.softmax(0)).abs().max()) < 0.04
+
+
+# -- P4, P5: what it costs -------------------------------------------------------------
+
+
+def peaked(one: Distribution, choice: int) -> None:
+    one.logits.data = torch.tensor([50.0 * (c == choice) for c in one.choices])
+
+
+def test_at_full_width_and_depth_the_price_is_the_whole_networks() -> None:
+    network = own()
+    net = searched(network)
+    for one in net.module.distributions:
+        peaked(one, one.choices[-1])
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    full = float(MacPrice(network.graph)(full_counts(network.graph)))
+    assert float(price.expected()) == pytest.approx(full, rel=1e-6)
+    assert price.full == pytest.approx(full)
+    counted = counted_macs(network.module, SIZE) / 1e6
+    assert price.full == pytest.approx(counted)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_a_settled_price_is_what_the_network_that_is_left_computes(
+    data: st.DataObject,
+) -> None:
+    network = own()
+    net = searched(network)
+    widths = [data.draw(st.sampled_from(d.choices)) for d in net.width_distributions]
+    depths = [data.draw(st.sampled_from(d.choices)) for d in net.depth_distributions]
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    left = network.left_of(shallower(network.module, net.stages, depths))
+    by_name = {g.name: w for g, w in zip(network.graph.groups, widths, strict=True)}
+    kept = [torch.arange(by_name[g.name]) for g in left.graph.groups]
+    narrow = extract_module(left.module, left.graph, kept)
+    counted = counted_macs(narrow, SIZE) / 1e6
+    assert price.settled(widths, depths) == pytest.approx(counted)
+
+
+def test_the_expected_price_has_the_gradient_of_finite_differences() -> None:
+    network = own()
+    net = searched(network)
+    for index, one in enumerate(net.module.distributions):
+        one.logits.data = drawn(index, len(one.choices))
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    logits = [one.logits for one in net.module.distributions]
+    gradients = torch.autograd.grad(price.expected(), logits)
+    for one, gradient in zip(logits, gradients, strict=True):
+        for place in range(len(one)):
+            found = []
+            for sign in (1, -1):
+                one.data[place] += sign * 1e-2
+                found.append(float(price.expected()))
+                one.data[place] -= sign * 1e-2
+            slope = (found[0] - found[1]) / 2e-2
+            assert float(gradient[place]) == pytest.approx(slope, rel=0.02, abs=1e-5)
+
+
+def test_the_expected_price_is_the_mean_of_what_is_drawn() -> None:
+    network = own()
+    net = searched(network)
+    for index, one in enumerate(net.module.distributions):
+        one.logits.data = drawn(index, len(one.choices))
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    torch.manual_seed(0)
+    found = []
+    for _ in range(400):
+        picked = [
+            one.choices[int(torch.multinomial(one.probabilities.detach(), 1))]
+            for one in net.module.distributions
+        ]
+        groups = len(network.graph.groups)
+        found.append(price.settled(picked[:groups], picked[groups:]))
+    spread = float(torch.tensor(found).std()) / math.sqrt(len(found))
+    mean = sum(found) / len(found)
+    assert mean == pytest.approx(float(price.expected()), abs=4 * spread)
+
+
+# -- P6: the pull ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settled", "sign"), [(40.0, -1.0), (46.0, 0.0), (50.0, 0.0), (51.0, 1.0)]
+)
+def test_the_price_pulls_towards_the_band_below_the_target(
+    settled: float, sign: float
+) -> None:
+    expected = torch.tensor(47.0, dtype=torch.float64, requires_grad=True)
+    loss = cost_loss(expected, settled, target=50.0, slack=5.0)
+    assert float(loss.detach()) == pytest.approx(sign * math.log(47.0))
+    if sign:
+        (gradient,) = torch.autograd.grad(loss, expected)
+        assert float(gradient) == pytest.approx(sign / 47.0)
+
+
+# -- what is found in a network --------------------------------------------------------
+
+
+def test_stages_are_blocks_that_write_what_they_read() -> None:
+    network = own()
+    stages = find_stages(network.module, network.graph)
+    assert [(s.container, s.first, s.blocks) for s in stages] == [
+        ("blocks", 0, 3),
+        ("blocks", 3, 2),
+    ]
+    left = shallower(network.module, stages, [2, 1])
+    kinds = [type(block).__name__ for block in cast(nn.Sequential, left.blocks)]
+    assert kinds == ["Residual", "Residual", "Identity", "Residual", "Identity"]
+    assert left(drawn(0, 2, 3, SIZE, SIZE)).shape == (2, 3)
+
+
+def test_at_full_width_and_depth_the_searched_network_is_the_network() -> None:
+    network = own()
+    net = searched(network)
+    for one in net.module.distributions:
+        peaked(one, one.choices[-1])
+    x = drawn(0, 4, 3, SIZE, SIZE)
+    network.module.eval()
+    torch.testing.assert_close(
+        net.module.eval()(x), network.module(x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_channels_beyond_the_widest_that_is_drawn_are_zero() -> None:
+    network = own()
+    net = searched(network)
+    seen: list[tuple[int, Tensor]] = []
+    stem = net.module.network.get_submodule("stem.1")
+    assert isinstance(stem, SearchedNorm)
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        drawn_now = stem.width.drawn
+        assert drawn_now is not None
+        widest = max(stem.width.choices[i] for i in drawn_now.indices)
+        seen.append((widest, output.detach()))
+
+    stem.register_forward_hook(note)
+    net.module.train()(drawn(0, 4, 3, SIZE, SIZE))
+    ((widest, output),) = seen
+    assert output.shape[1] == 16
+    assert not output[:, widest:].any()
+    assert output[:, :widest].abs().sum(dim=(0, 2, 3)).min() > 0
+
+
+def test_a_network_whose_norms_come_first_is_refused() -> None:
+    found = OwnNetwork.of(
+        own_networks.DenseNet(),
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abcde"),
+    )
+    left = searched_by_tas(found)
+    assert [group.name for group in left.graph.groups] == ["transition.0"]
+    chain = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    found = OwnNetwork.of(
+        chain,
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abcde"),
+    )
+    with pytest.raises(TraceError, match="nothing can be searched by tas"):
+        searched_by_tas(found)
+
+
+# -- P7: two trainings in turn ---------------------------------------------------------
+
+
+def training(
+    folder: Path | None = None, *, share: float = 0.5, epochs: int = 6
+) -> tuple[TrainingLoop, TransformableSearch, SearchedNetwork]:
+    phase = Phase(name="search", epochs=epochs, peak_learning_rate=0.02, distill=False)
+    recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    images = TrainingImages(tiny.images(per_class=60, seed=4), recipe)
+    of_weights, of_choices = images.parted(0.5)
+    network = own()
+    net = searched(network)
+    method = TransformableSearch(
+        net,
+        price=MacPrice(network.graph),
+        target_share=share,
+        settings=TasSettings(rate=0.05),
+        deciding=Deciding(
+            images=of_choices, resolution=SIZE, label_smoothing=0.0, bf16=False
+        ),
+        steps=epochs * of_weights.batches_per_epoch,
+    )
+    loop = TrainingLoop(
+        net.module,
+        images=of_weights,
+        recipe=recipe,
+        resolution=SIZE,
+        folder=folder,
+        bf16=False,
+        regulariser=method,
+    )
+    return loop, method, net
+
+
+def test_weights_and_choices_are_trained_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, method, net = training()
+    logits = {id(one.logits) for one in net.module.distributions}
+
+    def state() -> tuple[list[Tensor], list[Tensor]]:
+        parameters = list(net.module.parameters())
+        return (
+            [p.detach().clone() for p in parameters if id(p) not in logits],
+            [p.detach().clone() for p in parameters if id(p) in logits],
+        )
+
+    def same(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    own_step = method.after_step
+    monkeypatch.setattr(method, "after_step", lambda: None)
+    weights, choices = state()
+    loop._train_step(0)
+    stepped, unchanged = state()
+    assert same(choices, unchanged)
+    assert not same(weights, stepped)
+    own_step()
+    after, moved = state()
+    assert same(stepped, after)
+    assert not same(unchanged, moved)
+
+
+def test_a_search_ends_near_its_target_and_still_learns(tmp_path: Path) -> None:
+    loop, method, _ = training(tmp_path, epochs=25)
+    accuracy = loop.run()
+    assert accuracy > 0.6
+    lines = [json.loads(one) for one in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert lines[0]["expected_share"] > 0.6 * lines[-1]["expected_share"]
+    assert 0.3 < lines[-1]["price_share"] < 0.7
+    assert len(lines[-1]["kept"]) == len(method.kept())
+    assert lines[-1]["temperature"] == pytest.approx(0.1)
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_choices(tmp_path: Path) -> None:
+    whole, _, net = training()
+    whole.run()
+    cut, *_ = training(tmp_path)
+
+    def stop(progress: LoopProgress) -> None:
+        if progress.step >= 11:
+            cut._save()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(stop)
+    resumed, _, again = training(tmp_path)
+    resumed.run()
+    pairs = zip(net.module.distributions, again.module.distributions, strict=True)
+    assert all(torch.equal(a.logits, b.logits) for a, b in pairs)
+    with pytest.raises(TrainingError, match="another one"):
+        training(tmp_path, share=0.6)
+
+
+def test_a_target_below_the_least_choice_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"Ask for 0\.\d+ to 1"):
+        training(share=0.01)
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(SpaceError, match="above 0 and at most 1"):
+            training(share=share)
+
+
+# -- what is likeliest within a price --------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.floats(0.25, 1.0))
+def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) -> None:
+    network = own()
+    net = searched(network)
+    for index, one in enumerate(net.width_distributions):
+        one.logits.data = 2 * drawn(seed + index, len(one.choices))
+    order = LikeliestOrder(
+        choices=[one.choices for one in net.width_distributions],
+        probabilities=[one.probabilities.detach() for one in net.width_distributions],
+        step=1,
+    )
+    price = MacPrice(network.graph)
+    most = share * float(price(full_counts(network.graph)))
+    counts = order.within(price, most)
+    cost = float(price(torch.tensor(counts, dtype=torch.float64)))
+    assert 0.95 * most <= cost <= most
+    for count, one in zip(counts, net.width_distributions, strict=True):
+        assert one.choices[0] <= count <= one.choices[-1]
+
+
+# -- P8: knowledge ---------------------------------------------------------------------
+
+
+def test_without_a_share_the_teacher_has_no_say() -> None:
+    logits, taught = drawn(0, 6, 5), drawn(1, 6, 5)
+    targets = F.one_hot(torch.arange(6) % 5, 5).float()
+    found = knowledge_loss(logits, targets, taught, temperature=1.0, teacher_share=0.0)
+    torch.testing.assert_close(found, F.cross_entropy(logits, targets))
+    same = knowledge_loss(logits, targets, logits, temperature=4.0, teacher_share=1.0)
+    assert float(same) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_gradient_is_as_large_at_any_high_temperature() -> None:
+    targets = F.one_hot(torch.arange(6) % 5, 5).float()
+    sizes = []
+    for heat in (40.0, 80.0):
+        logits = drawn(0, 6, 5).requires_grad_()
+        loss = knowledge_loss(
+            logits, targets, drawn(1, 6, 5), temperature=heat, teacher_share=1.0
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+        sizes.append(float(gradient.norm()))
+    assert sizes[0] / sizes[1] == pytest.approx(1.0, abs=0.05)
+
+
+# -- P9: golden counts -----------------------------------------------------------------
+
+
+def test_published_networks_count_what_was_published() -> None:
+    widths = (16, 6, 4, 4, 4, 4, 4, 32, 32, 12, 19, 32, 28, 64, 64, 64, 64, 64, 44)
+    shape = ResNetShape(widths=widths, kept_blocks=(3, 3, 3))
+    assert shape.mac_count == 22_444_472
+    dense = {
+        depth: round(ResNetShape.dense(depth).mac_count / 1e6, 2)
+        for depth in (20, 32, 56, 110)
+    }
+    assert dense == {20: 40.81, 32: 69.12, 56: 125.75, 110: 253.15}
+
+
+@pytest.mark.parametrize("depth", [8, 14])
+def test_counts_are_those_of_the_network_with_its_projections(depth: int) -> None:
+    shape = ResNetShape.dense(depth)
+    assert shape.blocks == (depth - 2) // 6
+    fewer = ResNetShape(widths=shape.widths, kept_blocks=(1, 1, 1))
+    assert fewer.mac_count <= shape.mac_count
+
+
+@pytest.mark.parametrize(
+    ("widths", "kept", "told"),
+    [
+        ((16,) * 6, (1, 1, 1), "6n \\+ 1"),
+        ((16,) * 7, (1, 2, 1), "of 1 in each stage"),
+        ((16,) * 6 + (0,), (1, 1, 1), "at least 1 each"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(
+    widths: tuple[int, ...], kept: tuple[int, int, int], told: str
+) -> None:
+    with pytest.raises(SpaceError, match=told):
+        ResNetShape(widths=widths, kept_blocks=kept)
