@@ -242,13 +242,13 @@ def test_the_expected_price_has_the_gradient_of_finite_differences() -> None:
     price = ExpectedPrice(net, MacPrice(network.graph))
     logits = [one.logits for one in net.module.distributions]
     gradients = torch.autograd.grad(price.expected(), logits)
-    for one, gradient in zip(logits, gradients, strict=True):
-        for place in range(len(one)):
+    for values, gradient in zip(logits, gradients, strict=True):
+        for place in range(len(values)):
             found = []
             for sign in (1, -1):
-                one.data[place] += sign * 1e-2
+                values.data[place] += sign * 1e-2
                 found.append(float(price.expected()))
-                one.data[place] -= sign * 1e-2
+                values.data[place] -= sign * 1e-2
             slope = (found[0] - found[1]) / 2e-2
             assert float(gradient[place]) == pytest.approx(slope, rel=0.02, abs=1e-5)
 
