@@ -38,6 +38,7 @@ ORDER = (
     "surgery",
     "legr",
     "autoprune",
+    "tas",
     "small_geometry",
     "latency_predictor",
     "repeatability",

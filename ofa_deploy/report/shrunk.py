@@ -13,6 +13,8 @@ from ofa_deploy.report.svg import Plot, padded
 from profilers.table import LatencyTable
 
 FORMAT_VERSION = 1
+# Of probabilities; the page has a class for each.
+CHANCE_SHADES = 6
 NOTHING_SEARCHED = "<p>Nothing was searched: the whole network keeps the budget.</p>"
 Log = tuple[Mapping[str, Any], ...]
 
@@ -77,6 +79,7 @@ def shrunk_report(
         ),
         _course(history),
         *_family(history),
+        *_chances(history),
         plot(
             "Accuracy on held-out images",
             "While weights were trained.",
@@ -153,6 +156,52 @@ def draw_family(history: ShrinkHistory) -> str:
         tip = f"{price:.4g} ms, loss {loss:.4f}\n{sum(member['counts'])} channels"
         drawn.point(price, loss, kind="chosen", tip=tip)
     return drawn.render()
+
+
+def _chances(history: ShrinkHistory) -> list[str]:
+    """How the distributions of a search came to their choices."""
+    if history.method != "tas" or not history.search:
+        return []
+    return [
+        plot(
+            "Distributions",
+            "Of each group's width, and of each stage's depth: the narrowest choice "
+            "below, the whole one above, the darker the likelier, epoch by epoch.",
+            draw_chances(history),
+        )
+    ]
+
+
+def draw_chances(history: ShrinkHistory) -> str:
+    """A strip a distribution, a column an epoch."""
+    epochs, count = len(history.search), len(history.groups)
+    row_height, names_width = 46, 190
+    strips = Plot(
+        name="chances",
+        label="Probabilities of all choices by epoch",
+        x_label="epoch of the search",
+        y_label="",
+        x_range=(0.0, float(epochs)),
+        y_range=(0.0, float(count)),
+        height=row_height * count + 70,
+        margin_left=names_width,
+    )
+    for place, name in enumerate(history.groups):
+        bottom = count - place - 0.92
+        for epoch, line in enumerate(history.search):
+            chances = line["probabilities"][place]
+            step = 0.84 / len(chances)
+            for index, chance in enumerate(chances):
+                shade = min(CHANCE_SHADES, int(chance * CHANCE_SHADES) + 1)
+                low = bottom + index * step
+                strips.bar(
+                    (epoch, epoch + 1),
+                    (low, low + step),
+                    kind=f"chance{shade}",
+                    tip=f"{name}, choice {index + 1} of {len(chances)}: {chance:.0%}",
+                )
+        strips.text(-0.01 * epochs, bottom + 0.42, name, anchor="end")
+    return strips.render(y_ticks=False)
 
 
 def _part(history: ShrinkHistory) -> str:

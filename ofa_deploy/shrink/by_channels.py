@@ -84,6 +84,7 @@ class ByChannels:
             folder=folder / SEARCH_FOLDER,
             told=call.tell,
             judged=call.reporter.advance,
+            announced=lambda found: call.reporter.begin(f"{SEARCHING}: {found.told}"),
             executor=call.executor,
         ).run(self.method)
         # What channels go from may be less deep than the network was.

@@ -29,7 +29,7 @@ from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
 from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.stages import searchable_groups, shallower
-from ofa_deploy.shrink.tas import TransformableSearch
+from ofa_deploy.shrink.tas import Preflight, TransformableSearch, preflight
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -75,6 +75,7 @@ class Search:
         folder: Keeps the search, which is continued; None to keep nothing.
         told: Of a training's progress.
         judged: Told how many candidates were judged, of how many.
+        announced: Told what a search of tas will take, before it begins.
         executor: Judges candidates; None for processes, one a core.
     """
 
@@ -88,6 +89,7 @@ class Search:
     folder: Path | None
     told: Told = nobody
     judged: Callable[[int, int], None] = lambda done, total: None
+    announced: Callable[[Preflight], None] = lambda preflight: None
     executor: Executor | None = None
 
     def run(self, method: ChannelMethod) -> Found:
@@ -264,14 +266,16 @@ def _tas(search: Search) -> Found:
         label_smoothing=search.recipe.search.label_smoothing,
         bf16=prefers_bf16(),
     )
+    steps = search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch
     regulariser = TransformableSearch(
         searched,
         price=search.price,
         target_share=search.share,
         settings=settings,
         deciding=deciding,
-        steps=search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch,
+        steps=steps,
     )
+    search.announced(preflight(searched, deciding, steps=steps))
     search.train(searched.module, of_weights, regulariser)
     left = own.left_of(shallower(own.module, searched.stages, searched.depths()))
     widths = {

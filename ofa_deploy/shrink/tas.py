@@ -12,6 +12,8 @@ search gives every convolution a width of its own, and projects where sums do no
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -26,6 +28,10 @@ from ofa_deploy.shrink.cost import LayerPrices
 from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
 from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.transformable import temperature
+from profilers.memory import MemoryGauge
+
+# Timed before a search begins.
+PREFLIGHT_PASSES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,50 @@ class TasSettings:
             )
         if self.falls not in ("cosine", "linear"):
             raise SpaceError(f"falls={self.falls!r}; give 'cosine' or 'linear'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What a search will take, by a few passes of it.
+
+    Args:
+        seconds: Of the whole search.
+        memory_mb: Growth of this process's memory by a pass; None where no system
+            tells.
+    """
+
+    seconds: float
+    memory_mb: float | None
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        minutes = self.seconds / 60
+        time_told = f"{minutes:.0f} min" if minutes >= 1 else f"{self.seconds:.0f} s"
+        if self.memory_mb is None:
+            return f"about {time_told}"
+        return f"about {time_told}, {self.memory_mb / 1000:.1f} GB"
+
+
+def preflight(
+    searched: SearchedNetwork, deciding: Deciding, *, steps: int
+) -> Preflight:
+    """Time passes of a search on a copy of its network.
+
+    Args:
+        searched: The network; not changed.
+        deciding: What distributions are trained with.
+        steps: Of the whole search, each of weights and of distributions.
+    """
+    probe = copy.deepcopy(searched.module).train()
+    gauge = MemoryGauge()
+    began_s = 0.0
+    for step in range(PREFLIGHT_PASSES + 1):
+        if step == 1:  # the first one is slower
+            began_s = time.perf_counter()
+        torch.autograd.backward(deciding.loss(probe, step))
+    seconds = (time.perf_counter() - began_s) / PREFLIGHT_PASSES
+    return Preflight(seconds=2 * steps * seconds, memory_mb=gauge.peak_growth_mb())
 
 
 class TransformableSearch:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families.cifar_resnet import ResNetShape
+from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.cost import MacPrice, full_counts
@@ -527,12 +528,24 @@ def test_published_networks_count_what_was_published() -> None:
     assert dense == {20: 40.81, 32: 69.12, 56: 125.75, 110: 253.15}
 
 
-@pytest.mark.parametrize("depth", [8, 14])
-def test_counts_are_those_of_the_network_with_its_projections(depth: int) -> None:
-    shape = ResNetShape.dense(depth)
-    assert shape.blocks == (depth - 2) // 6
-    fewer = ResNetShape(widths=shape.widths, kept_blocks=(1, 1, 1))
-    assert fewer.mac_count <= shape.mac_count
+@settings(max_examples=10, deadline=None)
+@given(st.data(), st.integers(1, 3))
+def test_counts_are_those_of_the_network_that_is_built(
+    data: st.DataObject, blocks: int
+) -> None:
+    widths = data.draw(
+        st.lists(st.integers(1, 9), min_size=1 + 6 * blocks, max_size=1 + 6 * blocks)
+    )
+    kept = data.draw(st.tuples(*[st.integers(1, blocks)] * 3))
+    shape = ResNetShape(widths=tuple(widths), kept_blocks=kept)
+    assert counted_macs(CifarResNet(shape), 32) == shape.mac_count
+
+
+def test_what_the_network_does_not_keep_counts_for_nothing() -> None:
+    shape = ResNetShape.dense(20)
+    fewer = ResNetShape(widths=shape.widths, kept_blocks=(2, 2, 1))
+    assert fewer.mac_count < shape.mac_count
+    assert CifarResNet(fewer)(drawn(0, 2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
