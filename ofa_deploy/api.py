@@ -155,8 +155,9 @@ def specialize(
         devices: Budgets in ms by device, instead of a device and its limits.
         max_models: With `devices`: different networks at most.
         model: A trained torch module to shrink, instead of a supernet.
-        method: With `model`: how, `pas`, `legr` or `autoprune`, which take channels,
-            or `autoprune-weights`, which takes single weights and time from nothing.
+        method: With `model`: how, `pas`, `legr`, `autoprune` or `tas`, which take
+            channels, or `autoprune-weights`, which takes single weights and makes
+            nothing faster.
         data: With `model`: labelled images to train on.
         out: Folder of the bundle; must not exist, or be empty.
         latency_ms: See `Constraints`, as the next seven.

@@ -265,7 +265,7 @@ def shrink(
     device: Device = "openvino-cpu",
     method: Annotated[
         str,
-        typer.Option(help="How: pas, legr, autoprune, or autoprune-weights."),
+        typer.Option(help="How: pas, legr, autoprune, tas, or autoprune-weights."),
     ] = "pas",
     search_epochs: Annotated[
         int, typer.Option(min=1, help="Passes while widths are searched; not of legr.")

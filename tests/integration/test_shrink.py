@@ -275,7 +275,7 @@ def test_a_network_with_skips_keeps_them(
     assert bundle.manifest.space_name == "ResidualNet"
 
 
-@pytest.mark.parametrize("method", ["pas", "legr", "autoprune"])
+@pytest.mark.parametrize("method", ["pas", "legr", "autoprune", "tas"])
 def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     method: Method, caches: Path, tmp_path: Path
 ) -> None:
@@ -746,7 +746,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         (
             {"method": "magic"},
             SpaceError,
-            "method='magic'; give one of pas, legr, autoprune, autoprune-weights",
+            "method='magic'; give one of pas, legr, autoprune, tas, autoprune-weights",
         ),
         (
             {"latency_ms": None, "min_accuracy": 0.5},
