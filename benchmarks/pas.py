@@ -4,12 +4,15 @@ Trainings take hours, so each stage is a command of its own, which goes on where
 stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
+    first           a network of the same plan, in one short cycle: a teacher
     plain           the network that everything else is made from, without its branches
-    dense           it gets its branches, and is trained on
+    taught          it once more, by itself, the first and the zoo's supernet together
+    dense           it gets its branches, and is taught on
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
-    uniform-plain   that network, trained as the two above: without branches first
-    uniform         then with them, for as long as pruning took, too
+    uniform-plain   that network, trained as the ones above: without branches first,
+    uniform-taught  then taught,
+    uniform         then with branches, for as long as pruning took, too
     milliseconds    Pruning-as-Search again, by OpenVINO's latency, through `specialize`
     report          everything measured, and the section of RESULTS.md
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,12 @@ from branched_litert import emit_branched
 from inputs import add_data, add_work, console, new_parser, read_test_images
 from numpy.typing import NDArray
 from report import Section
+from torch import nn
 from trainings import (
     LOGS,
     RESOLUTION,
     WEIGHTS,
+    Ensemble,
     Lines,
     Weights,
     accuracy_of,
@@ -58,9 +64,11 @@ from ofa_deploy.exporting import write_model
 from ofa_deploy.families import repvgg
 from ofa_deploy.families.mbv3 import make_divisible
 from ofa_deploy.fuse import fuse
-from ofa_deploy.nn.static import StaticNet
+from ofa_deploy.materialise import materialise
+from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.preprocess import prepare
+from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
 from ofa_deploy.shrink.finetuning import finetune, freeze
@@ -74,10 +82,15 @@ from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.recipe import Recipe
+from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
+from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
-PLAIN_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 80, 12, 8, 24
-ALL_EPOCHS = PLAIN_EPOCHS + DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
+FIRST_EPOCHS, PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 36, 80, 60, 12
+SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 24
+BRANCHED_EPOCHS = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
+ALL_EPOCHS = PLAIN_EPOCHS + TAUGHT_EPOCHS + BRANCHED_EPOCHS
+TEACHING_SUPERNET = "cifar10-small"
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
@@ -104,6 +117,9 @@ def dense_plan() -> NetworkPlan:
 PLAIN = one_cycle(
     "plain", epochs=PLAIN_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
 )
+TAUGHT = one_cycle(
+    "taught", epochs=TAUGHT_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
+)
 
 
 def branched_recipe(name: str, *, epochs: int) -> Recipe:
@@ -116,7 +132,6 @@ def shrink_recipe() -> ShrinkRecipe:
     return ShrinkRecipe(
         search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
         finetune=one_cycle("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
-        distill=False,
     )
 
 
@@ -124,13 +139,68 @@ def shrink_recipe() -> ShrinkRecipe:
 
 
 def train_whole(
-    network: StaticNet, stage: str, recipe: Recipe, args: argparse.Namespace
+    network: StaticNet,
+    stage: str,
+    recipe: Recipe,
+    args: argparse.Namespace,
+    teach: Callable[[TrainingImages], nn.Module] | None = None,
 ) -> None:
     """Train a network, and keep its weights and its log."""
     folder = args.work / "pas" / f"{stage}-{digest(network.weights())}"
     images = TrainingImages(training_set(args), recipe)
-    train(network, stage, images=images, recipe=recipe, folder=folder)
+    train(
+        network,
+        stage,
+        images=images,
+        recipe=recipe,
+        folder=folder,
+        teacher=None if teach is None else teach(images),
+    )
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
+
+
+def train_first(args: argparse.Namespace) -> None:
+    """A network of the same plan, in one short cycle: a teacher."""
+    torch.manual_seed(0)
+    recipe = one_cycle("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
+    train_whole(StaticNet(dense_plan()), "first", recipe, args)
+
+
+def teachers(images: TrainingImages) -> Ensemble:
+    """The plain network, the first one, and the zoo's supernet at its largest."""
+    plan = dense_plan()
+    plain = plain_plan(plan)
+    return Ensemble(
+        FusedNet(plain, fuse(kept("pas-plain"), plain)),
+        FusedNet(plan, fuse(kept("pas-first"), plan)),
+        supernet_teacher(images),
+    )
+
+
+def supernet_teacher(images: TrainingImages) -> FusedNet:
+    """The largest network of the zoo's supernet, calibrated on training images."""
+    supernet = open_supernet(TEACHING_SUPERNET)
+    if supernet.normalisation != images.normalisation:
+        raise SystemExit(f"{TEACHING_SUPERNET} saw images of another normalisation")
+    plan = lower(supernet.space, supernet.space.largest())
+    weights = recalibrate(
+        materialise(supernet.weights, plan),
+        plan,
+        prepare(
+            images.training.images[::20],
+            resolution=RESOLUTION,
+            normalisation=images.normalisation,
+        ),
+        backend=OnnxRuntimeCpu(optimize=False),
+        threads=2,
+    )
+    return FusedNet(plan, fuse(weights, plan))
+
+
+def dense_teacher(images: TrainingImages) -> FusedNet:
+    """What the stage `dense` left."""
+    plan = dense_plan()
+    return FusedNet(plan, fuse(kept("pas-dense"), plan))
 
 
 def train_plain(args: argparse.Namespace) -> None:
@@ -139,10 +209,17 @@ def train_plain(args: argparse.Namespace) -> None:
     train_whole(StaticNet(plain_plan(dense_plan())), "plain", PLAIN, args)
 
 
+def train_taught(args: argparse.Namespace) -> None:
+    """It once more, by itself and others together."""
+    network = StaticNet(plain_plan(dense_plan()), kept("pas-plain"))
+    train_whole(network, "taught", TAUGHT, args, teachers)
+
+
 def train_dense(args: argparse.Namespace) -> None:
-    """It gets its branches, and is trained on."""
+    """It gets its branches, and is taught on."""
     recipe = branched_recipe("dense", epochs=DENSE_EPOCHS)
-    train_whole(branched(dense_plan(), "pas-plain"), "dense", recipe, args)
+    network = branched(dense_plan(), "pas-taught")
+    train_whole(network, "dense", recipe, args, teachers)
 
 
 def branched(plan: NetworkPlan, name: str) -> StaticNet:
@@ -184,6 +261,7 @@ def prune_by_macs(args: argparse.Namespace) -> None:
             recipe=settings.finetune,
             images=training,
             folder=tuning,
+            teacher=dense_teacher(training),
             told=Lines(bar),
         )
     arrays: dict[str, NDArray[Any]] = dict(static(own).weights())
@@ -289,11 +367,17 @@ def train_uniform_plain(args: argparse.Namespace) -> None:
     train_whole(StaticNet(plain_plan(uniform_plan())), "uniform-plain", PLAIN, args)
 
 
+def train_uniform_taught(args: argparse.Namespace) -> None:
+    """Then taught, by the same."""
+    network = StaticNet(plain_plan(uniform_plan()), kept("pas-uniform-plain"))
+    train_whole(network, "uniform-taught", TAUGHT, args, teachers)
+
+
 def train_uniform(args: argparse.Namespace) -> None:
-    """Then with them, for as many epochs as the pruned one took."""
-    recipe = branched_recipe("uniform", epochs=ALL_EPOCHS - PLAIN_EPOCHS)
-    network = branched(uniform_plan(), "pas-uniform-plain")
-    train_whole(network, "uniform", recipe, args)
+    """Then with branches, for as many epochs as the pruned one; by its teacher."""
+    recipe = branched_recipe("uniform", epochs=BRANCHED_EPOCHS)
+    network = branched(uniform_plan(), "pas-uniform-taught")
+    train_whole(network, "uniform", recipe, args, dense_teacher)
 
 
 def prune_by_milliseconds(args: argparse.Namespace) -> None:
@@ -373,9 +457,11 @@ def write(
     """Tables and bars."""
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
-        f"{PLAIN_EPOCHS} epochs without its branches and {DENSE_EPOCHS} with them; "
-        f"pruned for {SEARCH_EPOCHS} and fine-tuned for {FINETUNE_EPOCHS}; the "
-        f"uniform one trained from nothing in the same way, for {ALL_EPOCHS} epochs. "
+        f"{PLAIN_EPOCHS} epochs without its branches, {TAUGHT_EPOCHS} more with "
+        "itself, another of its kind and the zoo's supernet as teachers, and "
+        f"{DENSE_EPOCHS} with branches; pruned for {SEARCH_EPOCHS} and fine-tuned for "
+        f"{FINETUNE_EPOCHS} by the dense network; the uniform one trained from nothing "
+        f"in the same way, for {ALL_EPOCHS} epochs. "
         "Test accuracy of the exported models; OpenVINO, 1 thread, timed against each "
         "other."
     )
@@ -506,11 +592,14 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 
 STAGES = {
+    "first": train_first,
     "plain": train_plain,
+    "taught": train_taught,
     "dense": train_dense,
     "macs": prune_by_macs,
     "scale": choose_scale,
     "uniform-plain": train_uniform_plain,
+    "uniform-taught": train_uniform_taught,
     "uniform": train_uniform,
     "milliseconds": prune_by_milliseconds,
     "report": publish,

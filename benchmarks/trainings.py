@@ -155,6 +155,19 @@ def trainings_of(prefix: str) -> list[list[str]]:
     return rows
 
 
+class Ensemble(nn.Module):
+    """The mean of several networks' class probabilities, as logits."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(N, classes)`."""
+        chances = [network(x).float().softmax(1) for network in self.networks]
+        return torch.stack(chances).mean(0).clamp(min=1e-7).log()
+
+
 class Lines:
     """A line an epoch, besides the bar."""
 
