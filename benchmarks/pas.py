@@ -90,7 +90,7 @@ FIRST_EPOCHS, PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 36, 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 24
 BRANCHED_EPOCHS = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
 ALL_EPOCHS = PLAIN_EPOCHS + TAUGHT_EPOCHS + BRANCHED_EPOCHS
-TEACHING_SUPERNET = "cifar10-small"
+TEACHING_SUPERNET, CALIBRATED_ON = "cifar10-small", 2000
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
@@ -183,11 +183,13 @@ def supernet_teacher(images: TrainingImages) -> FusedNet:
     if supernet.normalisation != images.normalisation:
         raise SystemExit(f"{TEACHING_SUPERNET} saw images of another normalisation")
     plan = lower(supernet.space, supernet.space.largest())
+    # Mixed: statistics are the mean of batches'.
+    picked = np.random.default_rng(0).permutation(len(images.training))[:CALIBRATED_ON]
     weights = recalibrate(
         materialise(supernet.weights, plan),
         plan,
         prepare(
-            images.training.images[::20],
+            images.training.images[picked],
             resolution=RESOLUTION,
             normalisation=images.normalisation,
         ),
