@@ -28,7 +28,7 @@ from ofa_deploy.nn.elastic import ElasticConv
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
 from ofa_deploy.preprocess import prepare
-from ofa_deploy.recalibrate import recalibrate
+from ofa_deploy.recalibrate import mixed, recalibrate
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.target import Target
 from ofa_deploy.train.evaluate import recalibrate_supernet
@@ -125,12 +125,25 @@ def test_runtimes_find_the_statistics_that_torch_finds(
     found = recalibrate(
         weights, plan, inputs, backend=get_backend(backend), threads=1, batch_size=8
     )
-    batches = torch.split(torch.from_numpy(inputs), 8)
+    batches = torch.split(torch.from_numpy(mixed(inputs)), 8)
     recalibrate_supernet(network, plan, batches)
     expected = statistics(materialise(tiny_torch.arrays(network), plan))
     assert statistics(found).keys() == expected.keys()
     for name, array in expected.items():
         assert relative_error(found[name], array) <= 1e-5, name
+
+
+def test_images_in_the_order_of_their_classes_are_as_good_as_mixed_ones() -> None:
+    plan = lower(tiny.SPACE, CONFIGS[0])
+    weights = materialise(tiny.stored().weights, plan)
+    inputs = network_inputs(plan.resolution, 400)
+    inputs[:200] += 3.0  # a class of its own
+    found = recalibrate(weights, plan, inputs, backend=OnnxRuntimeCpu(), threads=1)
+    whole = recalibrate(
+        weights, plan, inputs, backend=OnnxRuntimeCpu(), threads=1, batch_size=400
+    )
+    for name, expected in statistics(whole).items():
+        assert relative_error(found[name], expected) < 0.1, name
 
 
 def test_recalibration_changes_nothing_but_statistics() -> None:
