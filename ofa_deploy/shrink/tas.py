@@ -217,7 +217,9 @@ class TransformableSearch:
         return {
             "kept": [*self.searched.widths(), *self.searched.depths()],
             "price_share": round(self.settled_price / self._full, 4),
-            "expected_share": round(float(self.price.expected()) / self._full, 4),
+            "expected_share": round(
+                float(self.price.expected().detach()) / self._full, 4
+            ),
             "temperature": round(self.searched.module.tau, 4),
             "probabilities": [
                 [round(float(p), 3) for p in one.probabilities.detach()]
