@@ -227,8 +227,12 @@ def _remembered_family(
     )
 
 
-def searched_by_tas(own: OwnNetwork) -> OwnNetwork:
+def searched_by_tas(own: OwnNetwork, *, step: int = 1) -> OwnNetwork:
     """The network with those groups alone whose widths tas can search.
+
+    Args:
+        own: The network.
+        step: Widths are multiples of this: a group that leaves no choice stays whole.
 
     Raises:
         TraceError: There are none.
@@ -238,7 +242,11 @@ def searched_by_tas(own: OwnNetwork) -> OwnNetwork:
             f"{own.family}: the branches of its layers have batch norms of their own, "
             "which tas cannot search; take pas, legr or autoprune"
         )
-    groups = searchable_groups(own.module, own.graph, own.image)
+    groups = [
+        index
+        for index in searchable_groups(own.module, own.graph, own.image)
+        if own.graph.groups[index].channels > step
+    ]
     if not groups:
         raise TraceError(
             f"{own.family} has no channels that pass a batch norm right where they are "

@@ -147,7 +147,7 @@ def reset_parameters(network: nn.Module) -> None:
 
 def _searched_norm(norm: nn.BatchNorm2d, width: Distribution) -> SearchedNorm:
     """A norm for each width, each of which begins as the first channels' were."""
-    found = SearchedNorm(norm.num_features, width)
+    found = SearchedNorm(norm, width)
     before = norm.state_dict()
     for choice, one in zip(width.choices, found.norms, strict=True):
         state = {k: v[:choice] if v.ndim else v for k, v in before.items()}

@@ -85,10 +85,19 @@ def searchable_groups(
     norm_of = normed_layers(network, image)
     behind = set(norm_of.values())
     layers = {layer.name: layer for layer in graph.layers}
+    shared = [cut.module for cut in graph.cuts if cut.side == "out"]
     found = []
     for index, group in enumerate(graph.groups):
         written = [c for c in graph.cuts if c.group == index and c.side == "out"]
-        whole = all(len(cut.positions) == group.channels for cut in written)
+        # Norms whose channels are of several groups, or of none, cannot be cut short.
+        whole = all(
+            len(cut.positions) == group.channels and shared.count(cut.module) == 1
+            for cut in written
+        ) and all(
+            layers[cut.module].out_channels == group.channels
+            for cut in written
+            if cut.module in layers
+        )
         convs = [cut.module for cut in written if cut.module in layers]
         norms = [cut.module for cut in written if cut.module not in layers]
         if (

@@ -69,6 +69,12 @@ class TasSettings:
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        if self.cost_weight < 0 or not 0 <= self.tolerance < 1 or not self.rate > 0:
+            raise SpaceError(
+                f"cost_weight={self.cost_weight:g}, tolerance={self.tolerance:g}, "
+                f"rate={self.rate:g}; give a weight of at least 0, a tolerance of 0 to "
+                "1, and a rate above 0"
+            )
         if not 0 < self.deciding_share < 1:
             raise SpaceError(
                 f"deciding_share={self.deciding_share:g}; give a share between 0 and 1"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import nn
@@ -185,7 +185,10 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
         out: Folder of the bundle.
         prices_folder: Of the tables measured on this machine.
     """
-    prices, source = _prices(call, prices_folder), call.source
+    step = _step(call, prices_folder)
+    if call.method == "tas":  # what leaves no choice in such steps stays whole
+        call = replace(call, own=searched_by_tas(call.own, step=step))
+    prices, source = _prices(call, prices_folder, step=step), call.source
     with ExitStack() as stack:
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network
@@ -217,17 +220,25 @@ def _shrunk(call: Shrinking, prices: DevicePrices, stack: ExitStack) -> Shrunk:
     return ByChannels(call=call, method=call.method, prices=prices, stack=stack).run()
 
 
-def _prices(call: Shrinking, folder: Path) -> DevicePrices:
-    backend = get_backend(call.target.backend)
-    step = call.recipe.step or 1
-    if call.recipe.step is None and call.own.graph.groups:
-        step = runtime_step(
-            call.target, backend=backend, folder=folder, reporter=call.reporter
-        )
+def _step(call: Shrinking, folder: Path) -> int:
+    """What channel counts are multiples of."""
+    if call.recipe.step is not None:
+        return call.recipe.step
+    if not call.own.graph.groups:
+        return 1
+    return runtime_step(
+        call.target,
+        backend=get_backend(call.target.backend),
+        folder=folder,
+        reporter=call.reporter,
+    )
+
+
+def _prices(call: Shrinking, folder: Path, *, step: int) -> DevicePrices:
     return measure_prices(
         call.own,
         target=call.target,
-        backend=backend,
+        backend=get_backend(call.target.backend),
         step=step,
         folder=folder,
         reporter=call.reporter,

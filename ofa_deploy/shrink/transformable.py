@@ -184,14 +184,23 @@ class SearchedNorm(nn.Module):
     """A batch norm for each width of the layer before it.
 
     Args:
-        channels: Of the whole layer.
+        norm: Of the whole layer.
         width: The distribution of its width.
     """
 
-    def __init__(self, channels: int, width: Distribution) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, width: Distribution) -> None:
         super().__init__()
-        self.channels = channels
-        self.norms = nn.ModuleList(nn.BatchNorm2d(choice) for choice in width.choices)
+        self.channels = norm.num_features
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(
+                choice,
+                eps=norm.eps,
+                momentum=norm.momentum,
+                affine=norm.affine,
+                track_running_stats=norm.track_running_stats,
+            )
+            for choice in width.choices
+        )
         self._width = (width,)  # belongs to the network
 
     @property

@@ -363,6 +363,22 @@ def test_a_network_whose_norms_come_first_is_refused() -> None:
         searched_by_tas(found)
 
 
+def test_a_norm_that_padded_channels_pass_is_left_whole() -> None:
+    found = OwnNetwork.of(
+        own_networks.PaddedResidualNet(),
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abcde"),
+    )
+    left = searched_by_tas(found)
+    names = [group.name for group in left.graph.groups]
+    assert names == [f"blocks.{k}.first" for k in range(4)]
+    net = searched(left)
+    assert net.module.train()(drawn(0, 2, 3, SIZE, SIZE)).shape == (2, 5)
+    wide = searched_by_tas(found, step=8)
+    assert [group.channels for group in wide.graph.groups] == [16, 16, 32]
+
+
 # -- P7: two trainings in turn ---------------------------------------------------------
 
 
