@@ -264,6 +264,7 @@ def _tas(search: Search) -> Found:
     searched = insert_distributions(
         own.module,
         own.graph,
+        image=own.image,
         step=search.step,
         searches_depth=settings.searches_depth,
         fresh=settings.fresh,

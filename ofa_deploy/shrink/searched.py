@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ofa_deploy.shrink.groups import ChannelGraph
-from ofa_deploy.shrink.stages import Stage, find_stages
+from ofa_deploy.shrink.stages import Stage, find_stages, normed_layers
 from ofa_deploy.shrink.transformable import (
     Distribution,
     SearchedNorm,
@@ -102,6 +102,7 @@ def insert_distributions(
     network: nn.Module,
     graph: ChannelGraph,
     *,
+    image: Tensor,
     step: int,
     searches_depth: bool,
     fresh: bool,
@@ -111,6 +112,7 @@ def insert_distributions(
     Args:
         network: Stays as it is.
         graph: Its channels, all of which are searched.
+        image: Of the size of its inputs, `(1, 3, H, W)`.
         step: Widths are multiples of this.
         searches_depth: Whether stages get distributions, too.
         fresh: Whether weights are drawn anew.
@@ -124,12 +126,18 @@ def insert_distributions(
     widths = [
         Distribution(width_choices(group.channels, step=step)) for group in graph.groups
     ]
+    norm_of = normed_layers(copy.deepcopy(network), image)
     layers = {layer.name for layer in graph.layers}
     for cut in graph.cuts:
-        if cut.side == "out" and cut.module not in layers:
-            norm = copied.get_submodule(cut.module)
-            assert isinstance(norm, nn.BatchNorm2d)
-            _replace(copied, cut.module, _searched_norm(norm, widths[cut.group]))
+        if cut.side == "in" or cut.module in norm_of:
+            continue
+        module, width = copied.get_submodule(cut.module), widths[cut.group]
+        if cut.module in layers:  # without a norm: its output is mixed as it is
+            mixed = nn.Sequential(module, SearchedNorm(None, width))
+            _replace(copied, cut.module, mixed)
+        else:
+            assert isinstance(module, nn.BatchNorm2d)
+            _replace(copied, cut.module, _searched_norm(module, width))
     stages = find_stages(network, graph) if searches_depth else ()
     depths = [Distribution(depth_choices(stage.blocks)) for stage in stages]
     copied = _with_stages(copied, stages, depths)

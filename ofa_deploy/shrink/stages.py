@@ -75,7 +75,9 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
 def searchable_groups(
     network: nn.Module, graph: ChannelGraph, image: Tensor
 ) -> list[int]:
-    """Groups all of whose channels pass a batch norm right where they are written.
+    """Groups whose channels pass batch norms right where they are written.
+
+    A convolution without one, as some shortcuts are, may write to them, too.
 
     Args:
         network: Traced.
@@ -102,7 +104,7 @@ def searchable_groups(
         norms = [cut.module for cut in written if cut.module not in layers]
         if (
             whole
-            and all(name in norm_of for name in convs)
+            and any(name in norm_of for name in convs)
             and all(name in behind for name in norms)
         ):
             found.append(index)

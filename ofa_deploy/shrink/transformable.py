@@ -184,21 +184,15 @@ class SearchedNorm(nn.Module):
     """A batch norm for each width of the layer before it.
 
     Args:
-        norm: Of the whole layer.
+        norm: Of the whole layer; None where it has none, and widths alone are mixed.
         width: The distribution of its width.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d, width: Distribution) -> None:
+    def __init__(self, norm: nn.BatchNorm2d | None, width: Distribution) -> None:
         super().__init__()
-        self.channels = norm.num_features
+        self.channels = width.choices[-1]
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(
-                choice,
-                eps=norm.eps,
-                momentum=norm.momentum,
-                affine=norm.affine,
-                track_running_stats=norm.track_running_stats,
-            )
+            nn.Identity() if norm is None else _norm_like(norm, choice)
             for choice in width.choices
         )
         self._width = (width,)  # belongs to the network
@@ -223,6 +217,16 @@ class SearchedNorm(nn.Module):
             total = mixed if total is None else total + mixed
         assert total is not None
         return padded_channels(total, self.channels)
+
+
+def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(
+        channels,
+        eps=norm.eps,
+        momentum=norm.momentum,
+        affine=norm.affine,
+        track_running_stats=norm.track_running_stats,
+    )
 
 
 class SearchedStage(nn.Module):

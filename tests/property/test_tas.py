@@ -86,7 +86,12 @@ def own() -> OwnNetwork:
 def searched(network: OwnNetwork, *, fresh: bool = False) -> SearchedNetwork:
     torch.manual_seed(0)
     return insert_distributions(
-        network.module, network.graph, step=1, searches_depth=True, fresh=fresh
+        network.module,
+        network.graph,
+        image=network.image,
+        step=1,
+        searches_depth=True,
+        fresh=fresh,
     )
 
 
@@ -361,6 +366,31 @@ def test_a_network_whose_norms_come_first_is_refused() -> None:
     )
     with pytest.raises(TraceError, match="nothing can be searched by tas"):
         searched_by_tas(found)
+
+
+def test_the_residual_network_is_searched_whole() -> None:
+    torch.manual_seed(0)
+    network = OwnNetwork.of(
+        CifarResNet(ResNetShape.dense(20)),
+        resolution=32,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("0123456789"),
+    )
+    left = searched_by_tas(network)
+    assert len(left.graph.groups) == 12  # three trunks, and within nine blocks
+    net = searched(left)
+    assert [stage.blocks for stage in net.stages] == [3, 3, 3]
+    x = drawn(0, 2, 3, 32, 32)
+    for one in net.module.distributions:
+        peaked(one, one.choices[-1])
+    network.module.eval()
+    torch.testing.assert_close(
+        net.module.eval()(x), network.module(x), rtol=1e-4, atol=1e-5
+    )
+    assert net.module.train()(x).shape == (2, 10)
+    price = ExpectedPrice(net, MacPrice(left.graph))
+    assert price.full == pytest.approx(ResNetShape.dense(20).mac_count / 1e6)
+    assert price.least < 0.03 * price.full
 
 
 def test_a_norm_that_padded_channels_pass_is_left_whole() -> None:
