@@ -17,7 +17,7 @@ import lzma
 
 import torch
 from cifar_networks import Vgg
-from inputs import add_data, add_work, console, new_parser, read_test_images
+from inputs import console, read_test_images
 from report import Section
 from torch import nn
 from trainings import (
@@ -33,6 +33,7 @@ from trainings import (
     narrowed,
     one_cycle,
     onnx_of,
+    run_stage,
     time_on,
     train,
     training_set,
@@ -48,7 +49,6 @@ from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
 from ofa_deploy.shrink.sparse import finetune_weights, search_weights, weights_of
-from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
 DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 12, 24
@@ -250,17 +250,5 @@ STAGES = {
 }
 
 
-def main() -> None:
-    """Run one stage."""
-    parser = new_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data(parser)
-    add_work(parser)
-    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
-    args = parser.parse_args()
-    keep_freed_memory()
-    STAGES[args.stage](args)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, STAGES)

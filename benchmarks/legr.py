@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from cifar_networks import ResNet
-from inputs import add_data, add_work, console, new_parser, read_test_images
+from inputs import console, read_test_images
 from loky import ProcessPoolExecutor
 from numpy.typing import NDArray
 from report import Section
@@ -47,6 +47,7 @@ from trainings import (
     narrowed,
     one_cycle,
     onnx_of,
+    run_stage,
     time_on,
     train,
     training_set,
@@ -70,7 +71,6 @@ from ofa_deploy.shrink.legr import (
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.shrink.recipe import default_shrink_recipe
-from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
 DEPTH = 20
@@ -421,17 +421,5 @@ STAGES = {
 }
 
 
-def main() -> None:
-    """Run one stage."""
-    parser = new_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data(parser)
-    add_work(parser)
-    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
-    args = parser.parse_args()
-    keep_freed_memory()
-    STAGES[args.stage](args)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, STAGES)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from branched_litert import emit_branched
-from inputs import add_data, add_work, console, new_parser, read_test_images
+from inputs import console, read_test_images
 from numpy.typing import NDArray
 from report import Section
 from torch import nn
@@ -48,6 +48,7 @@ from trainings import (
     kept,
     log_of,
     one_cycle,
+    run_stage,
     time_on,
     train,
     training_set,
@@ -79,7 +80,6 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.target import Target
-from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.zoo import open_supernet
@@ -608,17 +608,5 @@ STAGES = {
 }
 
 
-def main() -> None:
-    """Run one stage."""
-    parser = new_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data(parser)
-    add_work(parser)
-    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
-    args = parser.parse_args()
-    keep_freed_memory()
-    STAGES[args.stage](args)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, STAGES)

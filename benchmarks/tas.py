@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from inputs import add_data, add_work, console, new_parser, read_test_images
+from inputs import console, read_test_images
 from legr import uniform_counts
 from report import Section
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from trainings import (
     log_of,
     one_cycle,
     onnx_of,
+    run_stage,
     time_on,
     train,
     training_set,
@@ -62,7 +63,6 @@ from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.shrink.tas import TasSettings
 from ofa_deploy.shrink.transformable import width_choices
-from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 
 DEPTH, TARGET_SHARE, SEEDS = 20, 0.55, (0, 1, 2)
@@ -376,17 +376,5 @@ STAGES = {
 }
 
 
-def main() -> None:
-    """Run one stage."""
-    parser = new_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data(parser)
-    add_work(parser)
-    parser.add_argument("stage", choices=list(STAGES), nargs="?", default="report")
-    args = parser.parse_args()
-    keep_freed_memory()
-    STAGES[args.stage](args)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, STAGES)

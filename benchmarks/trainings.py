@@ -10,13 +10,13 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inputs import console
+from inputs import add_data, add_work, console, new_parser
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
+from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -58,6 +59,26 @@ def one_cycle(
         cutmix_share=cutmix_share,
     )
     return Recipe(phases=(phase,))
+
+
+def run_stage(
+    doc: str | None, stages: Mapping[str, Callable[[argparse.Namespace], None]]
+) -> None:
+    """Run one stage, as the command line says; the last one if it says none.
+
+    Args:
+        doc: What the script says of itself.
+        stages: By their names, in their order.
+    """
+    parser = new_parser(doc)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_data(parser)
+    add_work(parser)
+    names = list(stages)
+    parser.add_argument("stage", choices=names, nargs="?", default=names[-1])
+    args = parser.parse_args()
+    keep_freed_memory()
+    stages[args.stage](args)
 
 
 def training_set(args: argparse.Namespace) -> ImageSet:

@@ -133,7 +133,7 @@ class AutoPrune:
     def after_step(self) -> None:
         """The masks' own step, on their own images."""
         before = self.pull.flags()
-        with _only_masks(self.pull):
+        with only_trained(self.pull.module, self._latents):
             self._optimizer.zero_grad()
             loss = self.deciding.loss(self.pull.module, self._step)
             torch.autograd.backward(loss + self.pull.loss())
@@ -181,20 +181,25 @@ class AutoPrune:
 
 
 @contextmanager
-def _only_masks(pull: Pull) -> Iterator[None]:
-    """Gradients for masks, and for nothing else."""
-    others = [
-        parameter for parameter in pull.module.parameters() if parameter.requires_grad
-    ]
+def only_trained(
+    module: nn.Module, parameters: Sequence[nn.Parameter]
+) -> Iterator[None]:
+    """Gradients for some parameters of a network, and for nothing else of it.
+
+    Args:
+        module: The network.
+        parameters: Of it; they have no gradient before and afterwards.
+    """
+    others = [p for p in module.parameters() if p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
-    for latent in pull.latents:
-        latent.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for latent in pull.latents:
-            latent.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         for parameter in others:
             parameter.requires_grad_(True)
 
@@ -211,7 +216,7 @@ def typical_gradient(pull: Pull, deciding: Deciding, *, batches: int = 4) -> flo
     training = pull.module.training
     pull.module.eval()  # or batch norms' statistics would move
     for step in range(batches):
-        with _only_masks(pull):
+        with only_trained(pull.module, pull.latents):
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 deciding.loss(pull.module, step), pull.latents, allow_unused=True
             )

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TrainingError
-from ofa_deploy.shrink.autoprune import Deciding
+from ofa_deploy.shrink.autoprune import Deciding, only_trained
 from ofa_deploy.shrink.cost import LayerPrices
 from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
 from ofa_deploy.shrink.searched import SearchedNetwork
@@ -199,7 +198,7 @@ class TransformableSearch:
     def after_step(self) -> None:
         """The distributions' own step, on their own images."""
         settings = self.settings
-        with self._only_distributions():
+        with only_trained(self.searched.module, self._logits):
             self._optimizer.zero_grad()
             loss = self.deciding.loss(self.searched.module, self._step)
             cost = cost_loss(
@@ -304,19 +303,3 @@ class TransformableSearch:
             lowest=settings.lowest_temperature,
             falls=settings.falls,
         )
-
-    @contextmanager
-    def _only_distributions(self) -> Iterator[None]:
-        """Gradients for distributions, and for nothing else."""
-        others = [p for p in self.searched.module.parameters() if p.requires_grad]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        for logits in self._logits:
-            logits.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for logits in self._logits:
-                logits.requires_grad_(False)
-            for parameter in others:
-                parameter.requires_grad_(True)
