@@ -23,6 +23,7 @@ from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
 from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
+from ofa_deploy.shrink.stages import find_stages, shallower
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3
@@ -147,31 +148,44 @@ class ByChannels:
         return self.call.name(self.prices, self._lowest(share), self.prices.step)
 
     def _require_reachable(self, whole: Fitting, share: float) -> None:
-        call, least_ms = self.call, whole.price_ms(whole.floors)
+        call, least_ms = self.call, self._least_ms(whole)
         if least_ms > share * whole.full_ms:
             raise InfeasibleBudget(
                 f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
-                f"{call.target.backend}: with no more than the channels that "
-                f"{self._floors_told} keep it is still priced at {least_ms:.4g} ms. "
-                f"Ask for at least {least_ms * EXPECTED_RATIO:.4g} ms, or lower these",
+                f"{call.target.backend}: with no more than {self._floors_told} it is "
+                f"still priced at {least_ms:.4g} ms. Ask for at least "
+                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower these",
                 budget_ms=whole.budget_ms,
                 fastest_ms=least_ms,
             )
         lowest, least = call.recipe.lowest_share, least_ms / whole.full_ms
         if self.method == "legr" and lowest is not None and lowest < least:
             raise SpaceError(
-                f"lowest_share={lowest:g}, but with no more than the channels that "
-                f"{self._floors_told} keep the network still costs {least:.3g} of its "
-                f"{whole.full_ms:.4g} ms; give at least that, or lower these"
+                f"lowest_share={lowest:g}, but with no more than {self._floors_told} "
+                f"the network still costs {least:.3g} of its {whole.full_ms:.4g} ms; "
+                "give at least that, or lower these"
             )
 
     @property
     def _floors_told(self) -> str:
         recipe = self.call.recipe
-        told = f"floor={recipe.floor}"
+        if self.method == "tas":
+            return "the narrowest widths, and the fewest blocks, that tas chooses among"
+        told = f"the channels that floor={recipe.floor}"
         if self.method == "legr":
             told += f" and safeguard={recipe.legr.safeguard:g}"
-        return told
+        return f"{told} keep"
+
+    def _least_ms(self, whole: Fitting) -> float:
+        """Price of the least form; for tas with one block a stage."""
+        own, recipe = self.call.own, self.call.recipe
+        if self.method != "tas" or not recipe.tas.searches_depth:
+            return whole.price_ms(whole.floors)
+        stages = find_stages(own.module, own.graph)
+        left = own.left_of(shallower(own.module, stages, [1] * len(stages)))
+        floors = recipe.floors(left.graph, method="tas", step=self.prices.step)
+        price = self.prices.of_graph(left.graph).price
+        return float(price(torch.tensor(floors, dtype=torch.float64)))
 
     def _finish(
         self,
