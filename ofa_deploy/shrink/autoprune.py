@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.precision import prefers_bf16
+from ofa_deploy.train.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,16 @@ class Deciding:
     resolution: int
     label_smoothing: float
     bf16: bool
+
+    @classmethod
+    def of(cls, images: TrainingImages, recipe: Recipe, *, resolution: int) -> Deciding:
+        """As the weights are trained by a recipe, on other images."""
+        return cls(
+            images=images,
+            resolution=resolution,
+            label_smoothing=recipe.label_smoothing,
+            bf16=prefers_bf16(),
+        )
 
     def loss(self, module: nn.Module, step: int) -> Tensor:
         """Of a network on a step's batch."""

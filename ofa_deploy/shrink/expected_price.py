@@ -95,22 +95,9 @@ class ExpectedPrice:
 
 def _kept_chances(depth: Distribution) -> Tensor:
     """Of each block, the probability that it is kept; the first one's is 1."""
-    probabilities = depth.probabilities.double()
-    return torch.stack(
-        [
-            sum(
-                (
-                    probability
-                    for choice, probability in zip(
-                        depth.choices, probabilities, strict=True
-                    )
-                    if choice > block
-                ),
-                start=torch.zeros((), dtype=torch.float64),
-            )
-            for block in range(depth.choices[-1])
-        ]
-    )
+    choices = torch.tensor(depth.choices)
+    is_deeper = choices[None] > torch.arange(depth.choices[-1])[:, None]
+    return is_deeper.double() @ depth.probabilities.double()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -164,12 +164,7 @@ def _autoprune(search: Search) -> Found:
     of_weights, of_masks = search.images.for_recipe(recipe.search).parted(
         recipe.deciding_share
     )
-    deciding = Deciding(
-        images=of_masks,
-        resolution=own.resolution,
-        label_smoothing=recipe.search.label_smoothing,
-        bf16=prefers_bf16(),
-    )
+    deciding = Deciding.of(of_masks, search.recipe.search, resolution=own.resolution)
     pull = search.pull(masked, of_weights)
     return search.trained(masked, of_weights, AutoPrune(pull, deciding=deciding))
 
@@ -269,12 +264,7 @@ def _tas(search: Search) -> Found:
         searches_depth=settings.searches_depth,
         fresh=settings.fresh,
     )
-    deciding = Deciding(
-        images=of_choices,
-        resolution=own.resolution,
-        label_smoothing=search.recipe.search.label_smoothing,
-        bf16=prefers_bf16(),
-    )
+    deciding = Deciding.of(of_choices, search.recipe.search, resolution=own.resolution)
     steps = search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch
     regulariser = TransformableSearch(
         searched,

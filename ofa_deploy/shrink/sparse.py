@@ -361,12 +361,7 @@ def search_weights(
         settings=settings,
         estimator=estimator,
     )
-    deciding = Deciding(
-        images=of_masks,
-        resolution=resolution,
-        label_smoothing=recipe.label_smoothing,
-        bf16=prefers_bf16(),
-    )
+    deciding = Deciding.of(of_masks, recipe, resolution=resolution)
     # Of the network as it was brought: a search that goes on finds the same.
     pull.scale_to(typical_gradient(pull, deciding))
     TrainingLoop(
