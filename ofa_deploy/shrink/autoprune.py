@@ -1,10 +1,11 @@
-"""AutoPrune: auxiliary parameters decide, on images that the weights never see.
+"""AutoPrune: auxiliary parameters decide, on images that no weights are trained on.
 
 Source: X. Xiao, Z. Wang, S. Rajasekaran, "AutoPrune: Automatic Network Pruning by
 Regularizing Auxiliary Parameters", NeurIPS 2019. Weights are trained on one part of the
 training images; after each step of theirs the auxiliary parameters take one on the
 other part, by the sign rule (see `masks`), and feel the price. Nothing is pruned for
-good: what was removed keeps its weights, and comes back when it is missed.
+good: what was removed keeps its weights, and comes back when it is missed. A network
+that is brought may have been trained on all of the images before.
 """
 
 from __future__ import annotations
