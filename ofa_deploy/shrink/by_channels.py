@@ -15,6 +15,7 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.constraints import binding
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
+from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
@@ -71,7 +72,7 @@ class ByChannels:
             used_share = binding(network.verdicts).used_share
             share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
         self._require_reachable(whole, share)
-        teacher = copy.deepcopy(own.module) if call.recipe.distill else None
+        teacher = self._teacher() if call.recipe.distill else None
         folder = call.work / self._name(share)
         call.reporter.begin(SEARCHING)
         found = Search(
@@ -96,6 +97,10 @@ class ByChannels:
         )
         shrunk = left._finish(found, folder, teacher)
         return self._of_all(shrunk, found)
+
+    def _teacher(self) -> nn.Module:
+        """The network as it was brought."""
+        return drop_needless(copy.deepcopy(self.call.own.module))
 
     def _of_all(self, shrunk: Shrunk, found: Found) -> Shrunk:
         """With the groups that went with their blocks, and the depths."""
@@ -181,7 +186,7 @@ class ByChannels:
         own, recipe = self.call.own, self.call.recipe
         if self.method != "tas" or not recipe.tas.searches_depth:
             return whole.price_ms(whole.floors)
-        stages = find_stages(own.module, own.graph)
+        stages = find_stages(own.module, own.graph, own.image)
         left = own.left_of(shallower(own.module, stages, [1] * len(stages)))
         floors = recipe.floors(left.graph, method="tas", step=self.prices.step)
         price = self.prices.of_graph(left.graph).price

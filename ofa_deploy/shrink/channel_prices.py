@@ -160,10 +160,16 @@ class LatencyPrice:
             (
                 calls * surface.at(read[place], written[place])
                 for place, calls, surface in self._surfaces
+                if not self._is_left_out(place, read[place], written[place])
             ),
             start=torch.zeros((), dtype=torch.float64),
         )
         return self.scale * total + self.constant_ms
+
+    def _is_left_out(
+        self, place: int, read: Tensor | float, written: Tensor | float
+    ) -> bool:
+        return self._graph.layers[place].is_projection and bool(read == written)
 
     @property
     def constant(self) -> float:
@@ -173,7 +179,7 @@ class LatencyPrice:
     def of_layer(self, place: int, read: float, written: float) -> float:
         """See `LayerPrices`."""
         for index, calls, surface in self._surfaces:
-            if index == place:
+            if index == place and not self._is_left_out(place, read, written):
                 at = surface.at(torch.tensor(read), torch.tensor(written))
                 return self.scale * calls * float(at)
         return 0.0

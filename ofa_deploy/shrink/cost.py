@@ -105,12 +105,15 @@ class MacPrice:
             [layer.macs_per_pair for layer in graph.layers], dtype=torch.float64
         )
         self._alone = torch.tensor([layer.depthwise for layer in graph.layers])
+        self._projects = torch.tensor([layer.is_projection for layer in graph.layers])
 
     def __call__(self, counts: Tensor) -> Tensor:
         """See `Price`."""
         read, written = self._counts.of_layers(counts)
+        left_out = self._projects & (read == written)
         read = torch.where(self._alone, torch.ones_like(read), read)
-        return (self._macs * read * written).sum() / 1e6
+        macs = self._macs * read * written
+        return torch.where(left_out, torch.zeros_like(macs), macs).sum() / 1e6
 
     @property
     def constant(self) -> float:
@@ -123,6 +126,8 @@ class MacPrice:
 
     def of_layer(self, place: int, read: float, written: float) -> float:
         """See `LayerPrices`."""
+        if self._projects[place] and read == written:
+            return 0.0
         read = 1.0 if self._alone[place] else read
         return float(self._macs[place]) * read * written / 1e6
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import MissingDependency, TraceError
+from ofa_deploy.nn.projection import projection_paths
 from ofa_deploy.shrink.groups import (
     ChannelGraph,
     ChannelGroup,
@@ -128,7 +129,11 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(found.values())
+    projections = set(projection_paths(network))
+    return tuple(
+        replace(layer, is_projection=layer.name.rpartition(".")[0] in projections)
+        for layer in found.values()
+    )
 
 
 def _traced_layer(

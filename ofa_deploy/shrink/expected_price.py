@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TraceError
-from ofa_deploy.shrink.cost import LayerPrices, Price
-from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
+from ofa_deploy.shrink.cost import Counts, LayerPrices
+from ofa_deploy.shrink.groups import ChannelGraph, Cut, Side, TracedLayer
 from ofa_deploy.shrink.searched import SearchedNetwork
+from ofa_deploy.shrink.stages import Stage
 from ofa_deploy.shrink.transformable import Distribution
+
+# A step of channels that costs so many times what the next one does makes projections
+# necessary.
+LEAP = 1.1
 
 
 class ExpectedPrice:
@@ -31,15 +36,9 @@ class ExpectedPrice:
         widths = searched.width_distributions
         self._choices = [one.choices for one in widths]
         graph = searched.graph
-        depth_of = {
-            name: (stage_index, block)
-            for stage_index, stage in enumerate(searched.stages)
-            for block, names in enumerate(stage.layers)
-            for name in names
-        }
         self.constant = price.constant
         self._layers = [
-            _PricedLayer.of(graph, place, price, self._choices, depth_of)
+            _PricedLayer.of(graph, place, price, self._choices, searched.stages)
             for place in range(len(graph.layers))
         ]
 
@@ -48,8 +47,8 @@ class ExpectedPrice:
         widths = [
             one.probabilities.double() for one in self.searched.width_distributions
         ]
-        kept = [_kept_chances(one) for one in self.searched.depth_distributions]
-        return self._sum(widths, kept)
+        ends = [_end_chances(one) for one in self.searched.depth_distributions]
+        return self._sum(widths, ends)
 
     def settled(self, widths: Sequence[int], depths: Sequence[int]) -> float:
         """Price of a network.
@@ -62,14 +61,14 @@ class ExpectedPrice:
             torch.tensor([float(c == width) for c in choices], dtype=torch.float64)
             for choices, width in zip(self._choices, widths, strict=True)
         ]
-        kept = [
+        ends = [
             torch.tensor(
-                [float(block < depth) for block in range(stage.blocks)],
+                [float(count == depth) for count in range(1, stage.blocks + 1)],
                 dtype=torch.float64,
             )
             for stage, depth in zip(self.searched.stages, depths, strict=True)
         ]
-        return float(self._sum(chances, kept))
+        return float(self._sum(chances, ends))
 
     @property
     def full(self) -> float:
@@ -86,18 +85,18 @@ class ExpectedPrice:
             [choices[0] for choices in self._choices], [1] * len(self.searched.stages)
         )
 
-    def _sum(self, widths: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+    def _sum(self, widths: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
         total = torch.tensor(self.constant, dtype=torch.float64)
         for layer in self._layers:
-            total = total + layer.expected(widths, kept)
+            total = total + layer.expected(widths, ends)
         return total
 
 
-def _kept_chances(depth: Distribution) -> Tensor:
-    """Of each block, the probability that it is kept; the first one's is 1."""
-    choices = torch.tensor(depth.choices)
-    is_deeper = choices[None] > torch.arange(depth.choices[-1])[:, None]
-    return is_deeper.double() @ depth.probabilities.double()
+def _end_chances(depth: Distribution) -> Tensor:
+    """Of each block, the probability that it is the last one that is kept."""
+    places = torch.arange(1, depth.choices[-1] + 1)[:, None]
+    is_depth = places == torch.tensor(depth.choices)[None]
+    return is_depth.double() @ depth.probabilities.double()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,13 +104,16 @@ class _PricedLayer:
     """One layer's price at its choices.
 
     Args:
-        read: Group that it reads; None of none, or of several.
-        written: Likewise.
+        read: Group that it reads; None of none. Where that is what a stage ends with,
+            of each number of blocks that may be kept of the stage.
+        read_stage: That stage; None if the group is one whatever is kept.
+        written: Group that it writes; None of none.
         prices: `(choices read, choices written)`; of one side that is not chosen, 1.
         block: Stage, and block of it, that it is in.
     """
 
-    read: int | None
+    read: tuple[int | None, ...]
+    read_stage: int | None
     written: int | None
     prices: Tensor
     block: tuple[int, int] | None
@@ -123,7 +125,7 @@ class _PricedLayer:
         place: int,
         price: LayerPrices,
         choices: Sequence[tuple[int, ...]],
-        depth_of: Mapping[str, tuple[int, int]],
+        stages: Sequence[Stage],
     ) -> _PricedLayer:
         layer = graph.layers[place]
         read, read_counts = _side(graph, layer, "in", choices)
@@ -132,25 +134,48 @@ class _PricedLayer:
             [price.of_layer(place, one, other) for other in written_counts]
             for one in read_counts
         ]
+        block = _block_of(layer.name, stages)
+        alternatives: tuple[int | None, ...] = (read,)
+        read_stage = None
+        for index, stage in enumerate(stages):
+            is_inside = block is not None and block[0] == index
+            if read == stage.groups[-1] and not is_inside:
+                alternatives, read_stage = stage.groups, index
         return cls(
-            read=read,
+            read=alternatives,
+            read_stage=read_stage,
             written=written,
             prices=torch.tensor(rows, dtype=torch.float64),
-            block=depth_of.get(layer.name),
+            block=block,
         )
 
-    def expected(self, widths: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
-        one = torch.ones(1, dtype=torch.float64)
-        if self.read is not None and self.read == self.written:
-            found = widths[self.read] @ self.prices.diagonal()
+    def expected(self, widths: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
+        if self.read_stage is None:
+            found = self._at(self.read[0], widths)
         else:
-            read = one if self.read is None else widths[self.read]
-            written = one if self.written is None else widths[self.written]
-            found = read @ self.prices @ written
+            each = [self._at(group, widths) for group in self.read]
+            found = torch.stack(each) @ ends[self.read_stage]
         if self.block is None:
             return found
         stage, block = self.block
-        return found * kept[stage][block]
+        return found * ends[stage][block:].sum()  # kept, if the last one is no earlier
+
+    def _at(self, group: int | None, widths: Sequence[Tensor]) -> Tensor:
+        if group is not None and group == self.written:
+            return widths[group] @ self.prices.diagonal()
+        one = torch.ones(1, dtype=torch.float64)
+        read = one if group is None else widths[group]
+        written = one if self.written is None else widths[self.written]
+        return read @ self.prices @ written
+
+
+def _block_of(name: str, stages: Sequence[Stage]) -> tuple[int, int] | None:
+    """The stage, and the block of it, that a layer is in."""
+    for index, stage in enumerate(stages):
+        for block, names in enumerate(stage.layers):
+            if name in names:
+                return index, block
+    return None
 
 
 def _side(
@@ -164,15 +189,24 @@ def _side(
     full = layer.in_channels if side == "in" else layer.out_channels
     if not cuts:
         return None, [float(full)]
+    require_one_group(layer, cuts)
+    (cut,) = cuts
+    each = len(cut.positions) / graph.groups[cut.group].channels
+    rest = full - len(cut.positions)
+    return cut.group, [choice * each + rest for choice in choices[cut.group]]
+
+
+def require_one_group(layer: TracedLayer, cuts: Sequence[Cut]) -> None:
+    """Refuse a layer with channels of several groups on one side.
+
+    Raises:
+        TraceError: Names it.
+    """
     if len(cuts) > 1:
         raise TraceError(
             f"{layer.name}: it reads or writes channels of several groups, whose "
             "widths tas cannot search; take pas, legr or autoprune"
         )
-    (cut,) = cuts
-    each = len(cut.positions) / graph.groups[cut.group].channels
-    rest = full - len(cut.positions)
-    return cut.group, [choice * each + rest for choice in choices[cut.group]]
 
 
 def cost_loss(
@@ -195,88 +229,139 @@ def cost_loss(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LikeliestOrder:
-    """A `ChannelOrder`: of all structures within a price, the likeliest.
-
-    Widths are drawn apart, so that a structure's probability is their product. What a
-    channel costs trades against it: for some price of prices the sum of both is best
-    in each group alone.
+    """A `ChannelOrder`: the likeliest structure, or one near it that costs less.
 
     Args:
+        graph: Of the network.
         choices: Of each group, ascending.
         probabilities: Of these.
         step: Between choices counts are multiples of this.
+        tolerance: Share of a price below which a structure that keeps it is widened.
     """
 
+    graph: ChannelGraph
     choices: Sequence[tuple[int, ...]]
     probabilities: Sequence[Tensor]
     step: int
+    tolerance: float
 
     @property
     def channels(self) -> list[int]:
         """Of each group, in all."""
         return [choices[-1] for choices in self.choices]
 
-    def within(self, price: Price, most: float) -> list[int]:
-        """See `ChannelOrder`: the likeliest that costs no more, widened to that."""
+    @property
+    def likeliest(self) -> list[int]:
+        """The choice of the highest probability of each group."""
+        return [
+            choices[int(one.argmax())]
+            for choices, one in zip(self.choices, self.probabilities, strict=True)
+        ]
 
-        def cost(counts: Sequence[int]) -> float:
-            return float(price(torch.tensor(counts, dtype=torch.float64)))
+    def within(self, price: LayerPrices, most: float) -> list[int]:
+        """See `ChannelOrder`: the likeliest, narrowed or widened to what is asked for.
 
+        Raises:
+            SpaceError: The least that there is to choose costs more.
+        """
+        cost = _RememberedPrice(self.graph, price)
         least = [choices[0] for choices in self.choices]
         if cost(least) > most:
             raise SpaceError(
                 f"the least that there is to choose costs {cost(least):.4g} "
                 f"{price.unit}, more than {most:.4g}; ask for at least that"
             )
-        low, high = -1e3, 1e3  # what a unit of the price is worth, in log-probability
-        counts = least
-        for _ in range(60):
-            middle = (low + high) / 2
-            found = self._best(price, middle)
-            if cost(found) <= most:
-                counts, high = found, middle
-            else:
-                low = middle
+        counts = self.likeliest
+        while cost(counts) > most:
+            counts = self._narrowed(counts, cost)
+        if cost(counts) >= (1 - self.tolerance) * most:
+            return counts
         return self._widened(counts, cost, most)
 
     def kept(self, counts: Sequence[int]) -> tuple[Tensor, ...]:
         """See `ChannelOrder`: the first ones."""
         return tuple(torch.arange(count) for count in counts)
 
-    def _best(self, price: Price, worth: float) -> list[int]:
-        """The choice of each group by its probability, and what its channels cost."""
-        full = torch.tensor(self.channels, dtype=torch.float64).requires_grad_()
-        (slopes,) = torch.autograd.grad(price(full), full)
-        unit = float(price(full.detach()))
-        found = []
-        for choices, probabilities, slope in zip(
-            self.choices, self.probabilities, slopes.tolist(), strict=True
-        ):
-            costs = torch.tensor(choices, dtype=torch.float64) * slope / unit
-            score = probabilities.double().clamp(min=1e-12).log() - worth * costs
-            found.append(choices[int(score.argmax())])
-        return found
+    def _narrowed(self, counts: list[int], cost: _RememberedPrice) -> list[int]:
+        """With one group less wide: the one that loses the least chance for its price.
+
+        Where no single one saves anything, as a projection that is needed then may cost
+        more, all of them.
+        """
+        now, fewer = cost(counts), [self._fewer(*pair) for pair in enumerate(counts)]
+        best, least_lost = fewer, float("inf")
+        for index, count in enumerate(fewer):
+            moved = [*counts[:index], count, *counts[index + 1 :]]
+            saved = now - cost(moved)
+            lost = self._log_chance(index, counts[index]) - self._log_chance(
+                index, count
+            )
+            if saved > 0 and lost / saved < least_lost:
+                best, least_lost = moved, lost / saved
+        return best
+
+    def _fewer(self, index: int, count: int) -> int:
+        choices = self.choices[index]
+        return choices[max(0, choices.index(count) - 1)]
+
+    def _log_chance(self, index: int, count: int) -> float:
+        chance = self.probabilities[index][self.choices[index].index(count)]
+        return float(chance.double().clamp(min=1e-12).log())
 
     def _widened(
-        self, counts: Sequence[int], cost: Callable[[Sequence[int]], float], most: float
+        self, counts: Sequence[int], cost: _RememberedPrice, most: float
     ) -> list[int]:
-        """With as many steps of channels more as there is room for."""
+        """With as many steps of channels more as there is room for.
+
+        First where more are drawn on average; but widths along shortcuts stay equal as
+        long as there is another way, for unequal ones cost projections.
+        """
         found = list(counts)
-        order = sorted(
-            range(len(found)),
-            key=lambda index: -self._mean_excess(index, found[index]),
-        )
-        grown = True
-        while grown:
-            grown = False
-            for index in order:
-                more = list(found)
-                more[index] = min(self.channels[index], found[index] + self.step)
-                if more != found and cost(more) <= most:
-                    found, grown = more, True
-        return found
+        while True:
+            moves = []
+            for index, count in enumerate(found):
+                moved = self._wider(found, index)
+                if moved != found and cost(moved) <= most:
+                    rise = cost(moved) - cost(found)
+                    next_rise = cost(self._wider(moved, index)) - cost(moved)
+                    leaps = rise > LEAP * next_rise > 0
+                    moves.append((leaps, -self._mean_excess(index, count), moved))
+            if not moves:
+                return found
+            *_, found = min(moves)
+
+    def _wider(self, counts: Sequence[int], index: int) -> list[int]:
+        """With a step of channels more in one group, if it has them."""
+        wider = min(self.channels[index], counts[index] + self.step)
+        return [*counts[:index], wider, *counts[index + 1 :]]
 
     def _mean_excess(self, index: int, count: int) -> float:
         """How many channels more than it has a group has on average."""
         values = torch.tensor(self.choices[index], dtype=torch.float64)
         return float((self.probabilities[index].double() * values).sum()) - count
+
+
+class _RememberedPrice:
+    """A price of channel counts that asks for each layer's at the same counts once.
+
+    Args:
+        graph: Of the network.
+        price: Of its layers.
+    """
+
+    def __init__(self, graph: ChannelGraph, price: LayerPrices) -> None:
+        self._price, self._counts = price, Counts(graph)
+        self._known: dict[tuple[int, float, float], float] = {}
+
+    def __call__(self, counts: Sequence[int]) -> float:
+        """The cost of a network."""
+        read, written = self._counts.of_layers(torch.tensor(counts))
+        pairs = zip(read.tolist(), written.tolist(), strict=True)
+        layers = (self._of_layer(place, *pair) for place, pair in enumerate(pairs))
+        return self._price.constant + sum(layers)
+
+    def _of_layer(self, place: int, read: float, written: float) -> float:
+        key = (place, read, written)
+        if key not in self._known:
+            self._known[key] = self._price.of_layer(place, read, written)
+        return self._known[key]

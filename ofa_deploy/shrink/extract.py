@@ -10,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ofa_deploy.layers import (
     PoolLayer,
     RepConvLayer,
 )
+from ofa_deploy.nn.projection import put_module
 from ofa_deploy.nn.static import PlannedNet
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
 from ofa_deploy.shrink.groups import ChannelGraph, Side
@@ -124,6 +126,8 @@ def extract_module(
 ) -> nn.Module:
     """A copy of a network with narrower layers; it computes what the masked one did.
 
+    Projections, which are as they were made, are left out of it between equal channels.
+
     Args:
         network: That the graph was traced from.
         graph: Its channels.
@@ -148,7 +152,25 @@ def extract_module(
             )
         cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
         cut(module, positions)
+    for path in _needless(graph, kept):
+        put_module(result, path, nn.Identity())
     return result
+
+
+def _needless(graph: ChannelGraph, kept: Sequence[Tensor]) -> list[str]:
+    """Projections that would hand on the channels that they read."""
+    paths = []
+    for layer in graph.layers:
+        if not layer.is_projection:
+            continue
+        read, written = (
+            [kept[cut.group].numpy() for cut in graph.cuts_at(layer.name, side)]
+            or [np.arange(layer.in_channels)]
+            for side in get_args(Side)
+        )
+        if np.array_equal(read[0], written[0]):
+            paths.append(layer.name.rpartition(".")[0])
+    return paths
 
 
 def _removed(

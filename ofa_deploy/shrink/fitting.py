@@ -153,11 +153,12 @@ class Fitting:
 
     def _infeasible(self, tried: Sequence[Fitted]) -> InfeasibleBudget:
         nearest = min(tried, key=lambda found: found.used_share)
+        cure = "" if self.method == "tas" else ", or lower the floor of channels"
         return InfeasibleBudget(
             f"no form of {self.own.family} that was timed keeps all limits on "
             f"{self.target.backend}: the nearest takes up to {nearest.bound_ms:.4g} ms "
             f"of {self.budget_ms:g}, and {nearest.used_share:.0%} of what it uses most "
-            "of. Ask for more, or lower the floor of channels",
+            f"of. Ask for more{cure}",
             budget_ms=self.budget_ms,
             fastest_ms=nearest.bound_ms,
             nearest=nearest.name,

@@ -63,6 +63,8 @@ class TracedLayer:
         in_size: Height and width of its input.
         places: Places of its output at which it computes, all calls together.
         calls: How often the network calls it.
+        is_projection: Whether it is left out where it reads as many channels as it
+            writes.
     """
 
     name: str
@@ -75,6 +77,7 @@ class TracedLayer:
     in_size: int
     places: int
     calls: int = 1
+    is_projection: bool = False
 
     @property
     def depthwise(self) -> bool:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from ofa_deploy.errors import MissingDependency, TraceError
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
-from ofa_deploy.shrink.expected_price import LikeliestOrder
+from ofa_deploy.shrink.expected_price import LikeliestOrder, require_one_group
 from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.groups import Side
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
+from ofa_deploy.shrink.projecting import with_projections
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
 from ofa_deploy.shrink.searched import insert_distributions
@@ -222,21 +225,26 @@ def _remembered_family(
     )
 
 
-def searched_by_tas(own: OwnNetwork, *, step: int = 1) -> OwnNetwork:
+def searched_by_tas(
+    own: OwnNetwork, *, step: int = 1, projects: bool = True
+) -> OwnNetwork:
     """The network with those groups alone whose widths tas can search.
 
     Args:
         own: The network.
         step: Widths are multiples of this: a group that leaves no choice stays whole.
+        projects: Whether shortcuts that are modules may become projections.
 
     Raises:
-        TraceError: There are none.
+        TraceError: There are none, or a layer reads or writes several.
     """
     if own.is_chain:
         raise TraceError(
             f"{own.family}: the branches of its layers have batch norms of their own, "
             "which tas cannot search; take pas, legr or autoprune"
         )
+    if projects:
+        own = own.grown(with_projections(own.module, own.image))
     groups = [
         index
         for index in searchable_groups(own.module, own.graph, own.image)
@@ -247,7 +255,11 @@ def searched_by_tas(own: OwnNetwork, *, step: int = 1) -> OwnNetwork:
             f"{own.family} has no channels that pass a batch norm right where they are "
             "written: nothing can be searched by tas; take pas, legr or autoprune"
         )
-    return replace(own, graph=own.graph.only(groups))
+    found = replace(own, graph=own.graph.only(groups))
+    for layer in found.graph.layers:
+        for side in get_args(Side):
+            require_one_group(layer, found.graph.cuts_at(layer.name, side))
+    return found
 
 
 def _tas(search: Search) -> Found:
@@ -287,9 +299,11 @@ def _tas(search: Search) -> Found:
     return Found(
         masked=left.masked(),
         order=LikeliestOrder(
+            graph=left.graph,
             choices=[one.choices for one in chosen],
             probabilities=[one.probabilities.detach() for one in chosen],
             step=search.step,
+            tolerance=settings.tolerance,
         ),
         own=left,
         fresh=True,

@@ -17,6 +17,7 @@ from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation
@@ -102,11 +103,14 @@ class OwnNetwork:
         )
         return own._exact() if narrowed else replace(own, graph=graph.only([]))
 
-    def _exact(self) -> OwnNetwork:
+    def _exact(self, *, in_order: bool = False) -> OwnNetwork:
         """Itself, with the groups left whole that cannot be removed exactly.
 
         Whatever the tracing missed, such as widths that its forward has as numbers, is
         found before hours of training, not after.
+
+        Args:
+            in_order: Whether the first channels of each group are to stay, and not any.
 
         Raises:
             TraceError: No group is left.
@@ -117,15 +121,17 @@ class OwnNetwork:
                 "it has no layer whose channels end before its outputs, or every one "
                 "is grouped"
             )
-        if self._narrows_exactly():
+        if self._narrows_exactly(in_order=in_order):
             return self
         exact = [
             index
             for index in range(len(self.graph.groups))
-            if replace(self, graph=self.graph.only([index]))._narrows_exactly()
+            if replace(self, graph=self.graph.only([index]))._narrows_exactly(
+                in_order=in_order
+            )
         ]
         found = replace(self, graph=self.graph.only(exact))
-        if not exact or not found._narrows_exactly():
+        if not exact or not found._narrows_exactly(in_order=in_order):
             others = [
                 group.name
                 for index, group in enumerate(self.graph.groups)
@@ -140,11 +146,12 @@ class OwnNetwork:
             )
         return found
 
-    def _narrows_exactly(self) -> bool:
+    def _narrows_exactly(self, *, in_order: bool) -> bool:
         """Whether masking channels and removing them is the same."""
         rng = np.random.default_rng(0)
         kept = tuple(
-            torch.from_numpy(_some(group.channels, rng)) for group in self.graph.groups
+            torch.from_numpy(_some(group.channels, rng, in_order=in_order))
+            for group in self.graph.groups
         )
         masked = self.masked()
         for mask, indices in zip(masked.masks, kept, strict=True):
@@ -177,6 +184,24 @@ class OwnNetwork:
         """Of the size of its inputs, black, `(1, 3, resolution, resolution)`."""
         return torch.zeros(1, IMAGE_CHANNELS, self.resolution, self.resolution)
 
+    def grown(self, module: nn.Module) -> OwnNetwork:
+        """A form with more in it, without those groups that it has not itself.
+
+        Args:
+            module: With further modules; the others have their paths.
+
+        Raises:
+            TraceError: No group of it can be removed exactly.
+        """
+        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        names = {group.name for group in self.graph.groups}
+        whole = trace_channels(self.module, input_shape=shape).groups
+        left_whole = {group.name for group in whole} - names
+        graph = trace_channels(module, input_shape=shape)
+        still = [i for i, g in enumerate(graph.groups) if g.name not in left_whole]
+        grown = replace(self, module=module, graph=graph.only(still))
+        return grown._exact(in_order=True)
+
     def left_of(self, module: nn.Module) -> OwnNetwork:
         """A part of it, with those of its groups that are still there.
 
@@ -195,7 +220,8 @@ class OwnNetwork:
         return tuple(
             layer.name
             for layer in self.graph.layers[:-1]
-            if sum(len(cut.positions) for cut in self.graph.cuts_at(layer.name, "out"))
+            if not layer.is_projection
+            and sum(len(cut.positions) for cut in self.graph.cuts_at(layer.name, "out"))
             < layer.out_channels
         )
 
@@ -206,9 +232,10 @@ class OwnNetwork:
 
     @property
     def sha256(self) -> str:
-        """Digest of its weights."""
+        """Digest of its weights, as they were brought."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
+        brought = drop_needless(copy.deepcopy(self.module))
+        for name, tensor in sorted(brought.state_dict().items()):
             array = tensor.detach().cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
             digest.update(array.tobytes())
@@ -353,8 +380,12 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
     return result
 
 
-def _some(channels: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Three quarters of the channels' indices, ascending."""
+def _some(
+    channels: int, rng: np.random.Generator, *, in_order: bool
+) -> NDArray[np.int64]:
+    """Three quarters of the channels, ascending; or the first ones, half or more."""
+    if in_order:
+        return np.arange(int(rng.integers(max(1, channels // 2), channels + 1)))
     return np.sort(rng.permutation(channels)[: max(1, channels * 3 // 4)])
 
 

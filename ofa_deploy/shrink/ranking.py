@@ -19,7 +19,7 @@ from ofa_deploy.errors import SpaceError
 from ofa_deploy.fuse import fuse
 from ofa_deploy.layers import RepConvLayer
 from ofa_deploy.nn.static import PlannedNet
-from ofa_deploy.shrink.cost import Price
+from ofa_deploy.shrink.cost import LayerPrices, Price
 from ofa_deploy.shrink.groups import ChannelGraph, Indices
 
 Floats = NDArray[np.float64]
@@ -117,7 +117,7 @@ def group_scores(
 class ChannelOrder(Protocol):
     """Which channels of a network go before which."""
 
-    def within(self, price: Price, most: float) -> list[int]:
+    def within(self, price: LayerPrices, most: float) -> list[int]:
         """Channels of each group in the structure for a budget.
 
         Args:

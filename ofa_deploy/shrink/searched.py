@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.nn.projection import projection_paths, put_module
+from ofa_deploy.shrink.groups import ChannelGraph, Cut
+from ofa_deploy.shrink.projecting import carried_groups
 from ofa_deploy.shrink.stages import Stage, find_stages, normed_layers
 from ofa_deploy.shrink.transformable import (
     Distribution,
@@ -127,26 +129,44 @@ def insert_distributions(
         Distribution(width_choices(group.channels, step=step)) for group in graph.groups
     ]
     norm_of = normed_layers(copy.deepcopy(network), image)
+    projections = projection_paths(network)
+    for path in projections:  # sums add the first channels, as many as there are
+        put_module(copied, path, nn.Identity())
     layers = {layer.name for layer in graph.layers}
     for cut in graph.cuts:
-        if cut.side == "in" or cut.module in norm_of:
+        if cut.side == "in" or cut.module in norm_of or _is_within(cut, projections):
             continue
         module, width = copied.get_submodule(cut.module), widths[cut.group]
         if cut.module in layers:  # without a norm: its output is mixed as it is
             mixed = nn.Sequential(module, SearchedNorm(None, width))
-            _replace(copied, cut.module, mixed)
+            put_module(copied, cut.module, mixed)
         else:
             assert isinstance(module, nn.BatchNorm2d)
-            _replace(copied, cut.module, _searched_norm(module, width))
-    stages = find_stages(network, graph) if searches_depth else ()
+            put_module(copied, cut.module, _searched_norm(module, width))
+    stages = find_stages(network, graph, image) if searches_depth else ()
     depths = [Distribution(depth_choices(stage.blocks)) for stage in stages]
-    copied = _with_stages(copied, stages, depths)
+    carried = carried_groups(graph)
+    for stage, depth in zip(stages, depths, strict=True):
+        written = [
+            [Distribution.settled(graph.groups[group].channels)]
+            if carried[group] is None
+            else [widths[one] for one in carried[group] or ()]
+            for group in stage.groups
+        ]
+        _join_blocks(copied, stage, depth, written)
     module = SearchedModule(copied, widths, depths)
     return SearchedNetwork(module=module, graph=graph, stages=stages)
 
 
+def _is_within(cut: Cut, paths: Sequence[str]) -> bool:
+    return cut.module.rpartition(".")[0] in paths
+
+
 def reset_parameters(network: nn.Module) -> None:
-    """Draw all weights anew, as their modules do when they are made."""
+    """Draw all weights anew, as their modules do when they are made.
+
+    Parameters of modules without a `reset_parameters` stay what they are.
+    """
     for module in network.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
@@ -163,30 +183,17 @@ def _searched_norm(norm: nn.BatchNorm2d, width: Distribution) -> SearchedNorm:
     return found
 
 
-def _with_stages(
-    network: nn.Module, stages: Sequence[Stage], depths: Sequence[Distribution]
-) -> nn.Module:
-    """Blocks of each stage in one module of their own."""
-    by_container: dict[str, list[tuple[Stage, Distribution]]] = {}
-    for stage, depth in zip(stages, depths, strict=True):
-        by_container.setdefault(stage.container, []).append((stage, depth))
-    for container, found in by_container.items():
-        sequence = network.get_submodule(container)
-        blocks = list(sequence.children())
-        children: list[nn.Module] = []
-        place = 0
-        for stage, depth in found:
-            children += blocks[place : stage.first]
-            place = stage.first + stage.blocks
-            children.append(SearchedStage(blocks[stage.first : place], depth))
-        replaced = nn.Sequential(*children, *blocks[place:])
-        if not container:
-            network = replaced
-        else:
-            _replace(network, container, replaced)
-    return network
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(network.get_submodule(parent), last, module)
+def _join_blocks(
+    network: nn.Module,
+    stage: Stage,
+    depth: Distribution,
+    written: Sequence[Sequence[Distribution]],
+) -> None:
+    """Put the blocks of a stage where its first one is."""
+    sequence = network.get_submodule(stage.container)
+    assert isinstance(sequence, nn.Sequential)
+    places = range(stage.first, stage.first + stage.blocks)
+    joined = SearchedStage([sequence[place] for place in places], depth, written)
+    for place in places:
+        sequence[place] = nn.Identity()
+    sequence[stage.first] = joined

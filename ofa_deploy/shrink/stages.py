@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ofa_deploy.shrink.groups import ChannelGraph
+from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,14 +20,19 @@ class Stage:
     Args:
         container: Path of the `nn.Sequential` that they are in.
         first: Index of the first one in it.
-        blocks: How many.
         layers: Names of the convolutions of each block.
+        groups: Index of the group that each block writes.
     """
 
     container: str
     first: int
-    blocks: int
     layers: tuple[tuple[str, ...], ...]
+    groups: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many."""
+        return len(self.layers)
 
     @property
     def name(self) -> str:
@@ -104,61 +110,170 @@ def searchable_groups(
         norms = [cut.module for cut in written if cut.module not in layers]
         if (
             whole
-            and any(name in norm_of for name in convs)
+            and any(
+                name in norm_of and not layers[name].is_projection for name in convs
+            )
             and all(name in behind for name in norms)
         ):
             found.append(index)
     return found
 
 
-def find_stages(network: nn.Module, graph: ChannelGraph) -> tuple[Stage, ...]:
-    """Runs of blocks in `nn.Sequential`s that write one group, and read it.
+def find_stages(
+    network: nn.Module, graph: ChannelGraph, image: Tensor
+) -> tuple[Stage, ...]:
+    """Runs of alike blocks in `nn.Sequential`s whose outputs are like their inputs.
 
-    The first one of a run may read another; it is always kept.
+    The first one of a run may change the shape; it is always kept. What has such a run
+    in it is no block of another.
+
+    Args:
+        network: Traced.
+        graph: Its channels.
+        image: Of the size of its inputs, `(1, 3, H, W)`.
     """
-    names = [layer.name for layer in graph.layers]
-    stages = []
-    for container, module in network.named_modules():
-        if not isinstance(module, nn.Sequential):
+    rank = {layer.name: place for place, layer in enumerate(graph.layers)}
+    keeping = _shape_keepers(network, image)
+    stages: list[Stage] = []
+    for container, module in reversed(list(network.named_modules())):  # innermost first
+        if type(module).forward is not nn.Sequential.forward:
             continue
-        prefix = f"{container}." if container else ""
-        inside = [
-            tuple(name for name in names if name.startswith(f"{prefix}{child}."))
-            for child, _ in module.named_children()
+        blocks: list[_Block | None] = []
+        for child, block in module._modules.items():
+            path = f"{container}.{child}".removeprefix(".")
+            within = any(_is_in(f"{stage.container}.", path) for stage in stages)
+            found = _Block.of(graph, path, type(block), keeps_shape=path in keeping)
+            blocks.append(None if within else found)
+        stages += [
+            Stage(
+                container=container,
+                first=first,
+                layers=tuple(
+                    tuple(layer.name for layer in block.layers) for block in run
+                ),
+                groups=tuple(block.written for block in run),
+            )
+            for first, run in _runs(blocks)
         ]
-        run: list[int] = []
-        for place, layers in enumerate(inside):
-            if run and layers and _goes_on(graph, inside[run[-1]], layers):
-                run.append(place)
-                continue
-            stages += _stage(container, run, inside)
-            run = [place] if layers else []
-        stages += _stage(container, run, inside)
-    return tuple(stages)
+    return tuple(sorted(stages, key=lambda stage: rank[stage.layers[0][0]]))
 
 
-def _stage(
-    container: str, run: Sequence[int], inside: Sequence[tuple[str, ...]]
-) -> list[Stage]:
-    if len(run) < 2:
-        return []
-    layers = tuple(inside[place] for place in run)
-    return [Stage(container=container, first=run[0], blocks=len(run), layers=layers)]
+def _shape_keepers(network: nn.Module, image: Tensor) -> set[str]:
+    """Modules whose output is of the shape of their input, whenever called."""
+    kept: dict[str, bool] = {}
+
+    def note(name: str, read: object, written: object) -> None:
+        same = (
+            isinstance(read, Tensor)
+            and isinstance(written, Tensor)
+            and read.shape == written.shape
+        )
+        kept[name] = same and kept.get(name, True)
+
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: note(
+                name, args[0] if len(args) == 1 else None, output
+            )
+        )
+        for name, module in network.named_modules()
+    ]
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(image)
+    finally:
+        network.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {name for name, same in kept.items() if same}
 
 
-def _written(graph: ChannelGraph, layers: Sequence[str]) -> int | None:
-    """The group that a block's last convolution writes; None of no single one."""
-    groups = {cut.group for cut in graph.cuts_at(layers[-1], "out")}
-    return groups.pop() if len(groups) == 1 else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """What is one child of a container.
+
+    Args:
+        kind: Its class.
+        layers: In it.
+        read: Groups that these read.
+        written: The group that they write and others read.
+        writes_alone: Whether nobody else writes that, or normalises it.
+        keeps_shape: Whether its output is of the shape of its input.
+    """
+
+    kind: type
+    layers: tuple[TracedLayer, ...]
+    read: frozenset[int]
+    written: int
+    writes_alone: bool
+    keeps_shape: bool
+
+    @classmethod
+    def of(
+        cls, graph: ChannelGraph, path: str, kind: type, *, keeps_shape: bool
+    ) -> _Block | None:
+        """None of what writes no single group, or is called several times."""
+        layers = [layer for layer in graph.layers if _is_in(layer.name, path)]
+        if not layers or any(layer.calls > 1 for layer in layers):
+            return None
+        cuts = [cut for cut in graph.cuts if _is_in(cut.module, path)]
+        others = [cut for cut in graph.cuts if not _is_in(cut.module, path)]
+        leaving = {cut.group for cut in cuts if cut.side == "out"} & {
+            cut.group for cut in others if cut.side == "in"
+        }
+        if len(leaving) != 1:
+            return None
+        (written,) = leaving
+        return cls(
+            kind=kind,
+            layers=tuple(layers),
+            read=frozenset(cut.group for cut in cuts if cut.side == "in"),
+            written=written,
+            writes_alone=not any(
+                cut.group == written and cut.side == "out" for cut in others
+            ),
+            keeps_shape=keeps_shape,
+        )
+
+    def goes_on(self, before: _Block) -> bool:
+        """Whether it may be left out behind another: what follows reads that one.
+
+        What it writes is of the same group, or of one that ends with it.
+        """
+        return (
+            self.kind is before.kind
+            and not self._operations - before._operations
+            and before.written in self.read
+            and self.keeps_shape
+            and (self.written == before.written or self.writes_alone)
+        )
+
+    @property
+    def _operations(self) -> Counter[tuple[int, bool]]:
+        return Counter(
+            (layer.kernel, layer.depthwise)
+            for layer in self.layers
+            if not layer.is_projection
+        )
 
 
-def _goes_on(graph: ChannelGraph, before: Sequence[str], layers: Sequence[str]) -> bool:
-    """Whether a block reads and writes the group that the one before it writes."""
-    written = _written(graph, layers)
-    read = {cut.group for name in layers for cut in graph.cuts_at(name, "in")}
-    return (
-        written is not None and written in read and written == _written(graph, before)
-    )
+def _is_in(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+def _runs(blocks: Sequence[_Block | None]) -> list[tuple[int, list[_Block]]]:
+    """Where blocks that go on begin, and these; of two at least."""
+    found: list[tuple[int, list[_Block]]] = []
+    for place, block in enumerate(blocks):
+        if block is None:
+            continue
+        first, run = found[-1] if found else (0, [])
+        if run and first + len(run) == place and block.goes_on(run[-1]):
+            run.append(block)
+        else:
+            found.append((place, [block]))
+    return [(first, run) for first, run in found if len(run) > 1]
 
 
 def shallower(

@@ -6,8 +6,8 @@ weights are trained on one half of the training images, the distributions on the
 where they feel the price, too. What is likeliest in the end is trained from nothing,
 with the whole network as its teacher.
 
-Widths belong to groups of channels, so that skips stay what they are; the published
-search gives every convolution a width of its own, and projects where sums do not fit.
+Every convolution has a width of its own where shortcuts are modules that can become
+projections; elsewhere what is summed has one width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class TasSettings:
 
     Args:
         cost_weight: Of the price in the distributions' loss.
-        tolerance: Share of the whole price below the target at which nothing pulls.
+        tolerance: Share of the target, below it, within which nothing pulls; the
+            published code's is a share of the whole price, its text's of the target.
         rate: Of Adam. Published are 0.001 and some fifty thousand steps.
         betas: Of Adam.
         weight_decay: Of Adam.
@@ -48,6 +49,8 @@ class TasSettings:
         falls: How the temperature falls: `cosine` or `linear`.
         deciding_share: Of the training images, on which distributions are trained.
         searches_depth: Whether blocks of stages may go, too.
+        projects: Whether shortcuts that are modules may become projections, as
+            published, so that what is added to them has a width of its own.
         fresh: Whether the search starts from new weights, as published, or from those
             that the network has.
 
@@ -65,6 +68,7 @@ class TasSettings:
     falls: str = "cosine"
     deciding_share: float = 0.5
     searches_depth: bool = True
+    projects: bool = True
     fresh: bool = False
 
     def __post_init__(self) -> None:
@@ -205,7 +209,7 @@ class TransformableSearch:
                 self.price.expected(),
                 self.settled_price,
                 target=self.target_share * self._full,
-                slack=settings.tolerance * self._full,
+                slack=settings.tolerance * self.target_share * self._full,
             )
             torch.autograd.backward(loss + settings.cost_weight * cost.float())
             self._optimizer.step()
@@ -247,8 +251,14 @@ class TransformableSearch:
         return found
 
     def remarks(self) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """See `Regulariser`: what is drawn costs on average, and what is likeliest."""
+        expected = float(self.price.expected().detach())
+        return (
+            f"of the price {expected / self._full:.1%} are expected, "
+            f"{self.settled_price / self._full:.1%} likeliest, "
+            f"{self.target_share:.1%} asked for; temperature "
+            f"{self.searched.module.tau:.2f}",
+        )
 
     def state(self) -> dict[str, Tensor]:
         """See `Regulariser`."""

@@ -133,7 +133,7 @@ def shrink(
         narrowed=known != "autoprune-weights",
     )
     if known == "tas":
-        own = searched_by_tas(own)
+        own = searched_by_tas(own, projects=recipe.tas.projects)
     require_classes(evaluation, Source(own=own, sha256=""))
     if target.backend == "litert-cpu" and not own.is_chain:
         raise DeviceError(
@@ -187,7 +187,8 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
     """
     step = _step(call, prices_folder)
     if call.method == "tas":  # what leaves no choice in such steps stays whole
-        call = replace(call, own=searched_by_tas(call.own, step=step))
+        own = searched_by_tas(call.own, step=step, projects=False)  # it has them
+        call = replace(call, own=own)
     prices, source = _prices(call, prices_folder, step=step), call.source
     with ExitStack() as stack:
         shrunk = _shrunk(call, prices, stack)

@@ -97,6 +97,13 @@ class Distribution(nn.Module):
         # Of this pass through the network; all layers of a group share it.
         self.drawn: Draw | None = None
 
+    @classmethod
+    def settled(cls, choice: int) -> Distribution:
+        """Of one choice, which is drawn."""
+        found = cls((choice,))
+        found.settle(choice)
+        return found
+
     @property
     def probabilities(self) -> Tensor:
         """Of the choices; differentiable."""
@@ -107,6 +114,12 @@ class Distribution(nn.Module):
         """Mean of the choices; differentiable."""
         values = torch.tensor(self.choices, dtype=torch.float64)
         return (self.probabilities.double() * values).sum()
+
+    @property
+    def widest_drawn(self) -> int:
+        """The largest choice of this pass."""
+        assert self.drawn is not None
+        return max(self.choices[index] for index in self.drawn.indices)
 
     @property
     def likeliest(self) -> int:
@@ -207,7 +220,7 @@ class SearchedNorm(nn.Module):
         drawn = self.width.drawn
         assert drawn is not None
         choices = [self.width.choices[index] for index in drawn.indices]
-        widest = max(choices)
+        widest = self.width.widest_drawn
         total: Tensor | None = None
         for place, (index, count) in enumerate(
             zip(drawn.indices, choices, strict=True)
@@ -235,12 +248,18 @@ class SearchedStage(nn.Module):
     Args:
         blocks: In order; the first may change the shape.
         depth: The distribution of their number.
+        written: Distributions of widths whose channels are in each block's output.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], depth: Distribution) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        depth: Distribution,
+        written: Sequence[Sequence[Distribution]],
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self._depth = (depth,)
+        self._depth, self._written = (depth,), tuple(tuple(one) for one in written)
 
     @property
     def depth(self) -> Distribution:
@@ -248,20 +267,32 @@ class SearchedStage(nn.Module):
         return self._depth[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix what the drawn depths give."""
+        """Mix what the drawn depths give, of which each is as wide as the widest."""
         drawn = self.depth.drawn
         assert drawn is not None
         weights = {
             self.depth.choices[index]: weight
             for index, weight in zip(drawn.indices, drawn.weights, strict=True)
         }
+        widths = {
+            count: max(one.widest_drawn for one in self._written[count - 1])
+            for count in weights
+        }
+        widest = max(widths.values())
         total: Tensor | None = None
         for count, block in enumerate(self.blocks, start=1):
             if count > max(weights):
                 break
             x = block(x)
             if count in weights:
-                mixed = x * weights[count]
+                mixed = _stretched(x, widths[count], widest) * weights[count]
                 total = mixed if total is None else total + mixed
         assert total is not None
         return total
+
+
+def _stretched(x: Tensor, width: int, out: int) -> Tensor:
+    """The first channels as more of them; zeros stay beyond."""
+    if width == out:
+        return x
+    return padded_channels(interpolate_channels(x[:, :width], out), x.shape[1])

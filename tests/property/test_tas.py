@@ -18,19 +18,24 @@ from torch import Tensor, nn
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
+from ofa_deploy.nn.projection import drop_needless, projection_paths
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder, cost_loss
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.projecting import with_projections
 from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
 from ofa_deploy.shrink.stages import find_stages, shallower
-from ofa_deploy.shrink.tas import TasSettings, TransformableSearch
+from ofa_deploy.shrink.tas import TasSettings, TransformableSearch, preflight
 from ofa_deploy.shrink.transformable import (
     Distribution,
+    Draw,
     SearchedNorm,
+    SearchedStage,
     depth_choices,
     drawn_pair,
     interpolate_channels,
@@ -301,7 +306,7 @@ def test_the_price_pulls_towards_the_band_below_the_target(
 
 def test_stages_are_blocks_that_write_what_they_read() -> None:
     network = own()
-    stages = find_stages(network.module, network.graph)
+    stages = find_stages(network.module, network.graph, network.image)
     assert [(s.container, s.first, s.blocks) for s in stages] == [
         ("blocks", 0, 3),
         ("blocks", 3, 2),
@@ -368,7 +373,8 @@ def test_a_network_whose_norms_come_first_is_refused() -> None:
         searched_by_tas(found)
 
 
-def test_the_residual_network_is_searched_whole() -> None:
+@lru_cache(maxsize=2)
+def resnet20(*, projects: bool = True) -> OwnNetwork:
     torch.manual_seed(0)
     network = OwnNetwork.of(
         CifarResNet(ResNetShape.dense(20)),
@@ -376,21 +382,276 @@ def test_the_residual_network_is_searched_whole() -> None:
         normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
         class_names=tuple("0123456789"),
     )
-    left = searched_by_tas(network)
-    assert len(left.graph.groups) == 12  # three trunks, and within nine blocks
+    return searched_by_tas(network, projects=projects)
+
+
+@pytest.mark.parametrize(("projects", "groups"), [(True, 19), (False, 12)])
+def test_the_residual_network_is_searched_whole(projects: bool, groups: int) -> None:
+    left = resnet20(projects=projects)
+    assert len(left.graph.groups) == groups  # trunks have one width, if none projects
     net = searched(left)
     assert [stage.blocks for stage in net.stages] == [3, 3, 3]
     x = drawn(0, 2, 3, 32, 32)
     for one in net.module.distributions:
         peaked(one, one.choices[-1])
-    network.module.eval()
+    left.module.eval()
     torch.testing.assert_close(
-        net.module.eval()(x), network.module(x), rtol=1e-4, atol=1e-5
+        net.module.eval()(x), left.module(x), rtol=1e-4, atol=1e-5
     )
     assert net.module.train()(x).shape == (2, 10)
     price = ExpectedPrice(net, MacPrice(left.graph))
     assert price.full == pytest.approx(ResNetShape.dense(20).mac_count / 1e6)
     assert price.least < 0.03 * price.full
+
+
+WHOLE_MMACS = ResNetShape.dense(20).mac_count / 1e6
+
+
+def shape_of(widths: list[int], depths: list[int]) -> ResNetShape:
+    first, second, third = depths
+    return ResNetShape(widths=tuple(widths), kept_blocks=(first, second, third))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_settled_price_counts_the_projections_that_are_needed(
+    data: st.DataObject,
+) -> None:
+    network = resnet20()
+    net = searched(network)
+    widths = [data.draw(st.sampled_from(d.choices)) for d in net.width_distributions]
+    depths = [data.draw(st.sampled_from(d.choices)) for d in net.depth_distributions]
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    shape = shape_of(widths, depths)
+    assert price.settled(widths, depths) == pytest.approx(shape.mac_count / 1e6)
+
+
+def test_the_expected_price_is_the_mean_where_widths_differ_along_a_trunk() -> None:
+    network = resnet20()
+    net = searched(network)
+    for index, one in enumerate(net.module.distributions):
+        one.logits.data = 2 * drawn(index, len(one.choices))
+    price = ExpectedPrice(net, MacPrice(network.graph))
+    torch.manual_seed(0)
+    found = []
+    for _ in range(2000):
+        picked = [
+            one.choices[int(torch.multinomial(one.probabilities.detach(), 1))]
+            for one in net.module.distributions
+        ]
+        found.append(shape_of(picked[:19], picked[19:]).mac_count / 1e6)
+    spread = float(torch.tensor(found).std()) / math.sqrt(len(found))
+    mean = sum(found) / len(found)
+    assert mean == pytest.approx(float(price.expected().detach()), abs=4 * spread)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_what_is_left_has_projections_where_widths_differ_and_nowhere_else(
+    data: st.DataObject,
+) -> None:
+    network = resnet20()
+    stages = find_stages(network.module, network.graph, network.image)
+    depths = [data.draw(st.integers(1, 3)) for _ in stages]
+    left = network.left_of(shallower(network.module, stages, depths))
+    choices = {g.name: width_choices(g.channels) for g in network.graph.groups}
+    widths = {name: data.draw(st.sampled_from(some)) for name, some in choices.items()}
+    kept = [torch.arange(widths[group.name]) for group in left.graph.groups]
+    narrow = extract_module(left.module, left.graph, kept)
+    shape = ResNetShape(
+        widths=tuple(widths.values()), kept_blocks=(depths[0], depths[1], depths[2])
+    )
+    assert counted_macs(narrow, 32) == shape.mac_count
+    counts = torch.tensor([float(len(one)) for one in kept], dtype=torch.float64)
+    price = MacPrice(left.graph)
+    assert float(price(counts)) == pytest.approx(shape.mac_count / 1e6)
+
+
+def test_projections_hand_on_what_they_read_until_they_are_trained() -> None:
+    network = CifarResNet(ResNetShape.dense(20)).eval()
+    found = with_projections(network, torch.zeros(1, 3, 32, 32))
+    paths = projection_paths(found)
+    assert len(paths) == 7  # two stages begin with a shortcut of their own
+    x = drawn(0, 2, 3, 32, 32)
+    torch.testing.assert_close(found.eval()(x), network(x), rtol=1e-5, atol=1e-6)
+    assert not projection_paths(drop_needless(found))
+    assert torch.equal(found(x), network(x))
+
+
+class Handing(nn.Module):
+    """Modules that hand on what they read, none of which is a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.dropped = own_networks.conv(3, 16), nn.Identity()
+        self.body, self.skip = own_networks.conv(16, 16), nn.Sequential()
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropped(self.stem(x))
+        x = torch.cat([self.body(x), self.skip(x)], 1)
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+def test_only_shortcuts_that_are_added_become_projections() -> None:
+    assert not projection_paths(
+        with_projections(Handing(), torch.zeros(1, 3, SIZE, SIZE))
+    )
+
+
+class Shortcuts(nn.Module):
+    """One block with an identity at each place that may be given."""
+
+    def __init__(self, *, skip: nn.Module | None, drop: nn.Module | None) -> None:
+        super().__init__()
+        self.stem, self.body = own_networks.conv(3, 16), own_networks.conv(16, 16)
+        self.skip, self.drop = skip, drop
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.body(x)
+        y = y if self.drop is None else self.drop(y)
+        x = y + (x if self.skip is None else self.skip(x))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("skip", "drop", "found"),
+    [
+        (nn.Identity(), None, ["skip"]),
+        (nn.Sequential(), nn.Identity(), ["skip"]),
+        (None, nn.Identity(), []),
+    ],
+    ids=["skip", "both", "drop"],
+)
+def test_what_is_on_the_way_is_no_shortcut(
+    skip: nn.Module | None, drop: nn.Module | None, found: list[str]
+) -> None:
+    network = with_projections(
+        Shortcuts(skip=skip, drop=drop), torch.zeros(1, 3, SIZE, SIZE)
+    )
+    assert projection_paths(network) == found
+
+
+def test_one_identity_at_several_places_stays_one() -> None:
+    shared = nn.Identity()
+    network = nn.Sequential(
+        Shortcuts(skip=shared, drop=shared), nn.ReLU(), nn.Linear(3, 3)
+    )
+    image = torch.zeros(1, 3, SIZE, SIZE)
+    assert not projection_paths(with_projections(network, image))
+
+
+class Scaled(nn.Module):
+    """A block of a network whose trunk has its width in a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(own_networks.conv(16, 24), own_networks.conv(24, 16))
+        self.scale, self.skip = nn.Parameter(torch.ones(1, 16, 1, 1)), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.skip(x) + self.scale * self.body(x))
+
+
+def test_what_cannot_be_narrowed_exactly_is_not_searched_behind_projections() -> None:
+    torch.manual_seed(0)
+    found = OwnNetwork.of(
+        nn.Sequential(
+            own_networks.conv(3, 16), Scaled(), Scaled(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(16, 3),
+        ),
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abc"),
+    )  # fmt: skip
+    left = searched_by_tas(found)
+    kept = [torch.arange(group.channels // 2) for group in left.graph.groups]
+    narrow = extract_module(left.module, left.graph, kept)
+    assert narrow(drawn(0, 2, 3, SIZE, SIZE)).shape == (2, 3)
+    assert {group.channels for group in left.graph.groups} >= {24}
+
+
+# -- rows of blocks --------------------------------------------------------------------
+
+
+class OwnOrder(nn.Sequential):
+    """Calls its modules in an order of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in reversed(list(self)):
+            x = module(x)
+        return x
+
+
+def stages_of(*modules: nn.Module, last: int = 16) -> list[tuple[str, int, int]]:
+    chain = nn.Sequential(
+        own_networks.conv(3, 16), *modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(last, 3),
+    )  # fmt: skip
+    graph = trace_channels(chain, input_shape=(3, SIZE, SIZE))
+    image = torch.zeros(1, 3, SIZE, SIZE)
+    return [(s.container, s.first, s.blocks) for s in find_stages(chain, graph, image)]
+
+
+def test_rows_of_blocks_are_found_in_plain_chains_and_in_chains_of_chains() -> None:
+    block = own_networks.conv
+    assert stages_of(block(16, 16), block(16, 16)) == [("", 0, 3)]
+    assert stages_of(block(16, 24), block(24, 24), last=24) == [("", 1, 2)]
+    rows = nn.Sequential(nn.Sequential(block(16, 16), block(16, 16)))
+    assert stages_of(rows) == [("1.0", 0, 2)]
+    two = [nn.Sequential(block(16, 16), block(16, 16)) for _ in range(2)]
+    assert stages_of(*two) == [("1", 0, 2), ("2", 0, 2)]
+
+
+def test_what_is_no_row_of_blocks_is_left_alone() -> None:
+    block, again = own_networks.conv, own_networks.conv(16, 16)
+    assert stages_of(own_networks.conv(16, 16, stride=2)) == []
+    assert stages_of(OwnOrder(block(16, 16), block(16, 16))) == []
+    assert stages_of(block(16, 16, 1)) == []  # of another kernel than the stem's
+    assert stages_of(again, nn.ReLU(), again) == []
+    assert stages_of(block(16, 24), last=24) == []
+    pooled = [nn.Sequential(block(16, 16), nn.MaxPool2d(2)) for _ in range(2)]
+    assert stages_of(*pooled) == []
+
+
+def test_rows_that_are_joined_leave_all_other_paths() -> None:
+    network = own()
+    net = searched(network)
+    blocks = net.module.network.get_submodule("blocks")
+    kinds = [type(block).__name__ for block in blocks.children()]
+    assert kinds == [
+        "SearchedStage", "Identity", "Identity", "SearchedStage", "Identity",
+    ]  # fmt: skip
+
+
+def test_depths_of_different_widths_are_mixed_as_the_widest() -> None:
+    widths = [Distribution((2, 4, 8)) for _ in range(2)]
+    widths[0].settle(4)
+    widths[1].settle(8)
+    depth = Distribution((1, 2))
+    depth.drawn = Draw(indices=(0, 1), weights=torch.tensor([0.25, 0.75]))
+    first = torch.zeros(1, 8, 1, 1)
+    first[:, :4] = torch.arange(1.0, 5.0).view(1, 4, 1, 1)
+    stage = SearchedStage(
+        [Gives(first), Gives(torch.ones(1, 8, 1, 1))],
+        depth,
+        [widths[:1], widths],
+    )
+    expected = 0.25 * torch.arange(1.0, 5.0).repeat_interleave(2) + 0.75
+    torch.testing.assert_close(stage(first).flatten(), expected)
+
+
+class Gives(nn.Module):
+    """Gives one output, whatever comes in."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
 
 
 def test_a_norm_that_padded_channels_pass_is_left_whole() -> None:
@@ -511,7 +772,43 @@ def test_a_target_below_the_least_choice_is_refused() -> None:
             training(share=share)
 
 
+def test_a_search_says_before_it_begins_what_it_will_take() -> None:
+    loop, method, net = training()
+    before = [p.detach().clone() for p in net.module.parameters()]
+    found = preflight(net, method.deciding, steps=100)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, net.module.parameters(), strict=True)
+    )
+    twice = preflight(net, method.deciding, steps=100_000)
+    assert 100 < twice.seconds / found.seconds < 10_000
+    assert twice.told.startswith("about ")
+    assert " min" in twice.told
+    assert found.memory_mb is None or found.memory_mb >= 0
+    del loop
+
+
+def test_what_is_told_has_the_expected_and_the_likeliest_price() -> None:
+    _, method, net = training()
+    for one in net.module.distributions:
+        peaked(one, one.choices[-1])
+    (told,) = method.remarks()
+    assert told == (
+        "of the price 100.0% are expected, 100.0% likeliest, 50.0% asked for; "
+        "temperature 5.00"
+    )
+
+
 # -- what is likeliest within a price --------------------------------------------------
+
+
+def order_of(net: SearchedNetwork) -> LikeliestOrder:
+    return LikeliestOrder(
+        graph=net.graph,
+        choices=[one.choices for one in net.width_distributions],
+        probabilities=[one.probabilities.detach() for one in net.width_distributions],
+        step=1,
+        tolerance=0.05,
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -521,11 +818,7 @@ def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) ->
     net = searched(network)
     for index, one in enumerate(net.width_distributions):
         one.logits.data = 2 * drawn(seed + index, len(one.choices))
-    order = LikeliestOrder(
-        choices=[one.choices for one in net.width_distributions],
-        probabilities=[one.probabilities.detach() for one in net.width_distributions],
-        step=1,
-    )
+    order = order_of(net)
     price = MacPrice(network.graph)
     most = share * float(price(full_counts(network.graph)))
     counts = order.within(price, most)
@@ -533,6 +826,54 @@ def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) ->
     assert 0.95 * most <= cost <= most
     for count, one in zip(counts, net.width_distributions, strict=True):
         assert one.choices[0] <= count <= one.choices[-1]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.floats(0.2, 1.0))
+def test_with_projections_what_is_left_keeps_the_price_too(
+    seed: int, share: float
+) -> None:
+    network = resnet20()
+    net = searched(network)
+    for index, one in enumerate(net.width_distributions):
+        one.logits.data = 2 * drawn(seed + index, len(one.choices))
+    most = share * WHOLE_MMACS
+    counts = order_of(net).within(MacPrice(network.graph), most)
+    shape = shape_of(counts, [3, 3, 3])
+    assert 0.93 * most <= shape.mac_count / 1e6 <= most + 1e-9
+
+
+def test_room_goes_into_widths_that_need_no_projections() -> None:
+    network = resnet20()
+    net = searched(network)
+    equal = {16: 8, 32: 16, 64: 32}
+    for one in net.width_distributions:
+        peaked(one, equal[one.choices[-1]])
+    price = MacPrice(network.graph)
+    cost = float(price(torch.tensor(net.widths(), dtype=torch.float64)))
+    counts = order_of(net).within(price, 1.2 * cost)
+    names = [group.name for group in network.graph.groups]
+    trunk = [
+        count
+        for name, count in zip(names, counts, strict=True)
+        if not name.endswith("first")
+    ]
+    assert trunk == [8] * 4 + [16] * 3 + [32] * 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, st.floats(1.001, 1.05))
+def test_what_is_likeliest_is_taken_if_it_is_near_the_price(
+    seed: int, room: float
+) -> None:
+    network = own()
+    net = searched(network)
+    for index, one in enumerate(net.width_distributions):
+        one.logits.data = 2 * drawn(seed + index, len(one.choices))
+    price = MacPrice(network.graph)
+    likeliest = list(net.widths())
+    cost = float(price(torch.tensor(likeliest, dtype=torch.float64)))
+    assert order_of(net).within(price, room * cost) == likeliest
 
 
 # -- P8: knowledge ---------------------------------------------------------------------
@@ -563,10 +904,52 @@ def test_the_gradient_is_as_large_at_any_high_temperature() -> None:
 # -- P9: golden counts -----------------------------------------------------------------
 
 
-def test_published_networks_count_what_was_published() -> None:
-    widths = (16, 6, 4, 4, 4, 4, 4, 32, 32, 12, 19, 32, 28, 64, 64, 64, 64, 64, 44)
-    shape = ResNetShape(widths=widths, kept_blocks=(3, 3, 3))
-    assert shape.mac_count == 22_444_472
+# Widths that were published with the method's code, the stem's first.
+R20 = "16 6 4 4 4 4 4 32 32 12 19 32 28 64 64 64 64 64 44"
+R32 = (
+    "16 6 4 12 4 4 16 9 9 6 14 32 32 9 19 28 9 32 19 32 9 64 64 64 64 64 64 64 32 38 32"
+)
+R56 = (
+    "16 16 16 14 11 9 16 12 16 6 16 4 8 4 14 6 4 4 4 32 32 32 32 32 32 22 28 "
+    "32 32 19 9 19 16 9 25 16 9 64 64 64 64 64 64 64 64 64 51 19 19 32 19 19 "
+    "32 19 25"
+)
+R56_COMPARED = (
+    "16 16 16 14 14 14 16 12 16 6 16 4 4 4 14 4 4 6 4 32 32 32 32 32 32 22 25 "
+    "16 32 19 9 9 16 25 12 16 9 64 64 64 64 64 64 64 64 64 51 19 19 32 51 25 "
+    "32 19 19"
+)
+R56_OF_100 = (
+    "16 16 9 14 16 14 16 8 16 8 14 4 4 4 8 4 6 4 4 32 32 32 28 32 32 32 22 32 "
+    "32 32 9 25 19 25 12 9 9 64 64 64 64 64 64 64 64 64 51 19 19 19 19 25 38 "
+    "19 19"
+)
+
+
+@pytest.mark.parametrize(
+    ("widths", "kept", "classes", "macs"),
+    [
+        (R20, (3, 3, 3), 10, 22_444_472),
+        (R32, (5, 5, 5), 10, 34_945_344),
+        (R56, (5, 5, 5), 10, 59_858_430),
+        (R56_COMPARED, (5, 5, 5), 10, 59_451_390),
+        (R56_OF_100, (5, 5, 7), 100, 61_233_836),
+    ],
+    ids=["R20", "R32", "R56", "R56-compared", "R56-100"],
+)
+def test_published_networks_count_what_was_published(
+    widths: str, kept: tuple[int, int, int], classes: int, macs: int
+) -> None:
+    shape = ResNetShape(
+        widths=tuple(int(width) for width in widths.split()),
+        kept_blocks=kept,
+        class_count=classes,
+    )
+    assert shape.mac_count == macs
+    assert counted_macs(CifarResNet(shape), 32) == macs
+
+
+def test_whole_networks_count_what_was_published() -> None:
     dense = {
         depth: round(ResNetShape.dense(depth).mac_count / 1e6, 2)
         for depth in (20, 32, 56, 110)
