@@ -20,26 +20,22 @@ import tempfile
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from cifar_networks import ResNet
 from inputs import console, read_test_images
 from loky import ProcessPoolExecutor
-from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
     LOGS,
     RESOLUTION,
-    WEIGHTS,
-    Lines,
     accuracy_of,
     arrays_of,
+    compare_by_latency,
     digest,
+    is_kept,
     keep,
-    keep_bundle,
     kept,
     kept_counts,
     loaded,
@@ -48,20 +44,18 @@ from trainings import (
     one_cycle,
     onnx_of,
     run_stage,
-    time_on,
+    shrink_to_latency_of,
     train,
     training_set,
 )
 
-from ofa_deploy.api import specialize
-from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
-from ofa_deploy.dataset import ImageSet
+from ofa_deploy.families.cifar_resnet import ResNetShape
+from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.candidates import CandidateImages
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module
-from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.legr import (
     Affine,
     LegrSettings,
@@ -74,6 +68,7 @@ from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.train.images import TrainingImages
 
 DEPTH = 20
+SHAPE = ResNetShape.dense(DEPTH)
 FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 60, 12
 BUDGETS = (0.2, 0.3, 0.5, 0.7)
 RANKINGS = ("LeGR", "uniform", "norm")
@@ -85,13 +80,12 @@ DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1, cutmix_s
 TUNE = one_cycle("tune", epochs=TUNE_EPOCHS, peak_learning_rate=0.05, cutmix_share=0)
 # Bars.
 LEAST_DENSE, MOST_LOST, MOST_COST = 0.91, 0.007, 0.4
-SAME_LATENCY = 0.02
 CPUS = 2
 
 
 def network(weights: str) -> nn.Module:
     """ResNet-20 with what a stage left."""
-    return loaded(ResNet(DEPTH), kept(weights))
+    return loaded(CifarResNet(SHAPE), kept(weights))
 
 
 def owned(images: TrainingImages) -> OwnNetwork:
@@ -110,7 +104,7 @@ def owned(images: TrainingImages) -> OwnNetwork:
 def train_first(args: argparse.Namespace) -> None:
     """ResNet-20, one cycle."""
     torch.manual_seed(0)
-    module, folder = ResNet(DEPTH), args.work / "legr" / "first"
+    module, folder = CifarResNet(SHAPE), args.work / "legr" / "first"
     images = TrainingImages(training_set(args), FIRST)
     train(module, "first", images=images, recipe=FIRST, folder=folder)
     keep("resnet20-first", arrays_of(module), {"": log_of(folder)})
@@ -263,14 +257,6 @@ def tune(args: argparse.Namespace) -> None:
             keep(name, arrays_of(narrow) | places, {"": log_of(folder)})
 
 
-def is_kept(name: str, places: dict[str, NDArray[Any]]) -> bool:
-    """Whether a result is there, of these channels."""
-    if not (WEIGHTS / f"{name}.safetensors").is_file():
-        return False
-    before = kept(name)
-    return all(np.array_equal(before[key], place) for key, place in places.items())
-
-
 def tuned(own: OwnNetwork, ranking: str, share: float) -> nn.Module:
     """What the stage `tuned` left."""
     return narrowed(own, kept(f"legr-{ranking.lower()}-{share * 100:.0f}"))
@@ -282,30 +268,16 @@ def prune_by_latency(args: argparse.Namespace) -> None:
     images = TrainingImages(data, TUNE)
     own = owned(images)
     by_macs = tuned(own, "LeGR", 0.5)
-    work = args.work / "legr" / f"latency-{digest(arrays_of(by_macs))}"
-    path = work / "budget.json"
-    if not path.is_file():
-        found = time_on("openvino-cpu", {"macs": onnx_of(by_macs)})
-        work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n")
-    budget_ms = json.loads(path.read_text())["budget_ms"]
     recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
-    out = work / "bundle"
-    if not out.exists():
-        with StageBar(console) as bar:
-            specialize(
-                "openvino-cpu",
-                latency_ms=budget_ms,
-                model=network("resnet20-dense"),
-                method="legr",
-                data=data,
-                out=out,
-                recipe=recipe,
-                work=work,
-                reporter=bar,
-                training_told=Lines(bar),
-            )
-    keep_bundle("legr-latency", out)
+    shrink_to_latency_of(
+        by_macs,
+        name="legr-latency",
+        model=network("resnet20-dense"),
+        method="legr",
+        recipe=recipe,
+        data=data,
+        work=args.work / "legr",
+    )
 
 
 # -- the report ------------------------------------------------------------------------
@@ -370,7 +342,8 @@ def publish(args: argparse.Namespace) -> None:
         )
         section.bar(f"LeGR above {other}: {told}", passed=min(won) > 0)
     write_search(section)
-    write_latency(section, own, inputs, test)
+    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
+    compare_by_latency(section, "legr-latency", by_macs, inputs, test)
     section.publish()
 
 
@@ -385,29 +358,6 @@ def write_search(section: Section) -> None:
         f"for each, {rivals_s:.0f} s by {TIMED_EVALUATIONS} evaluations at each budget "
         f"(at most {MOST_COST:g})",
         passed=ratio <= MOST_COST,
-    )
-
-
-def write_latency(
-    section: Section, own: OwnNetwork, inputs: NDArray[np.float32], test: ImageSet
-) -> None:
-    """A latency as the budget, beside half of the MACs."""
-    bundle = Bundle.open(WEIGHTS / "legr-latency")
-    by_ms = (bundle.path / "model.onnx").read_bytes()
-    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
-    found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs})
-    accuracies = {
-        "ms": accuracy_of(by_ms, inputs, test),
-        "macs": accuracy_of(by_macs, inputs, test),
-    }
-    verdict = bundle.manifest.binding
-    section.bar(
-        f"a latency as the budget: certified {verdict.bound:.4f} of "
-        f"{verdict.limit:.4f} ms; {accuracies['ms']:.2%} in {found_ms['ms']:.4f} ms "
-        f"beside {accuracies['macs']:.2%} in {found_ms['macs']:.4f} ms by MACs",
-        passed=verdict.met
-        and accuracies["ms"] >= accuracies["macs"]
-        and found_ms["ms"] <= (1 + SAME_LATENCY) * found_ms["macs"],
     )
 
 

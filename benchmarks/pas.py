@@ -4,9 +4,10 @@ Trainings take hours, so each stage is a command of its own, which goes on where
 stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
-    first           a network of the same plan, in one short cycle: a teacher
+    wide            a larger network: the best teacher
+    first           a network of the same plan, in one short cycle: another one
     plain           the network that everything else is made from, without its branches
-    taught          it once more, by itself, the first and the zoo's supernet together
+    taught          it once more, by all of these and the zoo's supernet together
     dense           it gets its branches, and is taught on
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
@@ -42,10 +43,12 @@ from trainings import (
     Lines,
     Weights,
     accuracy_of,
+    arrays_of,
     digest,
     keep,
     keep_bundle,
     kept,
+    loaded,
     log_of,
     one_cycle,
     run_stage,
@@ -54,6 +57,7 @@ from trainings import (
     training_set,
     trainings_of,
 )
+from wide_network import WideNet
 
 from ofa_deploy.api import specialize
 from ofa_deploy.branching import plain_plan, with_silent_branches
@@ -86,6 +90,7 @@ from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
+WIDE_EPOCHS = 40
 FIRST_EPOCHS, PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 36, 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 24
 BRANCHED_EPOCHS = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
@@ -120,6 +125,9 @@ PLAIN = one_cycle(
 TAUGHT = one_cycle(
     "taught", epochs=TAUGHT_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
 )
+
+
+WIDE = one_cycle("wide", epochs=WIDE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.75)
 
 
 def branched_recipe(name: str, *, epochs: int) -> Recipe:
@@ -167,10 +175,11 @@ def train_first(args: argparse.Namespace) -> None:
 
 
 def teachers(images: TrainingImages) -> Ensemble:
-    """The plain network, the first one, and the zoo's supernet at its largest."""
+    """A larger network, the plain one, the first one, and the zoo's supernet."""
     plan = dense_plan()
     plain = plain_plan(plan)
     return Ensemble(
+        loaded(WideNet(), kept("pas-wide")),
         FusedNet(plain, fuse(kept("pas-plain"), plain)),
         FusedNet(plan, fuse(kept("pas-first"), plan)),
         supernet_teacher(images),
@@ -197,6 +206,15 @@ def supernet_teacher(images: TrainingImages) -> FusedNet:
         threads=2,
     )
     return FusedNet(plan, fuse(weights, plan))
+
+
+def train_wide(args: argparse.Namespace) -> None:
+    """A larger network: the best teacher."""
+    torch.manual_seed(0)
+    module, folder = WideNet(), args.work / "pas" / "wide"
+    images = TrainingImages(training_set(args), WIDE)
+    train(module, "wide", images=images, recipe=WIDE, folder=folder)
+    keep("pas-wide", arrays_of(module), {"": log_of(folder)})
 
 
 def dense_teacher(images: TrainingImages) -> FusedNet:
@@ -460,7 +478,8 @@ def write(
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
         f"{PLAIN_EPOCHS} epochs without its branches, {TAUGHT_EPOCHS} more with "
-        "itself, another of its kind and the zoo's supernet as teachers, and "
+        "itself, a larger network, another of its kind and the zoo's supernet as "
+        "teachers, and "
         f"{DENSE_EPOCHS} with branches; pruned for {SEARCH_EPOCHS} and fine-tuned for "
         f"{FINETUNE_EPOCHS} by the dense network; the uniform one trained from nothing "
         f"in the same way, for {ALL_EPOCHS} epochs. "
@@ -480,7 +499,7 @@ def write(
             for name in macs
         ],
     )
-    section.table(["training", "epochs", "minutes"], trainings())
+    section.table(["training", "epochs", "minutes"], trainings_of("pas-"))
     by_macs, by_ms = (
         accuracies["PaS, half of the MACs"],
         accuracies["PaS, milliseconds"],
@@ -539,22 +558,6 @@ def write(
     section.publish()
 
 
-def trainings() -> list[list[str]]:
-    """Epochs and wall time of every training, from their logs."""
-    rows = trainings_of("pas-")
-    history = json.loads((LOGS / "pas-milliseconds.json").read_text())
-    for part in ("search", "finetune"):
-        last = history[part][-1]
-        rows.append(
-            [
-                f"milliseconds, {part}",
-                f"{last['epoch']}",
-                f"{last['elapsed_s'] / 60:.0f}",
-            ]
-        )
-    return rows
-
-
 def fuse_error(dense: StaticNet) -> float:
     """Largest difference of the two forms' logits, over the largest logit."""
     rng = np.random.default_rng(0)
@@ -594,6 +597,7 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 
 STAGES = {
+    "wide": train_wide,
     "first": train_first,
     "plain": train_plain,
     "taught": train_taught,

@@ -18,15 +18,20 @@ import numpy as np
 import torch
 from inputs import add_data, add_work, console, new_parser
 from numpy.typing import NDArray
+from report import Section
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from ofa_deploy.api import specialize
+from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.shrink.extract import extract_module
+from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
@@ -42,6 +47,8 @@ HERE = Path(__file__).parent
 LOGS, WEIGHTS = HERE / "logs", HERE / "weights"
 RESOLUTION = 32
 SETTINGS = MeasureSettings.certify(seed=5)
+# Of two latencies, that pass for one.
+SAME_LATENCY = 0.02
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -166,14 +173,111 @@ def keep_bundle(name: str, bundle: Path) -> None:
     shutil.copyfile(bundle / HISTORY_FILE, LOGS / f"{name}.json")
 
 
+def is_kept(name: str, structure: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a result is there, of this structure."""
+    if not (WEIGHTS / f"{name}.safetensors").is_file():
+        return False
+    before = kept(name)
+    return all(np.array_equal(before[key], one) for key, one in structure.items())
+
+
+def shrink_to_latency_of(
+    by_macs: nn.Module,
+    *,
+    name: str,
+    model: nn.Module,
+    method: Method,
+    recipe: ShrinkRecipe,
+    data: ImageSet,
+    work: Path,
+) -> None:
+    """Shrink a network to the latency that its form found by MACs has on OpenVINO.
+
+    Args:
+        by_macs: That form.
+        name: Of the bundle that is kept.
+        model: The network.
+        method: That found both.
+        recipe: Likewise.
+        data: To train on.
+        work: Folder of what is not kept.
+    """
+    folder = work / f"{name}-{digest(arrays_of(by_macs))}"
+    path, out = folder / "budget.json", folder / "bundle"
+    if not path.is_file():
+        found = time_on("openvino-cpu", {"macs": onnx_of(by_macs)})
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n")
+    if not out.exists():
+        with StageBar(console) as bar:
+            specialize(
+                "openvino-cpu",
+                latency_ms=json.loads(path.read_text())["budget_ms"],
+                model=model,
+                method=method,
+                data=data,
+                out=out,
+                recipe=recipe,
+                work=folder,
+                reporter=bar,
+                training_told=Lines(bar),
+            )
+    keep_bundle(name, out)
+
+
+def compare_by_latency(
+    section: Section,
+    name: str,
+    by_macs: bytes,
+    inputs: NDArray[np.float32],
+    test: ImageSet,
+) -> None:
+    """Tell of a network found by latency, beside the one found by MACs.
+
+    Args:
+        section: Gets the bar.
+        name: Of the bundle, as it was kept.
+        by_macs: The other one, as an ONNX model.
+        inputs: To test both on.
+        test: Their labels.
+    """
+    bundle = Bundle.open(WEIGHTS / name)
+    by_ms = (bundle.path / "model.onnx").read_bytes()
+    found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs})
+    accuracies = {
+        "ms": accuracy_of(by_ms, inputs, test),
+        "macs": accuracy_of(by_macs, inputs, test),
+    }
+    verdict = bundle.manifest.binding
+    section.bar(
+        f"a latency as the budget: certified {verdict.bound:.4f} of "
+        f"{verdict.limit:.4f} ms; {accuracies['ms']:.2%} in {found_ms['ms']:.4f} ms "
+        f"beside {accuracies['macs']:.2%} in {found_ms['macs']:.4f} ms by MACs",
+        passed=verdict.met
+        and accuracies["ms"] >= accuracies["macs"]
+        and found_ms["ms"] <= (1 + SAME_LATENCY) * found_ms["macs"],
+    )
+
+
 def trainings_of(prefix: str) -> list[list[str]]:
     """Name, epochs and minutes of all trainings whose logs begin so."""
-    rows = []
-    for log in sorted(LOGS.glob(f"{prefix}*.jsonl")):
-        last = json.loads(log.read_text().splitlines()[-1])
-        name = log.stem.removeprefix(prefix).replace("-", ", ")
-        rows.append([name, f"{last['epoch']}", f"{last['elapsed_s'] / 60:.0f}"])
-    return rows
+    lasts = {
+        log.stem: json.loads(log.read_text().splitlines()[-1])
+        for log in sorted(LOGS.glob(f"{prefix}*.jsonl"))
+    }
+    for path in sorted(LOGS.glob(f"{prefix}*.json")):  # of bundles
+        history = json.loads(path.read_text())
+        for part in ("search", "finetune"):
+            if history.get(part) and "epoch" in history[part][-1]:
+                lasts[f"{path.stem}-{part}"] = history[part][-1]
+    return [
+        [
+            name.removeprefix(prefix).replace("-", ", "),
+            f"{last['epoch']}",
+            f"{last['elapsed_s'] / 60:.0f}",
+        ]
+        for name, last in lasts.items()
+    ]
 
 
 class Ensemble(nn.Module):
