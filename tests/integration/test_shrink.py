@@ -25,6 +25,7 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, SpaceError, TraceError, TrainingError
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.families import repvgg
+from ofa_deploy.nn.cifar_resnet import Block
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
 from ofa_deploy.report.page import REPORT_FILE
@@ -36,7 +37,7 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import LegrSettings
-from ofa_deploy.shrink.methods import SEARCHING, Search
+from ofa_deploy.shrink.methods import SEARCHING, Search, searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
@@ -309,6 +310,66 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
     trained = read_checkpoint(checkpoint).weights
     assert trained["inner.weight"].shape[0] == history["kept"][1]
+
+
+class RowOfBlocks(nn.Module):
+    """Three blocks whose shortcuts are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(*(Block(16, 16, 16, 1) for _ in range(3)))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
+    caches: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    network = train(RowOfBlocks())
+    own = searched_by_tas(own_network(network), step=4)
+    prices = device_prices.measure_prices(
+        own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        backend=get_backend("onnxruntime-cpu"),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    full_ms = float(prices.price(full_counts(own.graph)))
+    bundle = specialize(
+        "onnxruntime-cpu",
+        model=network,
+        data=data(),
+        out=tmp_path / "out",
+        latency_ms=0.7 * full_ms,
+        method="tas",
+        recipe=recipe(),
+        work=tmp_path / "work",
+    )
+    assert bundle.manifest.binding.met
+    assert bundle.check().agrees
+    assert bundle.manifest.supernet_sha256 == own_network(network).sha256
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert history["groups"] == [
+        "stem", *(f"blocks.{k}.{c}" for k in range(3) for c in ("first", "second")),
+        "blocks[0:3], blocks",
+    ]  # fmt: skip
+    *widths, depth = history["kept"]
+    gone = widths[1 + 2 * depth :]
+    assert not any(gone)
+    assert all(widths[: 1 + 2 * depth])
+    name = bundle.manifest.config_id
+    (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
+    trained = read_checkpoint(checkpoint).weights
+    read = [widths[0], *widths[2 : 2 * depth : 2]]
+    written = widths[2 : 1 + 2 * depth : 2]
+    projected = [f"blocks.{k}.shortcut.0.weight" in trained for k in range(depth)]
+    assert projected == [a != b for a, b in zip(read, written, strict=True)]
 
 
 def test_budgets_above_the_lowest_are_cut_from_one_search(
