@@ -17,7 +17,7 @@ import lzma
 
 import torch
 from cifar_networks import Vgg
-from inputs import console, read_test_images
+from inputs import console
 from report import Section
 from torch import nn
 from trainings import (
@@ -25,6 +25,7 @@ from trainings import (
     Lines,
     accuracy_of,
     arrays_of,
+    digest,
     keep,
     kept,
     kept_counts,
@@ -34,6 +35,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     run_stage,
+    test_set,
     time_on,
     train,
     training_set,
@@ -51,8 +53,9 @@ from ofa_deploy.shrink.recipe import ShrinkRecipe
 from ofa_deploy.shrink.sparse import finetune_weights, search_weights, weights_of
 from ofa_deploy.train.images import TrainingImages
 
-DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 12, 24
-MACS_SHARE, WEIGHTS_SHARE = 0.5, 0.02
+DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 24, 40
+# With room for weights whose parameters are as large as the last one's.
+MACS_SHARE, WEIGHTS_SHARE = 0.5, 0.0198
 STEP = 8
 DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1)
 # Bars.
@@ -88,9 +91,9 @@ def owned(images: TrainingImages) -> OwnNetwork:
 def train_dense(args: argparse.Namespace) -> None:
     """The network that both are made from."""
     torch.manual_seed(0)
-    module, folder = Vgg(), args.work / "autoprune" / "dense"
-    images = TrainingImages(training_set(args), DENSE)
-    train(module, "dense", images=images, recipe=DENSE, folder=folder)
+    module, images = Vgg(), TrainingImages(training_set(args), DENSE)
+    work = args.work / "autoprune"
+    folder = train(module, "dense", images=images, recipe=DENSE, work=work)
     keep("vgg-dense", arrays_of(module), {"": log_of(folder)})
 
 
@@ -99,7 +102,7 @@ def prune_filters(args: argparse.Namespace) -> None:
     settings = shrink_recipe()
     images = TrainingImages(training_set(args), settings.search)
     own = owned(images)
-    folder = args.work / "autoprune" / f"filters-{own.sha256[:12]}"
+    folder = args.work / "autoprune" / f"filters-{digest(kept('vgg-dense'), settings)}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
         found = Search(
@@ -137,7 +140,7 @@ def prune_weights(args: argparse.Namespace) -> None:
     settings = shrink_recipe()
     images = TrainingImages(training_set(args), settings.search)
     own = owned(images)
-    folder = args.work / "autoprune" / f"weights-{own.sha256[:12]}"
+    folder = args.work / "autoprune" / f"weights-{digest(kept('vgg-dense'), settings)}"
     with StageBar(console) as bar:
         pull = search_weights(
             own.module,
@@ -181,7 +184,7 @@ def counted(module: nn.Module) -> tuple[int, int]:
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     images = TrainingImages(training_set(args), shrink_recipe().search)
-    test = read_test_images(args.data)
+    test = test_set(args)
     own = owned(images)
     networks = {
         "dense": own.module,

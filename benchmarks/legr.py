@@ -5,11 +5,11 @@ stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
     first      ResNet-20, one cycle
-    dense      it once more, from there
+    dense      it once more, from there, by what the stage `wide` of `pas.py` leaves
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
     latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
-    report     everything measured, and the section of RESULTS.md
+    report     everything measured, and the section of RESULTS.md; likewise
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import tempfile
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
-from inputs import console, read_test_images
+from inputs import console
 from loky import ProcessPoolExecutor
 from report import Section
 from torch import nn
@@ -43,11 +44,15 @@ from trainings import (
     narrowed,
     one_cycle,
     onnx_of,
+    origin_of,
     run_stage,
     shrink_to_latency_of,
+    test_set,
     train,
     training_set,
+    trainings_of,
 )
+from wide_network import WideNet
 
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families.cifar_resnet import ResNetShape
@@ -69,14 +74,18 @@ from ofa_deploy.train.images import TrainingImages
 
 DEPTH = 20
 SHAPE = ResNetShape.dense(DEPTH)
-FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 60, 12
-BUDGETS = (0.2, 0.3, 0.5, 0.7)
+FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 60, 24
+# Where rankings differ the least, two seeds tell them apart.
+SEEDS = {0.2: (0,), 0.3: (0,), 0.5: (0, 1), 0.7: (0, 1)}
+BUDGETS = tuple(SEEDS)
 RANKINGS = ("LeGR", "uniform", "norm")
 SETTINGS = LegrSettings()
 # Evaluations that tell what one costs at each budget.
 TIMED_EVALUATIONS = 32
 FIRST = one_cycle("first", epochs=FIRST_EPOCHS, peak_learning_rate=0.1, cutmix_share=0)
-DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0)
+DENSE = one_cycle(
+    "dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
+)
 TUNE = one_cycle("tune", epochs=TUNE_EPOCHS, peak_learning_rate=0.05, cutmix_share=0)
 # Bars.
 LEAST_DENSE, MOST_LOST, MOST_COST = 0.91, 0.007, 0.4
@@ -104,17 +113,24 @@ def owned(images: TrainingImages) -> OwnNetwork:
 def train_first(args: argparse.Namespace) -> None:
     """ResNet-20, one cycle."""
     torch.manual_seed(0)
-    module, folder = CifarResNet(SHAPE), args.work / "legr" / "first"
-    images = TrainingImages(training_set(args), FIRST)
-    train(module, "first", images=images, recipe=FIRST, folder=folder)
+    module, images = CifarResNet(SHAPE), TrainingImages(training_set(args), FIRST)
+    folder = train(
+        module, "first", images=images, recipe=FIRST, work=args.work / "legr"
+    )
     keep("resnet20-first", arrays_of(module), {"": log_of(folder)})
 
 
 def train_dense(args: argparse.Namespace) -> None:
-    """It once more, from there."""
-    module, folder = network("resnet20-first"), args.work / "legr" / "dense"
-    images = TrainingImages(training_set(args), DENSE)
-    train(module, "dense", images=images, recipe=DENSE, folder=folder)
+    """It once more, from there, by a larger network."""
+    module = network("resnet20-first")
+    folder = train(
+        module,
+        "dense",
+        images=TrainingImages(training_set(args), DENSE),
+        recipe=DENSE,
+        work=args.work / "legr",
+        teacher=loaded(WideNet(), kept("pas-wide")),
+    )
     keep("resnet20-dense", arrays_of(module), {"": log_of(folder)})
 
 
@@ -170,6 +186,7 @@ def learn_ranking(args: argparse.Namespace) -> None:
             lambda population: bar.advance(population.done, SETTINGS.evaluations),
         )
     content = {
+        "network": own.sha256,
         "alpha": best.alpha.tolist(),
         "kappa": best.kappa.tolist(),
         "layers": [source.name for source in learned.sources],
@@ -197,6 +214,8 @@ def seconds_of_one(
 def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
     """What each ranking leaves at a share of the MACs."""
     learned = json.loads((LOGS / "legr-ranking.json").read_text())
+    if learned["network"] != own.sha256:
+        raise SystemExit("the ranking is of another network; run the stage ranking")
     price = MacPrice(own.graph)
     most = share * float(price(full_counts(own.graph)))
     floors = quota_floors(own.graph, safeguard=SETTINGS.safeguard, step=1)
@@ -240,26 +259,45 @@ def uniform_counts(own: OwnNetwork, most: float) -> list[int]:
 def tune(args: argparse.Namespace) -> None:
     """Fine-tune what each ranking leaves at each budget, all for as long."""
     images = TrainingImages(training_set(args), TUNE)
-    own = owned(images)
-    teacher = network("resnet20-dense")
-    for share in BUDGETS:
+    own, teacher = owned(images), network("resnet20-dense")
+    for share, seeds in SEEDS.items():
         for ranking, indices in structures(own, share).items():
-            name = f"legr-{ranking.lower()}-{share * 100:.0f}"
-            places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
-            if is_kept(name, places):
-                continue
-            narrow = extract_module(own.module, own.graph, indices)
-            start = f"{own.sha256[:12]}-{digest(places)}"
-            folder = args.work / "legr" / f"{name}-{start}"
-            train(
-                narrow, name, images=images, recipe=TUNE, folder=folder, teacher=teacher
-            )
-            keep(name, arrays_of(narrow) | places, {"": log_of(folder)})
+            for seed in seeds:
+                name, recipe = (
+                    tuned_name(ranking, share, seed),
+                    replace(TUNE, seed=seed),
+                )
+                narrow = extract_module(own.module, own.graph, indices)
+                places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
+                origin = digest(places, origin_of(narrow, recipe, teacher))
+                if is_kept(name, origin):
+                    continue
+                folder = train(
+                    narrow,
+                    name,
+                    images=images,
+                    recipe=recipe,
+                    work=args.work / "legr",
+                    teacher=teacher,
+                )
+                keep(
+                    name,
+                    arrays_of(narrow) | places,
+                    {"": log_of(folder)},
+                    origin=origin,
+                )
 
 
-def tuned(own: OwnNetwork, ranking: str, share: float) -> nn.Module:
-    """What the stage `tuned` left."""
-    return narrowed(own, kept(f"legr-{ranking.lower()}-{share * 100:.0f}"))
+def tuned_name(ranking: str, share: float, seed: int) -> str:
+    """Of a result."""
+    return f"legr-{ranking.lower()}-{share * 100:.0f}-{seed}"
+
+
+def tuned(own: OwnNetwork, ranking: str, share: float) -> list[nn.Module]:
+    """What the stage `tuned` left, of each seed."""
+    return [
+        narrowed(own, kept(tuned_name(ranking, share, seed))) for seed in SEEDS[share]
+    ]
 
 
 def prune_by_latency(args: argparse.Namespace) -> None:
@@ -267,7 +305,7 @@ def prune_by_latency(args: argparse.Namespace) -> None:
     data = training_set(args)
     images = TrainingImages(data, TUNE)
     own = owned(images)
-    by_macs = tuned(own, "LeGR", 0.5)
+    by_macs = onnx_of(tuned(own, "LeGR", 0.5)[0])
     recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
     shrink_to_latency_of(
         by_macs,
@@ -286,7 +324,7 @@ def prune_by_latency(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     images = TrainingImages(training_set(args), TUNE)
-    test = read_test_images(args.data)
+    test = test_set(args)
     own = owned(images)
     inputs = prepare(
         test.images, resolution=RESOLUTION, normalisation=images.normalisation
@@ -295,23 +333,30 @@ def publish(args: argparse.Namespace) -> None:
     price = MacPrice(own.graph)
     full = float(price(full_counts(own.graph)))
     found = {
-        (ranking, share): accuracy_of(onnx_of(tuned(own, ranking, share)), inputs, test)
-        for share in BUDGETS
-        for ranking in RANKINGS
-    }
-    macs = {
-        (ranking, share): float(
-            price(kept_counts(f"legr-{ranking.lower()}-{share * 100:.0f}", own))
+        (ranking, share): mean(
+            accuracy_of(onnx_of(one), inputs, test)
+            for one in tuned(own, ranking, share)
         )
         for share in BUDGETS
         for ranking in RANKINGS
     }
+    macs = {
+        (ranking, share): float(price(kept_counts(tuned_name(ranking, share, 0), own)))
+        for share in BUDGETS
+        for ranking in RANKINGS
+    }
     section = Section("legr", "LeGR", results=args.results)
+    means = [
+        f"the mean of {len(seeds)} trainings at {share:.0%}"
+        for share, seeds in SEEDS.items()
+        if len(seeds) > 1
+    ]
     section.text(
         f"ResNet-{DEPTH}, {full:.1f} MMACs, trained for {FIRST_EPOCHS} and then "
         f"{DENSE_EPOCHS} epochs: {dense:.2%} of the test images. What each ranking "
         f"leaves is fine-tuned for {TUNE_EPOCHS} epochs with the dense network as "
-        "teacher. Test accuracy of the exported models, and MMACs."
+        "teacher. Test accuracy of the exported models, and MMACs; "
+        f"{', '.join(means)}."
     )
     section.table(
         ["of the MACs", *RANKINGS],
@@ -326,6 +371,8 @@ def publish(args: argparse.Namespace) -> None:
             for share in BUDGETS
         ],
     )
+    rows = trainings_of("resnet20-") + trainings_of("legr-")
+    section.table(["training", "epochs", "minutes"], rows)
     section.bar(
         f"dense: {dense:.2%} (at least {LEAST_DENSE:.1%})", passed=dense >= LEAST_DENSE
     )
@@ -342,7 +389,7 @@ def publish(args: argparse.Namespace) -> None:
         )
         section.bar(f"LeGR above {other}: {told}", passed=min(won) > 0)
     write_search(section)
-    by_macs = onnx_of(tuned(own, "LeGR", 0.5))
+    by_macs = [onnx_of(one) for one in tuned(own, "LeGR", 0.5)]
     compare_by_latency(section, "legr-latency", by_macs, inputs, test)
     section.publish()
 

@@ -13,9 +13,12 @@ measures and publishes. In this order:
     scale           the uniform width that takes as long on OpenVINO as what came of it
     uniform-plain   that network, trained as the ones above: without branches first,
     uniform-taught  then taught,
-    uniform         then with branches, for as long as pruning took, too
+    uniform-branched  then with branches,
+    uniform         then for as long as pruning and fine-tuning took, too
     milliseconds    Pruning-as-Search again, by OpenVINO's latency, through `specialize`
     report          everything measured, and the section of RESULTS.md
+
+While `scale`, `milliseconds` and `report` time networks, nothing else may run.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from branched_litert import emit_branched
-from inputs import console, read_test_images
+from inputs import console
 from numpy.typing import NDArray
 from report import Section
 from torch import nn
@@ -46,12 +49,13 @@ from trainings import (
     arrays_of,
     digest,
     keep,
-    keep_bundle,
     kept,
     loaded,
     log_of,
     one_cycle,
     run_stage,
+    shrink_to_latency_of,
+    test_set,
     time_on,
     train,
     training_set,
@@ -59,7 +63,6 @@ from trainings import (
 )
 from wide_network import WideNet
 
-from ofa_deploy.api import specialize
 from ofa_deploy.branching import plain_plan, with_silent_branches
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
@@ -77,7 +80,6 @@ from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
 from ofa_deploy.shrink.finetuning import finetune, freeze
-from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
@@ -92,9 +94,10 @@ from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 WIDE_EPOCHS = 40
 FIRST_EPOCHS, PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 36, 80, 60, 12
-SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 24
-BRANCHED_EPOCHS = DENSE_EPOCHS + SEARCH_EPOCHS + FINETUNE_EPOCHS
-ALL_EPOCHS = PLAIN_EPOCHS + TAUGHT_EPOCHS + BRANCHED_EPOCHS
+SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 36
+ALL_EPOCHS = sum(
+    (PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS)
+)
 TEACHING_SUPERNET, CALIBRATED_ON = "cifar10-small", 2000
 TARGET_SHARE = 0.5
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
@@ -154,14 +157,13 @@ def train_whole(
     teach: Callable[[TrainingImages], nn.Module] | None = None,
 ) -> None:
     """Train a network, and keep its weights and its log."""
-    folder = args.work / "pas" / f"{stage}-{digest(network.weights())}"
     images = TrainingImages(training_set(args), recipe)
-    train(
+    folder = train(
         network,
         stage,
         images=images,
         recipe=recipe,
-        folder=folder,
+        work=args.work / "pas",
         teacher=None if teach is None else teach(images),
     )
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
@@ -211,9 +213,8 @@ def supernet_teacher(images: TrainingImages) -> FusedNet:
 def train_wide(args: argparse.Namespace) -> None:
     """A larger network: the best teacher."""
     torch.manual_seed(0)
-    module, folder = WideNet(), args.work / "pas" / "wide"
-    images = TrainingImages(training_set(args), WIDE)
-    train(module, "wide", images=images, recipe=WIDE, folder=folder)
+    module, images = WideNet(), TrainingImages(training_set(args), WIDE)
+    folder = train(module, "wide", images=images, recipe=WIDE, work=args.work / "pas")
     keep("pas-wide", arrays_of(module), {"": log_of(folder)})
 
 
@@ -253,7 +254,8 @@ def prune_by_macs(args: argparse.Namespace) -> None:
     settings, data = shrink_recipe(), training_set(args)
     training = TrainingImages(data, settings.search)
     own = own_network(kept("pas-dense"), training)
-    folder = args.work / "pas" / f"macs-{own.sha256[:12]}"
+    start = digest(kept("pas-dense"), settings)
+    folder = args.work / "pas" / f"macs-{start}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
         lines = Lines(bar)
@@ -366,8 +368,6 @@ def choose_scale(args: argparse.Namespace) -> None:
     content = {
         "share": float(chosen),
         "pruned_ms": pruned_ms,
-        # What is fitted to this ends at the latency of the network pruned by MACs.
-        "budget_ms": pruned_ms / AIMED_SHARE,
         "uniform_ms": slower[chosen],
         "all_ms": found,
     }
@@ -393,10 +393,17 @@ def train_uniform_taught(args: argparse.Namespace) -> None:
     train_whole(network, "uniform-taught", TAUGHT, args, teachers)
 
 
-def train_uniform(args: argparse.Namespace) -> None:
-    """Then with branches, for as many epochs as the pruned one; by its teacher."""
-    recipe = branched_recipe("uniform", epochs=BRANCHED_EPOCHS)
+def train_uniform_branched(args: argparse.Namespace) -> None:
+    """It gets its branches, as the dense network did."""
+    recipe = branched_recipe("uniform-branched", epochs=DENSE_EPOCHS)
     network = branched(uniform_plan(), "pas-uniform-taught")
+    train_whole(network, "uniform-branched", recipe, args, teachers)
+
+
+def train_uniform(args: argparse.Namespace) -> None:
+    """For as many epochs as the other was pruned and fine-tuned; by its teacher."""
+    recipe = branched_recipe("uniform", epochs=SEARCH_EPOCHS + FINETUNE_EPOCHS)
+    network = StaticNet(uniform_plan(), kept("pas-uniform-branched"))
     train_whole(network, "uniform", recipe, args, dense_teacher)
 
 
@@ -406,26 +413,16 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     Nothing else may run meanwhile.
     """
     data = training_set(args)
-    budget_ms = json.loads((LOGS / "pas-scale.json").read_text())["budget_ms"]
-    print(f"budget: {budget_ms:.4f} ms")
-    weights = kept("pas-dense")
-    work = args.work / "pas" / f"milliseconds-{digest(weights)}-{budget_ms:.6f}"
-    out = work / "bundle"
-    if not out.exists():
-        with StageBar(console) as bar:
-            specialize(
-                "openvino-cpu",
-                latency_ms=budget_ms,
-                model=StaticNet(dense_plan(), weights),
-                method="pas",
-                data=data,
-                out=out,
-                recipe=shrink_recipe(),
-                work=work,
-                reporter=bar,
-                training_told=Lines(bar),
-            )
-    keep_bundle("pas-milliseconds", out)
+    fused, _ = pruned_by_macs(TrainingImages(data, shrink_recipe().search))
+    shrink_to_latency_of(
+        emit_network(fused.plan, fused.weights, form="fused"),
+        name="pas-milliseconds",
+        model=StaticNet(dense_plan(), kept("pas-dense")),
+        method="pas",
+        recipe=shrink_recipe(),
+        data=data,
+        work=args.work / "pas",
+    )
 
 
 # -- the report ------------------------------------------------------------------------
@@ -434,7 +431,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     training = TrainingImages(training_set(args), shrink_recipe().search)
-    test = read_test_images(args.data)
+    test = test_set(args)
     dense = StaticNet(dense_plan(), kept("pas-dense")).eval()
     fused, _ = pruned_by_macs(training)
     share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
@@ -482,7 +479,8 @@ def write(
         "teachers, and "
         f"{DENSE_EPOCHS} with branches; pruned for {SEARCH_EPOCHS} and fine-tuned for "
         f"{FINETUNE_EPOCHS} by the dense network; the uniform one trained from nothing "
-        f"in the same way, for {ALL_EPOCHS} epochs. "
+        f"for as many, {ALL_EPOCHS}, by the same teachers, the last "
+        f"{SEARCH_EPOCHS + FINETUNE_EPOCHS} in one cycle. "
         "Test accuracy of the exported models; OpenVINO, 1 thread, timed against each "
         "other."
     )
@@ -606,6 +604,7 @@ STAGES = {
     "scale": choose_scale,
     "uniform-plain": train_uniform_plain,
     "uniform-taught": train_uniform_taught,
+    "uniform-branched": train_uniform_branched,
     "uniform": train_uniform,
     "milliseconds": prune_by_milliseconds,
     "report": publish,

@@ -14,6 +14,7 @@ of steps, and how far they wander from the task's own gradient.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class SparsitySettings:
         SpaceError: A share is none.
     """
 
-    fall_share: float = 0.6
+    fall_share: float = 0.5
     wander_share: float = 0.25
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -194,8 +195,14 @@ class SparsityPull:
         slowed = 1 - self.settings.momentum
         wander = self.settings.wander_share * self._height
         self._rate = wander * slowed / (max(gradient, LEAST_GRADIENT) * self.steps**0.5)
-        fall = self._height / (self.settings.fall_share * self.steps)
+        fall = self._way_pulled() / (self.settings.fall_share * self.steps)
         self._strength = fall * slowed / self._rate
+
+    def _way_pulled(self) -> float:
+        """What a pull of 1 takes as many steps for as it must: `∫ dh / slope(h)`."""
+        if self._estimator == "softplus":
+            return self._height + 1 - math.exp(-self._height)
+        return self._height
 
     @property
     def latents(self) -> list[nn.Parameter]:
