@@ -5,7 +5,7 @@ stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
     first      ResNet-20, one cycle
-    dense      it once more, from there, by what the stage `wide` of `pas.py` leaves
+    dense      it once more, from there, by the teachers of `pas.py`
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
     latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from inputs import console
 from loky import ProcessPoolExecutor
+from pas import teachers
 from report import Section
 from torch import nn
 from trainings import (
@@ -52,7 +53,6 @@ from trainings import (
     training_set,
     trainings_of,
 )
-from wide_network import WideNet
 
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families.cifar_resnet import ResNetShape
@@ -121,15 +121,18 @@ def train_first(args: argparse.Namespace) -> None:
 
 
 def train_dense(args: argparse.Namespace) -> None:
-    """It once more, from there, by a larger network."""
-    module = network("resnet20-first")
+    """It once more, from there, by the teachers of the other benchmark."""
+    module, images = (
+        network("resnet20-first"),
+        TrainingImages(training_set(args), DENSE),
+    )
     folder = train(
         module,
         "dense",
-        images=TrainingImages(training_set(args), DENSE),
+        images=images,
         recipe=DENSE,
         work=args.work / "legr",
-        teacher=loaded(WideNet(), kept("pas-wide")),
+        teacher=teachers(images),
     )
     keep("resnet20-dense", arrays_of(module), {"": log_of(folder)})
 

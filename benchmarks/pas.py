@@ -4,10 +4,9 @@ Trainings take hours, so each stage is a command of its own, which goes on where
 stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
-    wide            a larger network: the best teacher
-    first           a network of the same plan, in one short cycle: another one
+    wide            a larger network, that teaches
     plain           the network that everything else is made from, without its branches
-    taught          it once more, by all of these and the zoo's supernet together
+    taught          it once more, by both and the zoo's supernet together
     dense           it gets its branches, and is taught on
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
@@ -93,7 +92,7 @@ from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 WIDE_EPOCHS = 40
-FIRST_EPOCHS, PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 36, 80, 60, 12
+PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 36
 ALL_EPOCHS = sum(
     (PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS)
@@ -169,21 +168,12 @@ def train_whole(
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
 
 
-def train_first(args: argparse.Namespace) -> None:
-    """A network of the same plan, in one short cycle: a teacher."""
-    torch.manual_seed(0)
-    recipe = one_cycle("dense", epochs=FIRST_EPOCHS, peak_learning_rate=0.1)
-    train_whole(StaticNet(dense_plan()), "first", recipe, args)
-
-
 def teachers(images: TrainingImages) -> Ensemble:
-    """A larger network, the plain one, the first one, and the zoo's supernet."""
-    plan = dense_plan()
-    plain = plain_plan(plan)
+    """A larger network, the plain one, and the zoo's supernet at its largest."""
+    plain = plain_plan(dense_plan())
     return Ensemble(
         loaded(WideNet(), kept("pas-wide")),
         FusedNet(plain, fuse(kept("pas-plain"), plain)),
-        FusedNet(plan, fuse(kept("pas-first"), plan)),
         supernet_teacher(images),
     )
 
@@ -211,7 +201,7 @@ def supernet_teacher(images: TrainingImages) -> FusedNet:
 
 
 def train_wide(args: argparse.Namespace) -> None:
-    """A larger network: the best teacher."""
+    """A larger network, that teaches."""
     torch.manual_seed(0)
     module, images = WideNet(), TrainingImages(training_set(args), WIDE)
     folder = train(module, "wide", images=images, recipe=WIDE, work=args.work / "pas")
@@ -475,8 +465,7 @@ def write(
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
         f"{PLAIN_EPOCHS} epochs without its branches, {TAUGHT_EPOCHS} more with "
-        "itself, a larger network, another of its kind and the zoo's supernet as "
-        "teachers, and "
+        "itself, a larger network and the zoo's supernet as teachers, and "
         f"{DENSE_EPOCHS} with branches; pruned for {SEARCH_EPOCHS} and fine-tuned for "
         f"{FINETUNE_EPOCHS} by the dense network; the uniform one trained from nothing "
         f"for as many, {ALL_EPOCHS}, by the same teachers, the last "
@@ -596,7 +585,6 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 STAGES = {
     "wide": train_wide,
-    "first": train_first,
     "plain": train_plain,
     "taught": train_taught,
     "dense": train_dense,
