@@ -94,6 +94,9 @@ from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 WIDE_EPOCHS = 40
 PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 36
+# Of what teachers know. Five epochs of the plain network, taught by class probabilities
+# and labels alike: 90.1 % of the held-out images; at 2: 90.8; at 4: 90.6.
+TEMPERATURE = 2.0
 ALL_EPOCHS = sum(
     (PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS)
 )
@@ -125,23 +128,31 @@ PLAIN = one_cycle(
     "plain", epochs=PLAIN_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
 )
 TAUGHT = one_cycle(
-    "taught", epochs=TAUGHT_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.5
+    "taught",
+    epochs=TAUGHT_EPOCHS,
+    peak_learning_rate=0.1,
+    cutmix_share=0.75,
+    temperature=TEMPERATURE,
 )
-
-
 WIDE = one_cycle("wide", epochs=WIDE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.75)
 
 
 def branched_recipe(name: str, *, epochs: int) -> Recipe:
     """Of a network that has just got its branches."""
-    return one_cycle(name, epochs=epochs, peak_learning_rate=0.05)
+    return one_cycle(
+        name,
+        epochs=epochs,
+        peak_learning_rate=0.05,
+        cutmix_share=0.5,
+        temperature=TEMPERATURE,
+    )
 
 
 def shrink_recipe() -> ShrinkRecipe:
     """Of both pruned networks."""
     return ShrinkRecipe(
         search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
-        finetune=one_cycle("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+        finetune=branched_recipe("finetune", epochs=FINETUNE_EPOCHS),
     )
 
 

@@ -64,9 +64,14 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def one_cycle(
-    name: str, *, epochs: int, peak_learning_rate: float, cutmix_share: float = 0.25
+    name: str,
+    *,
+    epochs: int,
+    peak_learning_rate: float,
+    cutmix_share: float = 0.25,
+    temperature: float | None = None,
 ) -> Recipe:
-    """A recipe of one phase."""
+    """A recipe of one phase; with a temperature, if it is to have a teacher."""
     if DRY_RUN:
         epochs = 1
     phase = Phase(
@@ -77,7 +82,7 @@ def one_cycle(
         distill=False,
         cutmix_share=cutmix_share,
     )
-    return Recipe(phases=(phase,))
+    return Recipe(phases=(phase,), temperature=temperature)
 
 
 def run_stage(
