@@ -170,7 +170,8 @@ def learn_ranking(args: argparse.Namespace) -> None:
     """At the lowest budget; and what an evaluation costs at each."""
     images = TrainingImages(training_set(args), TUNE)
     own = owned(images)
-    folder = args.work / "legr" / f"ranking-{own.sha256[:12]}"
+    start = digest(kept("resnet20-dense"), SETTINGS, BUDGETS)
+    folder = args.work / "legr" / f"ranking-{start}"
     seconds_each = {}
     with (
         StageBar(console) as bar,

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
+    DRY_RUN,
     LOGS,
     RESOLUTION,
     Lines,
@@ -136,7 +137,8 @@ def structure(kind: str, seed: int) -> ResNetShape:
         for name, whole in zip(conv_names(WHOLE), WHOLE.widths, strict=True)
     ]
     shape = ResNetShape(widths=tuple(widths), kept_blocks=(first, second, third))
-    if not (1 - MOST_OFF) * MOST_MACS <= shape.mac_count <= MOST_MACS:
+    is_near = (1 - MOST_OFF) * MOST_MACS <= shape.mac_count <= MOST_MACS
+    if not is_near and not DRY_RUN:
         raise SystemExit(f"{kind} costs {shape.mac_count} MACs of {MOST_MACS:.0f}")
     return shape
 

@@ -180,7 +180,8 @@ class LatencyPrice:
         """See `LayerPrices`."""
         for index, calls, surface in self._surfaces:
             if index == place and not self._is_left_out(place, read, written):
-                at = surface.at(torch.tensor(read), torch.tensor(written))
+                both = torch.tensor([read, written], dtype=torch.float64)
+                at = surface.at(both[0], both[1])
                 return self.scale * calls * float(at)
         return 0.0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TraceError
 from ofa_deploy.shrink.cost import Counts, LayerPrices
-from ofa_deploy.shrink.groups import ChannelGraph, Cut, Side, TracedLayer
+from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
 from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import Stage
 from ofa_deploy.shrink.transformable import Distribution
@@ -18,6 +18,7 @@ from ofa_deploy.shrink.transformable import Distribution
 # A step of channels that costs so many times what the next one does makes projections
 # necessary.
 LEAP = 1.1
+ROUNDING = 1e-9
 
 
 class ExpectedPrice:
@@ -189,24 +190,15 @@ def _side(
     full = layer.in_channels if side == "in" else layer.out_channels
     if not cuts:
         return None, [float(full)]
-    require_one_group(layer, cuts)
-    (cut,) = cuts
-    each = len(cut.positions) / graph.groups[cut.group].channels
-    rest = full - len(cut.positions)
-    return cut.group, [choice * each + rest for choice in choices[cut.group]]
-
-
-def require_one_group(layer: TracedLayer, cuts: Sequence[Cut]) -> None:
-    """Refuse a layer with channels of several groups on one side.
-
-    Raises:
-        TraceError: Names it.
-    """
     if len(cuts) > 1:
         raise TraceError(
             f"{layer.name}: it reads or writes channels of several groups, whose "
             "widths tas cannot search; take pas, legr or autoprune"
         )
+    (cut,) = cuts
+    each = len(cut.positions) / graph.groups[cut.group].channels
+    rest = full - len(cut.positions)
+    return cut.group, [choice * each + rest for choice in choices[cut.group]]
 
 
 def cost_loss(
@@ -265,6 +257,7 @@ class LikeliestOrder:
             SpaceError: The least that there is to choose costs more.
         """
         cost = _RememberedPrice(self.graph, price)
+        most *= 1 + ROUNDING  # sums in another order may differ by so much
         least = [choices[0] for choices in self.choices]
         if cost(least) > most:
             raise SpaceError(
@@ -322,23 +315,35 @@ class LikeliestOrder:
             for index, count in enumerate(found):
                 moved = self._wider(found, index)
                 if moved != found and cost(moved) <= most:
-                    rise = cost(moved) - cost(found)
-                    next_rise = cost(self._wider(moved, index)) - cost(moved)
-                    leaps = rise > LEAP * next_rise > 0
+                    leaps = self._leaps(found, moved, index, cost)
                     moves.append((leaps, -self._mean_excess(index, count), moved))
             if not moves:
                 return found
             *_, found = min(moves)
 
-    def _wider(self, counts: Sequence[int], index: int) -> list[int]:
-        """With a step of channels more in one group, if it has them."""
-        wider = min(self.channels[index], counts[index] + self.step)
-        return [*counts[:index], wider, *counts[index + 1 :]]
+    def _leaps(
+        self,
+        found: Sequence[int],
+        moved: Sequence[int],
+        index: int,
+        cost: _RememberedPrice,
+    ) -> bool:
+        """Whether a step costs more than the next one, or the last, by far."""
+        rise = cost(moved) - cost(found)
+        usual = cost(self._wider(moved, index)) - cost(moved)
+        if not usual:  # there is no next one
+            usual = cost(found) - cost(self._wider(found, index, steps=-1))
+        return rise > LEAP * usual
+
+    def _wider(self, counts: Sequence[int], index: int, *, steps: int = 1) -> list[int]:
+        """With so many steps of channels more in one group, if it has them."""
+        wider = min(self.channels[index], counts[index] + steps * self.step)
+        return [*counts[:index], max(1, wider), *counts[index + 1 :]]
 
     def _mean_excess(self, index: int, count: int) -> float:
         """How many channels more than it has a group has on average."""
         values = torch.tensor(self.choices[index], dtype=torch.float64)
-        return float((self.probabilities[index].double() * values).sum()) - count
+        return float(self.probabilities[index].double() @ values) - count
 
 
 class _RememberedPrice:

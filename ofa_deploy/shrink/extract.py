@@ -10,7 +10,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
@@ -142,7 +141,8 @@ def extract_module(
         raise MissingDependency("torch-pruning", extra="shrink") from error
     result = copy.deepcopy(network)
     pruners = torch_pruning.DependencyGraph()
-    for (name, side), positions in _removed(graph, kept).items():
+    removed = _removed(graph, kept)
+    for (name, side), positions in removed.items():
         module = result.get_submodule(name)
         pruner = pruners.get_pruner_of_module(module)
         if isinstance(pruner, torch_pruning.ops.DummyPruner):
@@ -152,23 +152,22 @@ def extract_module(
             )
         cut = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
         cut(module, positions)
-    for path in _needless(graph, kept):
+    for path in _needless(graph, removed):
         put_module(result, path, nn.Identity())
     return result
 
 
-def _needless(graph: ChannelGraph, kept: Sequence[Tensor]) -> list[str]:
+def _needless(
+    graph: ChannelGraph, removed: Mapping[tuple[str, Side], list[int]]
+) -> list[str]:
     """Projections that would hand on the channels that they read."""
     paths = []
     for layer in graph.layers:
-        if not layer.is_projection:
-            continue
-        read, written = (
-            [kept[cut.group].numpy() for cut in graph.cuts_at(layer.name, side)]
-            or [np.arange(layer.in_channels)]
-            for side in get_args(Side)
-        )
-        if np.array_equal(read[0], written[0]):
+        read = np.arange(layer.in_channels)
+        read = np.delete(read, removed.get((layer.name, "in"), []))
+        written = np.arange(layer.out_channels)
+        written = np.delete(written, removed.get((layer.name, "out"), []))
+        if layer.is_projection and np.array_equal(read, written):
             paths.append(layer.name.rpartition(".")[0])
     return paths
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +17,13 @@ from torch import nn
 
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import MissingDependency, TraceError
+from ofa_deploy.nn.projection import projection_paths
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
-from ofa_deploy.shrink.expected_price import LikeliestOrder, require_one_group
+from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.groups import Side
+from ofa_deploy.shrink.groups import ChannelGraph, Side
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.own_network import OwnNetwork
@@ -236,7 +237,7 @@ def searched_by_tas(
         projects: Whether shortcuts that are modules may become projections.
 
     Raises:
-        TraceError: There are none, or a layer reads or writes several.
+        TraceError: There are none.
     """
     if own.is_chain:
         raise TraceError(
@@ -244,22 +245,43 @@ def searched_by_tas(
             "which tas cannot search; take pas, legr or autoprune"
         )
     if projects:
-        own = own.grown(with_projections(own.module, own.image))
+        own = _projecting(own)
     groups = [
         index
         for index in searchable_groups(own.module, own.graph, own.image)
         if own.graph.groups[index].channels > step
     ]
+    groups = _apart(own.graph, groups)
     if not groups:
         raise TraceError(
             f"{own.family} has no channels that pass a batch norm right where they are "
-            "written: nothing can be searched by tas; take pas, legr or autoprune"
+            "written, and are not concatenated with others: nothing can be searched by "
+            "tas; take pas, legr or autoprune"
         )
-    found = replace(own, graph=own.graph.only(groups))
-    for layer in found.graph.layers:
-        for side in get_args(Side):
-            require_one_group(layer, found.graph.cuts_at(layer.name, side))
-    return found
+    return replace(own, graph=own.graph.only(groups))
+
+
+def _projecting(own: OwnNetwork) -> OwnNetwork:
+    """With projections on its shortcuts, if it can be narrowed exactly then, too."""
+    projected = with_projections(own.module, own.image)
+    if not projection_paths(projected):
+        return own
+    try:
+        return own.grown(projected)
+    except TraceError:
+        return own
+
+
+def _apart(graph: ChannelGraph, groups: Sequence[int]) -> list[int]:
+    """Of some groups those that no layer reads, or writes, beside another of them."""
+    beside = {
+        cut.group
+        for layer in graph.layers
+        for side in get_args(Side)
+        if len(cuts := graph.only(groups).cuts_at(layer.name, side)) > 1
+        for cut in cuts
+    }
+    return [group for place, group in enumerate(groups) if place not in beside]
 
 
 def _tas(search: Search) -> Found:

@@ -383,9 +383,12 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
 def _some(
     channels: int, rng: np.random.Generator, *, in_order: bool
 ) -> NDArray[np.int64]:
-    """Three quarters of the channels, ascending; or the first ones, half or more."""
+    """Three quarters of the channels, ascending; or the first ones, half or more.
+
+    Never all, if there are several.
+    """
     if in_order:
-        return np.arange(int(rng.integers(max(1, channels // 2), channels + 1)))
+        return np.arange(int(rng.integers(max(1, channels // 2), max(2, channels))))
     return np.sort(rng.permutation(channels)[: max(1, channels * 3 // 4)])
 
 

@@ -17,6 +17,7 @@ from ofa_deploy.errors import TraceError
 from ofa_deploy.nn.projection import Projection, put_module
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, Side
+from ofa_deploy.shrink.stages import Stage
 
 
 def with_projections(network: nn.Module, image: Tensor) -> nn.Module:
@@ -32,22 +33,32 @@ def with_projections(network: nn.Module, image: Tensor) -> nn.Module:
     """
     channels = _handed_on(network, image)
 
-    def widening(paths: Sequence[str]) -> list[str]:
-        """Those of them that stand where widths may differ, all of them made."""
+    def traced(paths: Sequence[str]) -> ChannelGraph | None:
+        """With projections there; None of what cannot have them all."""
         projected = _projected(network, {path: channels[path] for path in paths})
         _, depth, height, width = image.shape
         try:
-            graph = trace_channels(projected, input_shape=(depth, height, width))
+            return trace_channels(projected, input_shape=(depth, height, width))
         except TraceError:
-            return []
-        return [path for path in paths if _widens(graph, path)]
+            return None
 
+    def widening(paths: Sequence[str]) -> list[str]:
+        """Those of them that stand where widths may differ, whichever of them go."""
+        while paths:
+            graph = traced(paths)
+            found = [path for path in paths if graph and _widens(graph, path)]
+            if found == paths:
+                break
+            paths = found
+        return list(paths)
+
+    everywhere = traced(list(channels)) if channels else None
     found = widening(list(channels))
     for path in channels:  # each alone: two that are added to each other hide both
-        if path not in found:
-            more = [*found, path]
-            found = more if widening(more) == more else found
-    return _projected(network, {path: channels[path] for path in widening(found)})
+        hopeful = everywhere is None or _beside(everywhere, path)
+        if path not in found and hopeful and widening([*found, path]) == [*found, path]:
+            found = [*found, path]
+    return _projected(network, {path: channels[path] for path in found})
 
 
 def _projected(network: nn.Module, channels: Mapping[str, int]) -> nn.Module:
@@ -68,7 +79,7 @@ def _handed_on(network: nn.Module, image: Tensor) -> dict[str, int]:
     )
     handles = [
         module.register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(args[0])
+            lambda module, args, name=name: seen[name].append(*args[:1] or (None,))
         )
         for name, module in network.named_modules()
         if name and _hands_on(module) and places[id(module)] == 1
@@ -107,7 +118,6 @@ def _widens(graph: ChannelGraph, path: str) -> bool:
     read, written = graph.cuts_at(conv, "in"), graph.cuts_at(conv, "out")
     if len(read) != 1 or len(written) != 1 or read[0].group == written[0].group:
         return False
-    beside = _layers_at(graph, "in", read[0].group) - {conv}
     before = _layers_at(graph, "out", read[0].group)
     others = {
         name
@@ -116,10 +126,21 @@ def _widens(graph: ChannelGraph, path: str) -> bool:
     }
     rank = {layer.name: place for place, layer in enumerate(graph.layers)}
     return bool(
-        beside
+        _beside(graph, path)
         and others
         and max(rank[name] for name in others) > max(rank[name] for name in before)
     )
+
+
+def _beside(graph: ChannelGraph, path: str) -> set[str]:
+    """Layers that read what a projection reads."""
+    conv = f"{path}.0"
+    return {
+        name
+        for cut in graph.cuts_at(conv, "in")
+        for name in _layers_at(graph, "in", cut.group)
+        if name != conv and not _is_projection(graph, name)
+    }
 
 
 def _layers_at(graph: ChannelGraph, side: Side, group: int) -> set[str]:
@@ -136,19 +157,26 @@ def _is_projection(graph: ChannelGraph, name: str) -> bool:
     return any(layer.name == name and layer.is_projection for layer in graph.layers)
 
 
-def carried_groups(graph: ChannelGraph) -> list[set[int] | None]:
+def carried_groups(
+    graph: ChannelGraph, stages: Sequence[Stage]
+) -> list[set[int] | None]:
     """Of each group: those whose channels are in its sums, if shortcuts hand them on.
 
     None of those that a shortcut hands channels on to which always stay.
 
     Args:
         graph: Of a network with projections.
+        stages: Of it, whose depth is searched.
     """
     found: list[set[int] | None] = [{index} for index in range(len(graph.groups))]
     for layer in graph.layers:
         if not layer.is_projection:
             continue
-        read = [found[cut.group] for cut in graph.cuts_at(layer.name, "in")]
+        read = [
+            found[group]
+            for cut in graph.cuts_at(layer.name, "in")
+            for group in _ends(stages, layer.name, cut.group)
+        ]
         for written in graph.cuts_at(layer.name, "out"):
             known = found[written.group]
             if known is None or not read or None in read:
@@ -156,3 +184,12 @@ def carried_groups(graph: ChannelGraph) -> list[set[int] | None]:
             else:
                 found[written.group] = known.union(*(one or set() for one in read))
     return found
+
+
+def _ends(stages: Sequence[Stage], layer: str, group: int) -> tuple[int, ...]:
+    """What a layer may read for a group: of a stage before it, whatever may end it."""
+    for stage in stages:
+        inside = any(layer in names for names in stage.layers)
+        if group == stage.groups[-1] and not inside:
+            return stage.groups
+    return (group,)

@@ -145,7 +145,7 @@ def insert_distributions(
             put_module(copied, cut.module, _searched_norm(module, width))
     stages = find_stages(network, graph, image) if searches_depth else ()
     depths = [Distribution(depth_choices(stage.blocks)) for stage in stages]
-    carried = carried_groups(graph)
+    carried = carried_groups(graph, stages)
     for stage, depth in zip(stages, depths, strict=True):
         written = [
             [Distribution.settled(graph.groups[group].channels)]

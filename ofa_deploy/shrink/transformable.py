@@ -110,12 +110,6 @@ class Distribution(nn.Module):
         return self.logits.softmax(0)
 
     @property
-    def expected(self) -> Tensor:
-        """Mean of the choices; differentiable."""
-        values = torch.tensor(self.choices, dtype=torch.float64)
-        return (self.probabilities.double() * values).sum()
-
-    @property
     def widest_drawn(self) -> int:
         """The largest choice of this pass."""
         assert self.drawn is not None

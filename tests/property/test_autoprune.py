@@ -370,8 +370,8 @@ def test_the_pull_alone_takes_the_smallest_weights_in_the_time_that_is_set(
         torch.autograd.backward(pull.loss())
         steps.step()
         taken += 1
-    # The softplus' slope is between a half and one here.
-    assert taken <= 2.2 * pull.settings.fall_share * STEPS + 20
+    # Momentum has to gather first.
+    assert taken <= 1.1 * pull.settings.fall_share * STEPS + 20
     for weight, mask in zip(weights, pull.masks.values(), strict=True):
         kept = mask.latent.detach() > THRESHOLD
         if kept.any() and not kept.all():

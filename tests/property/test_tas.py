@@ -546,21 +546,26 @@ def test_one_identity_at_several_places_stays_one() -> None:
 class Scaled(nn.Module):
     """A block of a network whose trunk has its width in a parameter of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, trunk: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(own_networks.conv(16, 24), own_networks.conv(24, 16))
-        self.scale, self.skip = nn.Parameter(torch.ones(1, 16, 1, 1)), nn.Identity()
+        conv = own_networks.conv
+        self.body = nn.Sequential(conv(trunk, 24), conv(24, trunk))
+        self.scale = nn.Parameter(torch.ones(1, trunk, 1, 1))
+        self.skip = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.skip(x) + self.scale * self.body(x))
 
 
-def test_what_cannot_be_narrowed_exactly_is_not_searched_behind_projections() -> None:
+@pytest.mark.parametrize("trunk", [2, 4, 8, 16])
+def test_what_cannot_be_narrowed_exactly_is_not_searched_behind_projections(
+    trunk: int,
+) -> None:
     torch.manual_seed(0)
     found = OwnNetwork.of(
         nn.Sequential(
-            own_networks.conv(3, 16), Scaled(), Scaled(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(16, 3),
+            own_networks.conv(3, trunk), Scaled(trunk), Scaled(trunk),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(trunk, 3),
         ),
         resolution=SIZE,
         normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
