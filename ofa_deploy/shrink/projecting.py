@@ -10,14 +10,13 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TraceError
 from ofa_deploy.nn.projection import Projection, put_module
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, Side
-from ofa_deploy.shrink.stages import Stage
+from ofa_deploy.shrink.stages import Stage, run_hooked
 
 
 def with_projections(network: nn.Module, image: Tensor) -> nn.Module:
@@ -84,14 +83,7 @@ def _handed_on(network: nn.Module, image: Tensor) -> dict[str, int]:
         for name, module in network.named_modules()
         if name and _hands_on(module) and places[id(module)] == 1
     ]
-    was_training = network.training
-    try:
-        with torch.no_grad():
-            network.eval()(image)
-    finally:
-        network.train(was_training)
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, image, handles)
     return {
         name: read[0].shape[1]
         for name, read in seen.items()

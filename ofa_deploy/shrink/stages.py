@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
 
@@ -41,6 +42,26 @@ class Stage:
         return f"{self.container or 'network'}[{self.first}:{last + 1}], blocks"
 
 
+def run_hooked(
+    network: nn.Module, image: Tensor, handles: Iterable[RemovableHandle]
+) -> None:
+    """Run a network once in eval mode, and take its hooks away.
+
+    Args:
+        network: Its mode is left as it was.
+        image: Its input.
+        handles: Of the hooks.
+    """
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(image)
+    finally:
+        network.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
 def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
     """Convolutions whose output is what a batch norm reads, and that norm, by name."""
     writer_of: dict[int, str] = {}
@@ -69,12 +90,7 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
                     lambda module, args, name=name: note_input(name, args[0])
                 )
             )
-    try:
-        with torch.no_grad():
-            network.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, image, handles)
     return found
 
 
@@ -178,14 +194,7 @@ def _shape_keepers(network: nn.Module, image: Tensor) -> set[str]:
         )
         for name, module in network.named_modules()
     ]
-    was_training = network.training
-    try:
-        with torch.no_grad():
-            network.eval()(image)
-    finally:
-        network.train(was_training)
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, image, handles)
     return {name for name, same in kept.items() if same}
 
 

@@ -283,15 +283,7 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
-    prices = device_prices.measure_prices(
-        own,
-        target=Target(backend="onnxruntime-cpu", threads=1),
-        backend=get_backend("onnxruntime-cpu"),
-        step=4,
-        folder=caches,
-        reporter=Silent(),
-    )
-    full_ms = float(prices.price(full_counts(own.graph)))
+    full_ms = priced_ms(own, caches)
     bundle = specialize(
         "onnxruntime-cpu",
         model=network,
@@ -310,6 +302,19 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
     trained = read_checkpoint(checkpoint).weights
     assert trained["inner.weight"].shape[0] == history["kept"][1]
+
+
+def priced_ms(own: OwnNetwork, caches: Path) -> float:
+    """A whole network's price on ONNX Runtime, in channels by the four."""
+    prices = device_prices.measure_prices(
+        own,
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        backend=get_backend("onnxruntime-cpu"),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    return float(prices.price(full_counts(own.graph)))
 
 
 class RowOfBlocks(nn.Module):
@@ -332,15 +337,7 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(RowOfBlocks())
     own = searched_by_tas(own_network(network), step=4)
-    prices = device_prices.measure_prices(
-        own,
-        target=Target(backend="onnxruntime-cpu", threads=1),
-        backend=get_backend("onnxruntime-cpu"),
-        step=4,
-        folder=caches,
-        reporter=Silent(),
-    )
-    full_ms = float(prices.price(full_counts(own.graph)))
+    full_ms = priced_ms(own, caches)
     bundle = specialize(
         "onnxruntime-cpu",
         model=network,
@@ -378,15 +375,7 @@ def test_budgets_above_the_lowest_are_cut_from_one_search(
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
-    prices = device_prices.measure_prices(
-        own,
-        target=Target(backend="onnxruntime-cpu", threads=1),
-        backend=get_backend("onnxruntime-cpu"),
-        step=4,
-        folder=caches,
-        reporter=Silent(),
-    )
-    full_ms = float(prices.price(full_counts(own.graph)))
+    full_ms = priced_ms(own, caches)
     judged: list[int] = []
 
     class Counting(Silent):

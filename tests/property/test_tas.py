@@ -828,7 +828,8 @@ def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) ->
     most = share * float(price(full_counts(network.graph)))
     counts = order.within(price, most)
     cost = float(price(torch.tensor(counts, dtype=torch.float64)))
-    assert 0.95 * most <= cost <= most
+    # Sums in another order differ in the last digits.
+    assert 0.95 * most <= cost <= most * (1 + 1e-8)
     for count, one in zip(counts, net.width_distributions, strict=True):
         assert one.choices[0] <= count <= one.choices[-1]
 
@@ -845,7 +846,7 @@ def test_with_projections_what_is_left_keeps_the_price_too(
     most = share * WHOLE_MMACS
     counts = order_of(net).within(MacPrice(network.graph), most)
     shape = shape_of(counts, [3, 3, 3])
-    assert 0.93 * most <= shape.mac_count / 1e6 <= most + 1e-9
+    assert 0.93 * most <= shape.mac_count / 1e6 <= most * (1 + 1e-8)
 
 
 def test_room_goes_into_widths_that_need_no_projections() -> None:
