@@ -204,9 +204,10 @@ def trained(kind: str, seed: int) -> CifarResNet:
 
 def search(args: argparse.Namespace) -> None:
     """Widths and depths; and widths alone."""
+    data = training_set(args)
     for name, searches_depth in (("found", True), ("widths", False)):
         recipe = shrink_recipe(searches_depth=searches_depth)
-        images = TrainingImages(training_set(args), recipe.search)
+        images = TrainingImages(data, recipe.search)
         own = owned(images)
         start = digest(kept("resnet20-dense"), recipe)
         folder = args.work / "tas" / f"search-{name}-{start}"

@@ -12,7 +12,7 @@ from ofa_deploy.errors import SpaceError, TraceError
 from ofa_deploy.shrink.cost import Counts, LayerPrices
 from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
 from ofa_deploy.shrink.searched import SearchedNetwork
-from ofa_deploy.shrink.stages import Stage
+from ofa_deploy.shrink.stages import Stage, stage_read
 from ofa_deploy.shrink.transformable import Distribution
 
 # A step of channels that costs so many times what the next one does makes projections
@@ -135,19 +135,13 @@ class _PricedLayer:
             [price.of_layer(place, one, other) for other in written_counts]
             for one in read_counts
         ]
-        block = _block_of(layer.name, stages)
-        alternatives: tuple[int | None, ...] = (read,)
-        read_stage = None
-        for index, stage in enumerate(stages):
-            is_inside = block is not None and block[0] == index
-            if read == stage.groups[-1] and not is_inside:
-                alternatives, read_stage = stage.groups, index
+        read_stage = None if read is None else stage_read(stages, layer.name, read)
         return cls(
-            read=alternatives,
+            read=(read,) if read_stage is None else stages[read_stage].groups,
             read_stage=read_stage,
             written=written,
             prices=torch.tensor(rows, dtype=torch.float64),
-            block=block,
+            block=_block_of(layer.name, stages),
         )
 
     def expected(self, widths: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:

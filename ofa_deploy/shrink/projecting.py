@@ -16,7 +16,7 @@ from ofa_deploy.errors import TraceError
 from ofa_deploy.nn.projection import Projection, put_module
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, Side
-from ofa_deploy.shrink.stages import Stage, run_hooked
+from ofa_deploy.shrink.stages import Stage, run_hooked, stage_read
 
 
 def with_projections(network: nn.Module, image: Tensor) -> nn.Module:
@@ -41,22 +41,18 @@ def with_projections(network: nn.Module, image: Tensor) -> nn.Module:
         except TraceError:
             return None
 
-    def widening(paths: Sequence[str]) -> list[str]:
+    def widening(paths: list[str], graph: ChannelGraph | None) -> list[str]:
         """Those of them that stand where widths may differ, whichever of them go."""
-        while paths:
-            graph = traced(paths)
-            found = [path for path in paths if graph and _widens(graph, path)]
-            if found == paths:
-                break
-            paths = found
-        return list(paths)
+        found = [path for path in paths if graph and _widens(graph, path)]
+        return found if found in (paths, []) else widening(found, traced(found))
 
     everywhere = traced(list(channels)) if channels else None
-    found = widening(list(channels))
+    found = widening(list(channels), everywhere)
     for path in channels:  # each alone: two that are added to each other hide both
         hopeful = everywhere is None or _beside(everywhere, path)
-        if path not in found and hopeful and widening([*found, path]) == [*found, path]:
-            found = [*found, path]
+        more = [*found, path]
+        if path not in found and hopeful and widening(more, traced(more)) == more:
+            found = more
     return _projected(network, {path: channels[path] for path in found})
 
 
@@ -164,11 +160,11 @@ def carried_groups(
     for layer in graph.layers:
         if not layer.is_projection:
             continue
-        read = [
-            found[group]
-            for cut in graph.cuts_at(layer.name, "in")
-            for group in _ends(stages, layer.name, cut.group)
-        ]
+        read = []
+        for cut in graph.cuts_at(layer.name, "in"):
+            stage = stage_read(stages, layer.name, cut.group)
+            ends = (cut.group,) if stage is None else stages[stage].groups
+            read += [found[group] for group in ends]
         for written in graph.cuts_at(layer.name, "out"):
             known = found[written.group]
             if known is None or not read or None in read:
@@ -176,12 +172,3 @@ def carried_groups(
             else:
                 found[written.group] = known.union(*(one or set() for one in read))
     return found
-
-
-def _ends(stages: Sequence[Stage], layer: str, group: int) -> tuple[int, ...]:
-    """What a layer may read for a group: of a stage before it, whatever may end it."""
-    for stage in stages:
-        inside = any(layer in names for names in stage.layers)
-        if group == stage.groups[-1] and not inside:
-            return stage.groups
-    return (group,)

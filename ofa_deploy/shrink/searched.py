@@ -128,7 +128,7 @@ def insert_distributions(
     widths = [
         Distribution(width_choices(group.channels, step=step)) for group in graph.groups
     ]
-    norm_of = normed_layers(copy.deepcopy(network), image)
+    norm_of = normed_layers(network, image)
     projections = projection_paths(network)
     for path in projections:  # sums add the first channels, as many as there are
         put_module(copied, path, nn.Identity())

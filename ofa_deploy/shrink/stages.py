@@ -35,11 +35,29 @@ class Stage:
         """How many."""
         return len(self.layers)
 
+    def has(self, layer: str) -> bool:
+        """Whether a layer is in one of them."""
+        return any(layer in names for names in self.layers)
+
     @property
     def name(self) -> str:
         """For people."""
         last = self.first + self.blocks - 1
         return f"{self.container or 'network'}[{self.first}:{last + 1}], blocks"
+
+
+def stage_read(stages: Sequence[Stage], layer: str, group: int) -> int | None:
+    """The stage whose end a layer behind it reads: any of the stage's groups may be it.
+
+    Args:
+        stages: Of the network.
+        layer: Name of the layer.
+        group: That it reads in the whole network.
+    """
+    for index, stage in enumerate(stages):
+        if group == stage.groups[-1] and not stage.has(layer):
+            return index
+    return None
 
 
 def run_hooked(
