@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -283,25 +283,38 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
-    full_ms = priced_ms(own, caches)
+    latency_ms = 0.8 * priced_ms(own, caches)
+    bundle = shrunk(network, method, latency_ms, tmp_path)
+    history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert sum(history["kept"]) < sum(history["channels"])
+    trained = trained_weights(bundle, tmp_path)
+    assert trained["inner.weight"].shape[0] == history["kept"][1]
+
+
+def shrunk(
+    network: nn.Module, method: Method, latency_ms: float, folder: Path
+) -> Bundle:
+    """A network shrunk on ONNX Runtime, in a folder of its own."""
     bundle = specialize(
         "onnxruntime-cpu",
         model=network,
         data=data(),
-        out=tmp_path / "out",
-        latency_ms=0.8 * full_ms,
+        out=folder / "out",
+        latency_ms=latency_ms,
         method=method,
         recipe=recipe(),
-        work=tmp_path / "work",
+        work=folder / "work",
     )
     assert bundle.manifest.binding.met
     assert bundle.check().agrees
-    history = json.loads((bundle.path / HISTORY_FILE).read_text())
-    assert sum(history["kept"]) < sum(history["channels"])
+    return bundle
+
+
+def trained_weights(bundle: Bundle, folder: Path) -> Mapping[str, Tensor]:
+    """As fine-tuning left them."""
     name = bundle.manifest.config_id
-    (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
-    trained = read_checkpoint(checkpoint).weights
-    assert trained["inner.weight"].shape[0] == history["kept"][1]
+    (checkpoint,) = (folder / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
+    return read_checkpoint(checkpoint).weights
 
 
 def priced_ms(own: OwnNetwork, caches: Path) -> float:
@@ -337,19 +350,8 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(RowOfBlocks())
     own = searched_by_tas(own_network(network), step=4)
-    full_ms = priced_ms(own, caches)
-    bundle = specialize(
-        "onnxruntime-cpu",
-        model=network,
-        data=data(),
-        out=tmp_path / "out",
-        latency_ms=0.7 * full_ms,
-        method="tas",
-        recipe=recipe(),
-        work=tmp_path / "work",
-    )
-    assert bundle.manifest.binding.met
-    assert bundle.check().agrees
+    latency_ms = 0.7 * priced_ms(own, caches)
+    bundle = shrunk(network, "tas", latency_ms, tmp_path)
     assert bundle.manifest.supernet_sha256 == own_network(network).sha256
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
     assert history["groups"] == [
@@ -360,9 +362,7 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     gone = widths[1 + 2 * depth :]
     assert not any(gone)
     assert all(widths[: 1 + 2 * depth])
-    name = bundle.manifest.config_id
-    (checkpoint,) = (tmp_path / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
-    trained = read_checkpoint(checkpoint).weights
+    trained = trained_weights(bundle, tmp_path)
     read = [widths[0], *widths[2 : 2 * depth : 2]]
     written = widths[2 : 1 + 2 * depth : 2]
     projected = [f"blocks.{k}.shortcut.0.weight" in trained for k in range(depth)]

@@ -227,6 +227,13 @@ def test_at_full_width_and_depth_the_price_is_the_whole_networks() -> None:
     assert price.full == pytest.approx(counted)
 
 
+def chosen(data: st.DataObject, net: SearchedNetwork) -> tuple[list[int], list[int]]:
+    """Any widths and depths."""
+    widths = [data.draw(st.sampled_from(d.choices)) for d in net.width_distributions]
+    depths = [data.draw(st.sampled_from(d.choices)) for d in net.depth_distributions]
+    return widths, depths
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_a_settled_price_is_what_the_network_that_is_left_computes(
@@ -234,8 +241,7 @@ def test_a_settled_price_is_what_the_network_that_is_left_computes(
 ) -> None:
     network = own()
     net = searched(network)
-    widths = [data.draw(st.sampled_from(d.choices)) for d in net.width_distributions]
-    depths = [data.draw(st.sampled_from(d.choices)) for d in net.depth_distributions]
+    widths, depths = chosen(data, net)
     price = ExpectedPrice(net, MacPrice(network.graph))
     left = network.left_of(shallower(network.module, net.stages, depths))
     by_name = {g.name: w for g, w in zip(network.graph.groups, widths, strict=True)}
@@ -419,8 +425,7 @@ def test_a_settled_price_counts_the_projections_that_are_needed(
 ) -> None:
     network = resnet20()
     net = searched(network)
-    widths = [data.draw(st.sampled_from(d.choices)) for d in net.width_distributions]
-    depths = [data.draw(st.sampled_from(d.choices)) for d in net.depth_distributions]
+    widths, depths = chosen(data, net)
     price = ExpectedPrice(net, MacPrice(network.graph))
     shape = shape_of(widths, depths)
     assert price.settled(widths, depths) == pytest.approx(shape.mac_count / 1e6)
