@@ -35,6 +35,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     run_stage,
+    test_inputs,
     test_set,
     time_on,
     train,
@@ -43,7 +44,6 @@ from trainings import (
 )
 
 from ofa_deploy.cli.progress import StageBar
-from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.finetuning import finetune
@@ -192,9 +192,7 @@ def publish(args: argparse.Namespace) -> None:
         "weights": loaded(Vgg(), kept("vgg-weights")),
     }
     models = {name: onnx_of(module) for name, module in networks.items()}
-    inputs = prepare(
-        test.images, resolution=RESOLUTION, normalisation=images.normalisation
-    )
+    inputs = test_inputs(test, images.normalisation)
     found = {name: accuracy_of(model, inputs, test) for name, model in models.items()}
     latencies = time_on("openvino-cpu", models)
     price = MacPrice(own.graph)

@@ -48,6 +48,7 @@ from trainings import (
     origin_of,
     run_stage,
     shrink_to_latency_of,
+    test_inputs,
     test_set,
     train,
     training_set,
@@ -57,7 +58,6 @@ from trainings import (
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
-from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.candidates import CandidateImages
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module
@@ -263,33 +263,34 @@ def uniform_counts(own: OwnNetwork, most: float) -> list[int]:
 def tune(args: argparse.Namespace) -> None:
     """Fine-tune what each ranking leaves at each budget, all for as long."""
     images = TrainingImages(training_set(args), TUNE)
-    own, teacher = owned(images), network("resnet20-dense")
+    own = owned(images)
     for share, seeds in SEEDS.items():
         for ranking, indices in structures(own, share).items():
             for seed in seeds:
-                name, recipe = (
-                    tuned_name(ranking, share, seed),
-                    replace(TUNE, seed=seed),
-                )
-                narrow = extract_module(own.module, own.graph, indices)
-                places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
-                origin = digest(places, origin_of(narrow, recipe, teacher))
-                if is_kept(name, origin):
-                    continue
-                folder = train(
-                    narrow,
-                    name,
-                    images=images,
-                    recipe=recipe,
-                    work=args.work / "legr",
-                    teacher=teacher,
-                )
-                keep(
-                    name,
-                    arrays_of(narrow) | places,
-                    {"": log_of(folder)},
-                    origin=origin,
-                )
+                name = tuned_name(ranking, share, seed)
+                tune_one(name, own, indices, images, seed=seed, work=args.work / "legr")
+
+
+def tune_one(
+    name: str,
+    own: OwnNetwork,
+    indices: list[torch.Tensor],
+    images: TrainingImages,
+    *,
+    seed: int,
+    work: Path,
+) -> None:
+    """What is left of the dense network by these channels, unless it is kept."""
+    narrow = extract_module(own.module, own.graph, indices)
+    recipe, teacher = replace(TUNE, seed=seed), network("resnet20-dense")
+    places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
+    origin = digest(places, origin_of(narrow, recipe, teacher))
+    if is_kept(name, origin):
+        return
+    folder = train(
+        narrow, name, images=images, recipe=recipe, work=work, teacher=teacher
+    )
+    keep(name, arrays_of(narrow) | places, {"": log_of(folder)}, origin=origin)
 
 
 def tuned_name(ranking: str, share: float, seed: int) -> str:
@@ -330,9 +331,7 @@ def publish(args: argparse.Namespace) -> None:
     images = TrainingImages(training_set(args), TUNE)
     test = test_set(args)
     own = owned(images)
-    inputs = prepare(
-        test.images, resolution=RESOLUTION, normalisation=images.normalisation
-    )
+    inputs = test_inputs(test, images.normalisation)
     dense = accuracy_of(onnx_of(network("resnet20-dense")), inputs, test)
     price = MacPrice(own.graph)
     full = float(price(full_counts(own.graph)))

@@ -56,6 +56,7 @@ from trainings import (
     one_cycle,
     run_stage,
     shrink_to_latency_of,
+    test_inputs,
     test_set,
     time_on,
     train,
@@ -451,9 +452,7 @@ def publish(args: argparse.Namespace) -> None:
     }
     models["PaS, milliseconds"] = (bundle.path / "model.onnx").read_bytes()
     latencies = time_on("openvino-cpu", models)
-    inputs = prepare(
-        test.images, resolution=RESOLUTION, normalisation=training.normalisation
-    )
+    inputs = test_inputs(test, training.normalisation)
     accuracies = {
         name: accuracy_of(model, inputs, test) for name, model in models.items()
     }

@@ -47,6 +47,7 @@ from trainings import (
     origin_of,
     run_stage,
     shrink_to_latency_of,
+    test_inputs,
     test_set,
     train,
     training_set,
@@ -56,7 +57,6 @@ from trainings import (
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families.cifar_resnet import WIDTHS, ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
-from ofa_deploy.preprocess import prepare
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.methods import Search, searched_by_tas
@@ -299,9 +299,7 @@ def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     images = TrainingImages(training_set(args), PLAIN)
     test = test_set(args)
-    inputs = prepare(
-        test.images, resolution=RESOLUTION, normalisation=images.normalisation
-    )
+    inputs = test_inputs(test, images.normalisation)
     dense = accuracy_of(onnx_of(teacher()), inputs, test)
     networks = {
         kind: [trained(kind, seed) for seed in seeds] for kind, seeds in KINDS.items()

@@ -32,6 +32,7 @@ from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.own_network import OwnNetwork
@@ -118,6 +119,11 @@ def training_set(args: argparse.Namespace) -> ImageSet:
 def test_set(args: argparse.Namespace) -> ImageSet:
     """The images that only reports look at."""
     return _few(read_test_images(args.data))
+
+
+def test_inputs(test: ImageSet, normalisation: Normalisation) -> NDArray[np.float32]:
+    """Their images, as networks take them."""
+    return prepare(test.images, resolution=RESOLUTION, normalisation=normalisation)
 
 
 def _few(images: ImageSet) -> ImageSet:
