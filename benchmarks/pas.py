@@ -45,6 +45,7 @@ from trainings import (
     WEIGHTS,
     Ensemble,
     Lines,
+    OnOpenVino,
     Weights,
     accuracy_of,
     arrays_of,
@@ -179,14 +180,15 @@ def train_whole(
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
 
 
-def teachers(images: TrainingImages) -> Ensemble:
+def teachers(images: TrainingImages) -> OnOpenVino:
     """A larger network, the plain one, and the zoo's supernet at its largest."""
     plain = plain_plan(dense_plan())
-    return Ensemble(
+    networks = Ensemble(
         loaded(WideNet(), kept("pas-wide")),
         FusedNet(plain, fuse(kept("pas-plain"), plain)),
         supernet_teacher(images),
     )
+    return OnOpenVino(networks.eval())
 
 
 def supernet_teacher(images: TrainingImages) -> FusedNet:

@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import openvino
 import torch
 from inputs import add_data, add_work, console, new_parser, read_test_images
 from numpy.typing import NDArray
@@ -357,6 +358,37 @@ class Ensemble(nn.Module):
         """Logits `(N, classes)`."""
         chances = [network(x).float().softmax(1) for network in self.networks]
         return torch.stack(chances).mean(0).clamp(min=1e-7).log()
+
+
+class OnOpenVino(nn.Module):
+    """A network that only answers; with the teachers, in half the time torch takes.
+
+    Args:
+        network: Of one output.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._request: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Its output for `(N, channels, H, W)`."""
+        inputs = x.contiguous()
+        if self._request is None:
+            self._request = self._compiled(inputs).create_infer_request()
+        return torch.from_numpy(self._request.infer([inputs.numpy()])[0].copy())
+
+    def _compiled(self, inputs: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            model = openvino.convert_model(self.network, example_input=inputs)
+        settings = {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "bf16" if prefers_bf16() else "f32",
+        }
+        return openvino.Core().compile_model(model, "CPU", settings)
 
 
 class Lines:

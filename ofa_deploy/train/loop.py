@@ -171,7 +171,9 @@ class TrainingLoop:
             raise TrainingError(
                 f"the recipe has {len(recipe.phases)} phases; a network is trained in 1"
             )
-        store_channels_last(network)
+        for module in (network, teacher):
+            if module is not None:
+                store_channels_last(module)
         self.network = network
         self.images = images
         self.recipe = recipe
