@@ -20,12 +20,11 @@ Evidence = Literal["measured", "predicted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """Limits, of which any may be combined.
-
-    A latency, an accuracy or a compressed size is among them.
+    """Limits, of which any may be combined; the most accurate network is asked for.
 
     Args:
-        latency_ms: Budget for one image.
+        latency_ms: Budget for one image. Where neither this nor a rate is given, the
+            latency is measured, and limited by nothing.
         percentile: Of the runs that the budget speaks of, one of 50, 90, 95 and 99. 50
             is the latency in the machine's quiet state; the others are percentiles of
             all runs, whatever state it was in.
@@ -60,15 +59,18 @@ class Constraints:
         if getattr(self, "sustained_s") is None:  # noqa: B009 - whatever the types say
             raise SpaceError("sustained_s=None is not a number; give 0 for no load")
         self._check_values()
-        if {self.latency_ms, self.min_accuracy, self.compressed_bytes} == {None}:
+        if not self.limits:
             raise SpaceError(
-                "neither a latency nor an accuracy is asked for; give latency_ms, or "
-                "min_accuracy to get the fastest network that keeps it"
+                "no limit is given; of a supernet give latency_ms, rate_hz, "
+                "size_bytes, peak_memory_mb, or min_accuracy to get the fastest "
+                "network that keeps it; of a network of your own latency_ms, or, for "
+                "autoprune-weights, compressed_bytes"
             )
-        if self.percentile != 50 and self.latency_ms is None:
+        if self.percentile != 50 and self.budget_ms is None:
             raise SpaceError(
-                f"percentile={self.percentile} without a latency_ms says nothing; give "
-                "the budget that this percentile is to keep"
+                f"percentile={self.percentile} of an unlimited latency says nothing; "
+                "give latency_ms, the budget that this percentile is to keep, or "
+                "rate_hz"
             )
         if (
             self.rate_hz is not None

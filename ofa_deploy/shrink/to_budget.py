@@ -71,7 +71,7 @@ def shrink(
         model: Trained, from images `(N, 3, H, W)` to logits `(N, classes)`. Not
             changed.
         device: Such as `openvino-cpu`.
-        constraints: What is asked for; a latency must be among it, or for
+        constraints: What is asked for; a latency or a rate must be among it, or for
             `autoprune-weights` a compressed size.
         method: `pas`, `legr`, `autoprune` or `tas`, which take channels, or
             `autoprune-weights`.
@@ -173,7 +173,8 @@ def _require_limit(method: Method, constraints: Constraints) -> None:
             )
     elif constraints.budget_ms is None:
         raise SpaceError(
-            "no latency is asked for; a network is shrunk to one: give latency_ms"
+            f"no latency is asked for; {method} shrinks a network to one: give "
+            "latency_ms"
         )
 
 

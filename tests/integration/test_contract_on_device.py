@@ -188,6 +188,20 @@ def test_an_accuracy_alone_gives_a_fast_network(
     assert bundle.manifest.predicted.ms <= np.quantile(slower, 0.2)
 
 
+def test_a_size_alone_gives_an_accurate_network_within_it(
+    session: Specializer, tmp_path: Path
+) -> None:
+    genomes = enumerate_genomes(tiny.SPACE)
+    accuracy = session.predictors.accuracy(genomes)
+    weights = session.predictors.sizes.weight_bytes(genomes)
+    limit = round(float(np.median(weights)))
+    bundle = session.specialize(Constraints(size_bytes=limit), out=tmp_path / "bundle")
+    (verdict,) = bundle.manifest.verdicts
+    assert bundle.model_path.stat().st_size == verdict.bound <= limit
+    assert bundle.manifest.accuracy.value >= np.median(accuracy[weights <= limit])
+    assert bundle.manifest.measured.quiet_ms > 0
+
+
 @pytest.mark.parametrize(
     ("limits", "told"),
     [

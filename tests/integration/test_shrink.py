@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import lzma
+import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +40,12 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import LegrSettings
-from ofa_deploy.shrink.methods import SEARCHING, Search, searched_by_tas
+from ofa_deploy.shrink.methods import (
+    SEARCHING,
+    Search,
+    _executor,
+    searched_by_tas,
+)
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
@@ -776,6 +784,70 @@ def test_the_command_shrinks_a_network_of_a_file(
     assert Bundle.open(tmp_path / "out").check().agrees
 
 
+MINE = """
+from torch import nn
+from beside import WIDTH
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a class of its own, and another one beside it."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for name in ("of_mine", "beside"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "of_mine.py").write_text(MINE)
+    (tmp_path / "beside.py").write_text("WIDTH = 40")
+    return tmp_path / "of_mine.py"
+
+
+def test_other_processes_judge_a_network_of_a_file(mine: Path) -> None:
+    network = load_model(f"{mine}:Mine", None)
+    with _executor(None) as executor:
+        other = executor.submit(copy.deepcopy, network).result()
+    assert type(other) is type(network)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_a_file_with_the_name_of_another_module_is_refused(mine: Path) -> None:
+    path = mine.with_name("json.py")
+    path.write_text(MINE)
+    with pytest.raises(DataError, match=r"has the name of another module.*rename it"):
+        load_model(f"{path}:Mine", None)
+
+
+class Ended(Executor):
+    """Processes that the system has killed."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        raise BrokenExecutor("A process was terminated abruptly")
+
+
+def test_processes_that_end_are_told_of(caches: Path, tmp_path: Path) -> None:
+    network = ResidualNet()
+    with pytest.raises(TrainingError, match="judges candidates ended: A process was"):
+        specialize(
+            "onnxruntime-cpu",
+            model=network,
+            data=data(),
+            out=tmp_path / "out",
+            latency_ms=0.8 * priced_ms(own_network(network), caches),
+            method="legr",
+            recipe=recipe(),
+            executor=Ended(),
+        )
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     save_file(ResidualNet().state_dict(), tmp_path / "net.safetensors")
@@ -801,13 +873,23 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         (
             {"latency_ms": None, "min_accuracy": 0.5},
             SpaceError,
-            "no latency is asked for",
+            "no latency is asked for; pas shrinks a network to one: give latency_ms",
+        ),
+        (
+            {"latency_ms": None, "method": "autoprune-weights"},
+            SpaceError,
+            "or, for autoprune-weights, compressed_bytes",
+        ),
+        (
+            {"method": "autoprune-weights"},
+            SpaceError,
+            "and a network no faster: give compressed_bytes",
         ),
         ({"seed": 3}, SpaceError, "seed: these are for supernets"),
         ({"data": None}, DataError, "give labelled images as data="),
         ({"device": "abacus"}, DeployError, "device 'abacus' is unknown"),
     ],
-    ids=["method", "latency", "seed", "data", "device"],
+    ids=["method", "latency", "nothing", "weights", "seed", "data", "device"],
 )
 def test_what_cannot_be_shrunk_is_refused_with_a_reason(
     changes: dict[str, Any],

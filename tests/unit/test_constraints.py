@@ -25,10 +25,14 @@ CLAIM = AccuracyClaim(
 @pytest.mark.parametrize(
     ("given_limits", "told"),
     [
-        ({}, "neither a latency nor an accuracy is asked for"),
+        ({}, "no limit is given; of a supernet give latency_ms, rate_hz, size_bytes"),
+        ({}, "or, for autoprune-weights, compressed_bytes"),
+        ({"sustained_s": 5.0}, "no limit is given"),
         ({"latency_ms": 1.0, "compressed_bytes": 0}, "compressed_bytes=0 makes no"),
-        ({"size_bytes": 1000}, "neither a latency nor an accuracy is asked for"),
-        ({"min_accuracy": 0.9, "percentile": 95}, "percentile=95 without a latency_ms"),
+        (
+            {"min_accuracy": 0.9, "percentile": 95},
+            "percentile=95 of an unlimited latency says nothing; give latency_ms",
+        ),
         ({"latency_ms": 1.0, "percentile": 75}, "percentile=75 is not one of 50, 90"),
         ({"latency_ms": 50.0, "rate_hz": 30.0}, "33.33 ms from one run to the next"),
         ({"latency_ms": 0.0}, "a latency budget of 0.0 ms makes no sense"),
@@ -56,6 +60,30 @@ def test_limits_without_sense_are_refused(
     with pytest.raises(SpaceError) as caught:
         Constraints(**given_limits)
     assert told in str(caught.value)
+
+
+LIMITS: dict[str, Any] = {
+    "latency_ms": 5.0,
+    "size_bytes": 10**6,
+    "compressed_bytes": 10**5,
+    "peak_memory_mb": 50.0,
+    "min_accuracy": 0.8,
+    "rate_hz": 30.0,
+}
+
+
+@given(st.sets(st.sampled_from(sorted(LIMITS)), min_size=1))
+def test_any_combination_of_limits_is_accepted(names: set[str]) -> None:
+    asked = Constraints(**{name: LIMITS[name] for name in names})
+    kept = {"latency" if name in ("latency_ms", "rate_hz") else name for name in names}
+    assert len(asked.limits) == len(kept)
+
+
+@pytest.mark.parametrize("name", ["latency_ms", "rate_hz"])
+def test_a_percentile_is_of_any_limited_latency(name: str) -> None:
+    budget: dict[str, Any] = {name: 30.0}
+    asked = Constraints(min_accuracy=0.9, percentile=95, **budget)
+    assert asked.budget_ms is not None
 
 
 def test_any_sensible_limits_go_together() -> None:

@@ -226,6 +226,35 @@ def test_a_size_is_kept_by_the_file_and_not_by_its_weights_alone() -> None:
     assert found.accuracy.value >= accuracies()[fits].max() - 0.01
 
 
+def test_a_size_alone_gives_the_most_accurate_network_within_it() -> None:
+    weights = chooser().predictors.sizes.weight_bytes(ALL)
+    limit = round(float(np.median(weights)))
+    device = bench(Constraints(size_bytes=limit))
+    found = run(device)
+    (verdict,) = found.verdicts
+    assert (verdict.constraint, verdict.met) == ("size", True)
+    fits = weights + made_up_bench.SIZE_OVERHEAD_BYTES <= limit
+    assert found.accuracy.value >= accuracies()[fits].max() - 0.01
+    assert found.measurement.quiet_ms > 0  # measured, and limited by nothing
+
+
+def test_a_memory_alone_gives_an_accurate_network_within_it() -> None:
+    sizes = chooser().predictors.sizes
+
+    def memory_mb(config: SubnetConfig) -> float:
+        row = tiny.SPACE.encode(config)[None]
+        return float(sizes.memory_bytes(row)[0]) / MEGABYTE + MEMORY_OVERHEAD_MB
+
+    needed_mb = sizes.memory_bytes(ALL) / MEGABYTE + MEMORY_OVERHEAD_MB
+    limit_mb = float(np.quantile(needed_mb, 0.6))
+    device = bench(Constraints(peak_memory_mb=limit_mb))
+    device.memory_mb = memory_mb
+    found = run(device)
+    assert memory_mb(found.config) <= limit_mb
+    best = accuracies()[needed_mb <= limit_mb].max()
+    assert found.accuracy.value >= best - 0.02
+
+
 def test_memory_that_the_runtime_itself_takes_is_learnt() -> None:
     sizes = chooser().predictors.sizes
 
@@ -474,9 +503,10 @@ def test_a_percentile_is_kept_by_all_runs(percentile: int) -> None:
     assert found.verdict("latency").found == measured_ms
 
 
-def test_a_rate_is_a_budget_by_itself() -> None:
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_a_rate_is_a_budget_by_itself(share: float | None) -> None:
     slowest_ms = budget_at(1.0)
-    least = float(np.quantile(accuracies(), 0.2))
+    least = None if share is None else float(np.quantile(accuracies(), share))
     asked = Constraints(min_accuracy=least, rate_hz=1000 / slowest_ms)
     assert asked.budget_ms == pytest.approx(slowest_ms)
     assert run(bench(asked)).verdict("latency").limit == asked.budget_ms
