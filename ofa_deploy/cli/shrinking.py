@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Mapping
@@ -34,7 +33,8 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
 
     Args:
         name: A Python file or a module that can be imported, and a function or class of
-            it that is called with nothing. It is run: give only what you trust.
+            it that is called with nothing. It is run: give only what you trust. It may
+            import what lies beside it, of a module what lies in the current folder.
         weights: By the names of `state_dict`; None for what `NAME` gives.
 
     Raises:
@@ -53,8 +53,10 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     except ImportError as error:
         raise MissingDependency("PyTorch", extra="shrink") from error
     try:
-        module = _run_file(Path(where)) if is_file else importlib.import_module(where)
+        module = _imported_file(Path(where)) if is_file else _imported(where)
         network = getattr(module, attribute)()
+    except DataError:
+        raise
     except Exception as error:  # whatever somebody else's code raises
         raise DataError(
             f"{name} cannot be built: {type(error).__name__}: {error}"
@@ -68,15 +70,28 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     return network
 
 
-def _run_file(path: Path) -> ModuleType:
+def _imported_file(path: Path) -> ModuleType:
     """A Python file as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"{path} cannot be read as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    module = _imported(path.stem, beside=path.resolve().parent)
+    found = getattr(module, "__file__", None)
+    if found is None or Path(found).resolve() != path.resolve():
+        raise DataError(
+            f"{path} has the name of another module, {found or path.stem}; rename it"
+        )
     return module
+
+
+def _imported(name: str, *, beside: Path | None = None) -> ModuleType:
+    """A module, by its name, which processes that judge candidates import it by, too.
+
+    Args:
+        name: Of the module.
+        beside: Folder that it is in; None for the current one, or an installed module.
+    """
+    folder = str(beside or Path.cwd())
+    if folder not in sys.path:  # which such processes are started with
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

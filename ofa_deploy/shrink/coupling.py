@@ -255,7 +255,8 @@ class _Atoms:
                 pairs = zip(item.idxs, item.root_idxs, strict=True)
                 self._join(names[module], item.dep, pairs, names, graph)
         for module, node in graph.module2node.items():
-            if module in names and not node.outputs:  # what it writes are the outputs
+            # What it writes are the outputs.
+            if module in names and not node.outputs and not _is_elementwise(module):
                 written = _width(graph, module, writes=True)
                 for channel in range(written):
                     spot: Spot = (names[module], "out", channel)
@@ -281,7 +282,7 @@ class _Atoms:
         """
         module = dependency.target.module
         is_output = type(module).__name__ == "_OutputOp"
-        known = module in names
+        known = module in names and not _is_elementwise(module)
         if not (is_output or known):
             return  # an operation without channels of its own
         mixes = known and (not isinstance(module, _CHANNELWISE) or _is_grouped(module))
@@ -311,6 +312,11 @@ def _width(graph: Any, module: nn.Module, *, writes: bool) -> int:
     pruner = graph.get_pruner_of_module(module)
     get = pruner.get_out_channels if writes else pruner.get_in_channels
     return int(get(module))
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether a module has one slope for all channels, and none of its own."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 def _is_grouped(module: nn.Module) -> bool:
@@ -357,10 +363,17 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
         import torch_pruning
     except ImportError as error:
         raise MissingDependency("torch-pruning", extra="shrink") from error
-    with _quiet(), torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            network, image, verbose=False
-        )
+    try:
+        with _quiet(), torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                network, image, verbose=False
+            )
+    except Exception as error:  # whatever its tracing does not expect
+        raise TraceError(
+            f"which channels of {type(network).__name__} go together cannot be told: "
+            f"{type(error).__name__}: {error}. Rewrite it with convolutions, linear "
+            "layers, norms, activations, pools, sums, products and concatenations"
+        ) from error
     for node in graph.module2node.values():
         _map_padding(node)
     return graph

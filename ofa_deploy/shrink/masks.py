@@ -169,6 +169,15 @@ class MaskedInput(nn.Module):
         # Features are last, channels second.
         self._is_linear = isinstance(layer, nn.Linear)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has: a forward may ask, such as for `in_features`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # while it is being copied
+                raise
+            return getattr(self.layer, name)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply to `(N, width, ...)`, or of a linear layer `(..., width)`."""
         always = torch.ones(1, dtype=self._masks[0].latent.dtype)

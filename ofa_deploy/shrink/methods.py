@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import MissingDependency, TraceError
+from ofa_deploy.errors import MissingDependency, TraceError, TrainingError
 from ofa_deploy.nn.projection import projection_paths
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
@@ -202,7 +202,7 @@ def _legr(search: Search) -> Found:
         def told(population: Population) -> None:
             search.judged(population.done, settings.evaluations)
 
-        with _executor(search.executor) as executor:
+        with _executor(search.executor) as executor, _told_if_broken():
             best = ranking.run(executor, told)
             family = _remembered_family(folder, lambda: ranking.family(best, executor))
     if folder is not None:
@@ -366,6 +366,20 @@ def _executor(given: Executor | None) -> Iterator[Executor]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with ProcessPoolExecutor(cores, env={"OMP_NUM_THREADS": "1"}) as executor:
         yield executor
+
+
+@contextmanager
+def _told_if_broken() -> Iterator[None]:
+    """Says what to do if its processes end before their work is done."""
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise TrainingError(
+            f"a process that judges candidates ended: {error}. It had too little "
+            "memory, or cannot import the network's module, which must be found on its "
+            "sys.path. What was judged is kept; give an executor of fewer processes, "
+            "or of threads, or move the network's class where it can be imported"
+        ) from error
 
 
 def _write_log(folder: Path, losses: list[float]) -> None:

@@ -88,6 +88,7 @@ class OwnNetwork:
             else trace_channels(module, input_shape=shape)
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
+        _require_logits_in_training(module, shape)
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "
@@ -158,11 +159,11 @@ class OwnNetwork:
             mask.keep_only(indices)
         shape = (2, IMAGE_CHANNELS, self.resolution, self.resolution)
         noise = rng.standard_normal(shape, dtype=np.float32)
-        expected = run(masked.module, noise)
         narrow = self._narrowed(kept)
         if isinstance(narrow, FusedNetwork):
             narrow = FusedNet(narrow.plan, narrow.weights)
         try:
+            expected = run(masked.module, noise)
             found = run(narrow, noise)
         except Exception:  # whatever its forward makes of shapes that do not fit
             return False
@@ -371,13 +372,36 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
             outputs = module(torch.from_numpy(inputs))
     finally:
         module.train(training)
-    if not isinstance(outputs, Tensor):
-        raise TraceError(
-            f"{type(module).__name__} gives {type(outputs).__name__}, not a tensor; "
-            "wrap it in a module that gives the logits alone"
-        )
-    result: Floats = outputs.float().numpy()
+    result: Floats = _logits(module, outputs).float().numpy()
     return result
+
+
+def _logits(module: nn.Module, outputs: object) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    mode = ", while it is trained," if module.training else ""
+    raise TraceError(
+        f"{type(module).__name__} gives{mode} {type(outputs).__name__}, not a tensor; "
+        "wrap it in a module that gives the logits alone"
+    )
+
+
+def _require_logits_in_training(module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Refuse what gives more in training than in use, such as networks with two heads.
+
+    Raises:
+        TraceError: It gives no tensor, or fails.
+    """
+    module = copy.deepcopy(module).train()
+    try:
+        with torch.no_grad():
+            outputs = module(torch.zeros(2, *shape))
+    except Exception as error:  # whatever its forward raises
+        raise TraceError(
+            f"{type(module).__name__} cannot be trained on images of shape {shape}: "
+            f"{error}"
+        ) from error
+    _logits(module, outputs)
 
 
 def _some(

@@ -26,6 +26,7 @@ from ofa_deploy.shrink.masks import (
     MaskedNetwork,
     estimated_slope,
 )
+from ofa_deploy.shrink.removed_weights import RemovedWeights
 
 # A layer that loses this share of the channels above its floor between two looks has
 # collapsed.
@@ -71,6 +72,11 @@ class PasSettings:
                 f"target share {self.target_share:g} of the price; give a number above "
                 "0 and at most 1"
             )
+        if not (self.latent_rate > 0 and 0 <= self.momentum < 1):
+            raise SpaceError(
+                f"latent_rate={self.latent_rate:g}, momentum={self.momentum:g}; give a "
+                "rate above 0, and a momentum of at least 0 and below 1"
+            )
         if self.floor < 1 or self.step < 1 or self.steps_to_flip < 1:
             raise SpaceError(
                 f"floor={self.floor}, step={self.step}, "
@@ -108,6 +114,9 @@ class PruningAsSearch:
         self.collapses: list[str] = []
         self._steps = 0
         self._counts_before = self._counts()
+        # Since the last look, before the floor was given back; all, where it was not.
+        self._fallen_to = self._channels
+        self._removed = RemovedWeights(masked)
 
     def _calibrated_strength(self) -> float:
         """So that the steepest latent falls by a half in `steps_to_flip` steps.
@@ -171,13 +180,17 @@ class PruningAsSearch:
         return self.strength * (share - self.settings.target_share) ** 2
 
     def after_step(self) -> None:
-        """Keep the floor; open a layer again that has collapsed."""
-        for mask, floor in zip(self.masked.masks, self.floors, strict=True):
-            if len(mask.kept()) < floor:
+        """Keep what is removed, and the floor; open what has collapsed again."""
+        self._removed.put_back()
+        for index, floor in enumerate(self.floors):
+            mask = self.masked.masks[index]
+            if (count := len(mask.kept())) < floor:
+                self._fallen_to[index] = min(count, self._fallen_to[index])
                 _reopen(mask.latent.data, floor)
         self._steps += 1
         if self._steps % COLLAPSE_WINDOW == 0:
             self._look()
+        self._removed.note()
 
     def facts(self) -> dict[str, object]:
         """Kept channels of each group, how far their latents spread, and the price."""
@@ -219,6 +232,7 @@ class PruningAsSearch:
             "strength": torch.tensor(self.strength, dtype=torch.float64),
             "steps": torch.tensor(self._steps),
             "counts_before": torch.tensor(self._counts_before),
+            "fallen_to": torch.tensor(self._fallen_to),
             "collapses": torch.tensor(
                 [names.index(name) for name in self.collapses], dtype=torch.long
             ),
@@ -237,7 +251,9 @@ class PruningAsSearch:
         self.strength = float(state["strength"])
         self._steps = int(state["steps"])
         self._counts_before = [int(count) for count in state["counts_before"]]
+        self._fallen_to = [int(count) for count in state["fallen_to"]]
         self.collapses = [groups[int(index)].name for index in state["collapses"]]
+        self._removed.note()
 
     def _settings_row(self) -> Tensor:
         """What decides a search besides its recipe, to tell another one by."""
@@ -250,6 +266,10 @@ class PruningAsSearch:
         """Price of what is kept now, as a share of the whole network's."""
         with torch.no_grad():
             return float(self.price(self.masked.counts)) / self.full_price
+
+    @property
+    def _channels(self) -> list[int]:
+        return [group.channels for group in self.masked.graph.groups]
 
     def _counts(self) -> list[int]:
         return [len(mask.kept()) for mask in self.masked.masks]
@@ -269,17 +289,23 @@ class PruningAsSearch:
         else:
             self.strength = max(self.strength, self._raised_strength())
         self._counts_before = self._counts()
+        self._fallen_to = self._channels
 
     def _collapsed(self) -> list[int]:
-        """Groups that lost most of their channels since the last look."""
+        """Groups that lost most of their channels since the last look.
+
+        What is asked is what they had before the floor was given back to them.
+        """
         least = 2 * self.settings.step
+        lowest = map(min, self._counts(), self._fallen_to)
         return [
             index
             for index, (before, now, floor) in enumerate(
-                zip(self._counts_before, self._counts(), self.floors, strict=True)
+                zip(self._counts_before, lowest, self.floors, strict=True)
             )
             # Above the floor, which is kept in any case; a step or two is no collapse.
-            if before - now >= least
+            if before > floor
+            and before - now >= min(least, before)
             and before - now > COLLAPSED_SHARE * (before - floor)
         ]
 

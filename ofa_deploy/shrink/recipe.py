@@ -65,6 +65,13 @@ class ShrinkRecipe:
     def __post_init__(self) -> None:
         if self.floor < 1 or (self.step is not None and self.step < 1):
             raise SpaceError(f"floor={self.floor}, step={self.step}; give at least 1")
+        if not self.latent_rate > 0:
+            raise SpaceError(f"latent_rate={self.latent_rate:g}; give more than 0")
+        if self.estimator not in get_args(Estimator):
+            raise SpaceError(
+                f"estimator={self.estimator!r}; give one of "
+                f"{', '.join(get_args(Estimator))}"
+            )
         shares = {"deciding_share": self.deciding_share, "flip_share": self.flip_share}
         if self.lowest_share is not None:
             shares["lowest_share"] = self.lowest_share

@@ -177,12 +177,13 @@ def test_what_was_removed_returns_where_it_is_missed(estimator: Estimator) -> No
         assert steps <= 2 * 0.1 / (0.1 * LEAK)
 
 
-def test_a_rectifier_would_never_let_it_return() -> None:
-    # Its slope below the threshold is none: that is why there is no such estimator.
-    height = torch.tensor([-0.1, 0.1])
+def test_no_estimator_is_flat_where_channels_are_removed() -> None:
+    # As a rectifier's slope is: what fell below the threshold would never return.
+    heights = torch.linspace(-1.0, 1.0, 101)
     for estimator in ESTIMATORS:
-        assert (estimated_slope(height, estimator) > 0).all()
-    assert estimated_slope(height, "leaky_relu").tolist() == pytest.approx([LEAK, 1.0])
+        assert (estimated_slope(heights, estimator) > 0).all()
+    around = torch.tensor([-0.1, 0.1])
+    assert estimated_slope(around, "leaky_relu").tolist() == pytest.approx([LEAK, 1.0])
 
 
 # -- P7, P8: alone with the price, and on a toy ------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import FusedNet, StaticNet
+from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.channel_prices import timed_layers
@@ -35,6 +36,8 @@ from ofa_deploy.shrink.pas import (
     PruningAsSearch,
     settle_counts,
 )
+from ofa_deploy.train.optimizer import HybridOptimizer
+from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks
 from tests.support.mac_counter import counted_macs
 from tests.support.tiny_torch import inputs, relative_error
@@ -313,6 +316,51 @@ def test_a_channel_that_comes_back_contributes_what_it_did() -> None:
     assert torch.equal(run(net.module, inputs(12)), before)
 
 
+@pytest.mark.parametrize("name", ["residual", "dense", "shared", "branched"])
+def test_what_is_removed_stays_as_it_was_while_the_rest_is_trained(name: str) -> None:
+    network = branched() if name == "branched" else own(name)
+    store_channels_last(network)
+    net = masked(network)
+    search = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.9, floor=1, step=1),
+    )
+    phase = Phase(name="any", epochs=1, peak_learning_rate=0.1, distill=False)
+    recipe = Recipe(phases=(phase,))
+    optimizer = HybridOptimizer(net.module, recipe, rates=search.rates)
+    optimizer.set_learning_rate(0.1)
+    size = own_networks.SIZE
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            logits = net.module.train()(torch.randn(4, 3, size, size))
+            torch.autograd.backward(logits.square().mean())
+            optimizer.step()
+            search.after_step()
+
+    train(2)  # what was stepped has momentum
+    group = len(net.masks) // 2
+    net.masks[group].latent.data[:3] = -10.0
+    search.after_step()
+    before = {k: p.detach().clone() for k, p in network.named_parameters()}
+    train(3)
+    moved = {k: p.detach() != before[k] for k, p in network.named_parameters()}
+    for cut in net.graph.cuts:
+        if cut.group != group:
+            continue
+        places = cut.positions[cut.channels < 3]
+        for path, changed in moved.items():
+            if not path.startswith(f"{cut.module}."):
+                continue
+            if cut.side == "out":
+                assert not changed[places[places < len(changed)]].any()
+            elif changed.ndim > 1 and changed.shape[1] > 1:
+                assert not changed[:, places].any()
+    assert sum(int(changed.sum()) for changed in moved.values()) > 1000
+
+
 # -- P8, P9: the regulariser alone -----------------------------------------------------
 
 
@@ -405,6 +453,23 @@ def test_a_collapsed_layer_is_opened_again_and_told_of() -> None:
     order = net.masks[1].latent.detach().argsort()
     assert order.tolist() == list(range(16))
     assert search.strength == strength / 2
+
+
+@pytest.mark.parametrize("step", [4, 8, 16])
+def test_a_narrow_layer_that_falls_to_nothing_has_collapsed(step: int) -> None:
+    net = masked(Chain())
+    search = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.5, floor=8, step=step),
+    )
+    net.masks[1].latent.data = torch.linspace(0.1, 0.4, 16)
+    net.masks[2].latent.data = torch.linspace(0.4, 0.9, 16)  # most stay
+    for _ in range(COLLAPSE_WINDOW):
+        search.after_step()
+    assert search.collapses == [net.graph.groups[1].name]
+    assert len(net.masks[1].kept()) == 16
+    assert len(net.masks[2].kept()) == 12
 
 
 def test_several_layers_that_collapse_at_once_halve_the_pull_once() -> None:

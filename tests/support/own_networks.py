@@ -215,6 +215,21 @@ class SharedNet(nn.Module):
         return cast(Tensor, self.head(self.last(x).mean((2, 3))))
 
 
+class AskingNet(nn.Module):
+    """One slope for all channels; asks a layer how many features it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1)
+        self.slope = nn.PReLU()
+        self.last = nn.Conv2d(16, 24, 3, 2, 1)
+        self.head = nn.Linear(24 * 36, CLASS_COUNT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.last(self.slope(self.stem(x))))
+        return cast(Tensor, self.head(x.view(-1, self.head.in_features)))
+
+
 ALL: dict[str, type[nn.Module]] = {
     "residual": ResidualNet,
     "padded": PaddedResidualNet,
@@ -223,4 +238,5 @@ ALL: dict[str, type[nn.Module]] = {
     "mobilenet": MobileNet,
     "vgg": Vgg,
     "shared": SharedNet,
+    "asking": AskingNet,
 }
