@@ -10,7 +10,7 @@ from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.verify import enough_runs, judge_latency
 from profilers.backends import get_backend
-from profilers.device import RuntimeSpec, this_device
+from profilers.device import differing_fields, this_device
 from profilers.fresh import FreshMeasurement, measure_in_fresh_process
 from profilers.timing import CERTIFY_PROCESSES
 
@@ -87,28 +87,13 @@ def differences(bundle: Bundle) -> tuple[str, ...]:
     backend = get_backend(manifest.runtime.backend)
     here = this_device(accelerator=backend.accelerator())
     runtime = backend.runtime(threads=manifest.runtime.threads)
-    found = []
-    if here.fingerprint != manifest.device.fingerprint:
-        found.append(
-            f"the device is {_describe(here.cpu_model, here.core_count)}; the "
-            "manifest's was "
-            f"{_describe(manifest.device.cpu_model, manifest.device.core_count)}"
+    return tuple(
+        f"{kind} {field} is {after!r} here and was {before!r} there"
+        for kind, then, now in (
+            ("device", manifest.device, here),
+            ("runtime", manifest.runtime, runtime),
         )
-    if runtime != manifest.runtime:
-        found.append(
-            f"the runtime is {_told(runtime)}; the manifest's was "
-            f"{_told(manifest.runtime)}"
-        )
-    return tuple(found)
-
-
-def _describe(cpu_model: str, core_count: int) -> str:
-    return f"{cpu_model} with {core_count} cores"
-
-
-def _told(runtime: RuntimeSpec) -> str:
-    return (
-        f"{runtime.backend} {runtime.version} ({runtime.provider}, {runtime.precision})"
+        for field, before, after in differing_fields(then, now)
     )
 
 

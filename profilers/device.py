@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 __all__ = [
@@ -19,6 +19,9 @@ __all__ = [
     "RuntimeSpec",
     "available_cores",
     "cgroup_quota_cores",
+    "differing_fields",
+    "is_shared_host",
+    "is_virtual_machine",
     "read_conditions",
     "this_device",
 ]
@@ -27,6 +30,21 @@ __all__ = [
 DEDICATED_CORE_COUNT = 4
 
 MEBIBYTES_PER_GIBIBYTE = 1024
+
+# How the firmware of virtual machines begins to call itself: that of hypervisors, and
+# of clouds that put their own name in its place. Whole vendors would not do: Microsoft,
+# Google and Apple sell computers, too.
+VIRTUAL_NAMES = (
+    *("Alibaba Cloud ECS", "Amazon EC2", "Apple Virtualization", "BHYVE", "Bochs"),
+    *("DigitalOcean", "Google Compute Engine", "KVM", "KubeVirt", "OpenStack"),
+    *("Parallels", "QEMU", "VMW", "Virtual Machine", "VirtualBox", "Xen"),
+    *("innotek GmbH", "vServer"),
+)
+# Of a cloud's machine without a hypervisor.
+BARE_METAL_SUFFIX = ".metal"
+
+# Fields of a `DeviceSpec` that say which one it is, not what it is.
+_DEVICE_IDENTITY = ("name",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +88,7 @@ class DeviceSpec:
             self.cpu_model,
             self.core_count,
             self.accelerator,
-            round(self.memory_mb / MEBIBYTES_PER_GIBIBYTE),
+            _gibibytes(self.memory_mb),
         )
         return hashlib.sha256(json.dumps(hardware).encode()).hexdigest()[:12]
 
@@ -112,8 +130,8 @@ class Conditions:
         load_average: Runnable processes, averaged over the last minute.
         affinity_core_count: Cores that this process may run on.
         cgroup_quota_cores: CPU time that the control group allows, in cores.
-        shared_host: Whether others' work can slow this device down unseen: it is a
-            virtual machine, or has too few cores to leave one to the system.
+        shared_host: Whether others' work can slow this device down unseen; see
+            `is_shared_host`.
     """
 
     governor: str | None
@@ -123,6 +141,24 @@ class Conditions:
     affinity_core_count: int | None
     cgroup_quota_cores: float | None
     shared_host: bool
+
+
+def differing_fields(
+    then: DeviceSpec | RuntimeSpec, now: DeviceSpec | RuntimeSpec
+) -> tuple[tuple[str, object, object], ...]:
+    """In what two devices, or two runtimes, differ that latency depends on.
+
+    Returns:
+        A field's name with both values, for each; of devices, those that their
+        fingerprints are made of.
+    """
+    return tuple(
+        (field.name, before, after)
+        for field in fields(then)
+        if field.name not in _DEVICE_IDENTITY
+        and (before := getattr(then, field.name)) != (after := getattr(now, field.name))
+        and not (field.name == "memory_mb" and _gibibytes(before) == _gibibytes(after))
+    )
 
 
 def this_device(name: str = "local", *, accelerator: str | None = None) -> DeviceSpec:
@@ -152,18 +188,66 @@ def available_cores() -> int:
 def read_conditions() -> Conditions:
     """Read the present conditions; takes a few milliseconds."""
     frequency_directory = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    quota_cores = cgroup_quota_cores()
     return Conditions(
         governor=_read_text(frequency_directory / "scaling_governor"),
         frequency_mhz=_frequency_mhz(frequency_directory),
         temperature_c=_temperature_c(Path("/sys/class/thermal")),
         load_average=_load_average(),
         affinity_core_count=_affinity_core_count(),
-        cgroup_quota_cores=cgroup_quota_cores(),
-        shared_host=(
-            (os.cpu_count() or 1) < DEDICATED_CORE_COUNT
-            or "hypervisor" in _cpuinfo_value("flags").split()
+        cgroup_quota_cores=quota_cores,
+        shared_host=is_shared_host(
+            core_count=available_cores(), quota_cores=quota_cores
         ),
     )
+
+
+def is_shared_host(
+    *, core_count: int, quota_cores: float | None, root: Path = Path("/")
+) -> bool:
+    """Whether others' work can slow this process down unseen.
+
+    It can in a virtual machine, under a quota, which a container on somebody's machine
+    has, and where there are too few cores to leave one to the system.
+
+    Args:
+        core_count: Cores that this process may use: those that a container, or
+            whoever pinned it, left it.
+        quota_cores: CPU time that the control group allows, in cores; None without
+            a limit.
+        root: Of the file system.
+    """
+    return (
+        core_count < DEDICATED_CORE_COUNT
+        or quota_cores is not None
+        or is_virtual_machine(root)
+    )
+
+
+def is_virtual_machine(root: Path = Path("/")) -> bool:
+    """Whether a hypervisor, the firmware or the device tree says that this is one.
+
+    Args:
+        root: Of the file system.
+    """
+    if "hypervisor" in _cpuinfo_value("flags", root).split():  # on x86
+        return True
+    # The folder alone means only that the kernel could tell.
+    if _read_text(root / "sys/hypervisor/type"):
+        return True
+    tree = root / "proc/device-tree"  # of ARM machines that have no firmware tables
+    # A board without hardware of its own is what QEMU and its like describe.
+    boards = (_read_text(tree / "compatible") or "").split("\0")
+    if (tree / "hypervisor").exists() or "linux,dummy-virt" in boards:
+        return True
+    firmware = root / "sys/class/dmi/id"
+    product, *vendors = (
+        _read_text(firmware / name) or ""
+        for name in ("product_name", "sys_vendor", "board_vendor", "bios_vendor")
+    )
+    if product.endswith(BARE_METAL_SUFFIX):
+        return False
+    return any(name.startswith(VIRTUAL_NAMES) for name in (product, *vendors))
 
 
 def cgroup_quota_cores(
@@ -282,15 +366,19 @@ def _microarchitecture() -> tuple[str, ...]:
     return (*numbers, *(f"part {part}" for part in parts))
 
 
-def _cpuinfo_value(key: str) -> str:
-    return next(iter(_cpuinfo_values(key)), "")
+def _cpuinfo_value(key: str, root: Path = Path("/")) -> str:
+    return next(iter(_cpuinfo_values(key, root)), "")
 
 
-def _cpuinfo_values(key: str) -> dict[str, None]:
+def _cpuinfo_values(key: str, root: Path = Path("/")) -> dict[str, None]:
     """Different values of a key over all cores, in their order."""
-    lines = (_read_text(Path("/proc/cpuinfo")) or "").splitlines()
+    lines = (_read_text(root / "proc/cpuinfo") or "").splitlines()
     entries = (line.partition(":") for line in lines)
     return {v.strip(): None for name, _, v in entries if name.strip() == key}
+
+
+def _gibibytes(memory_mb: int) -> int:
+    return round(memory_mb / MEBIBYTES_PER_GIBIBYTE)
 
 
 def _memory_mb() -> int:

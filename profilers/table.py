@@ -28,7 +28,7 @@ from profilers.codec import (
     encode_flat,
     encode_measurement,
 )
-from profilers.device import Conditions, DeviceSpec, RuntimeSpec
+from profilers.device import Conditions, DeviceSpec, RuntimeSpec, differing_fields
 from profilers.errors import IncompatibleTables
 from profilers.files import write_atomically
 from profilers.json_reader import Json, JsonNode, read_json
@@ -39,9 +39,6 @@ __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 FORMAT_VERSION = 5
 
 Origin = Literal["measured", "emulated", "synthetic"]
-
-# Fields of a DeviceSpec that say which one it is, not what it is.
-_DEVICE_IDENTITY = ("name",)
 
 _REMEASURE = "delete the file and re-run `ofa-deploy profile`"
 
@@ -64,7 +61,7 @@ class LatencyTable:
         drift: Of the windows in which the networks were measured.
         beta: Of the quiet-state fit to the networks.
         anchor_reference_ns: The anchor's quiet level, which all latencies speak of.
-        created_at: ISO 8601 date and time.
+        created_at: ISO 8601 date and time at which its oldest visits began.
         blocks: By name; fused blocks.
         networks: By name; whole networks.
         failures: Reasons by name, of the models that could not be measured.
@@ -169,20 +166,12 @@ def describe_differences(
         Every difference with both values; empty if there is none.
     """
     return "; ".join(
-        f"{kind} {field.name} is {measured!r} in the table and {present!r} {here}"
+        f"{kind} {field} is {measured!r} in the table and {present!r} {here}"
         for kind, then, now in (
             ("device", table.device, device),
             ("runtime", table.runtime, runtime),
         )
-        for field in fields(then)
-        if field.name not in _DEVICE_IDENTITY
-        and (measured := getattr(then, field.name))
-        != (present := getattr(now, field.name))
-        # Compared as the fingerprint does, in GiB: the kernel keeps a varying share.
-        and not (
-            field.name == "memory_mb"
-            and round(measured / 1024) == round(present / 1024)
-        )
+        for field, measured, present in differing_fields(then, now)
     )
 
 

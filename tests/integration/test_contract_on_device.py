@@ -348,10 +348,25 @@ def test_a_bundle_that_was_moved_says_that_its_timing_was_taken_elsewhere(
     everything: Bundle,
 ) -> None:
     found = rebench.rebench(moved(everything))
-    device, runtime = found.elsewhere
-    assert "the manifest's was another processor" in device
-    assert f"the manifest's was {BACKEND} 0.1" in runtime
+    device, runtime = everything.manifest.device, everything.manifest.runtime
+    assert found.elsewhere == (
+        f"device cpu_model is {device.cpu_model!r} here and was 'another processor' "
+        "there",
+        f"runtime version is {runtime.version!r} here and was '0.1' there",
+    )
     assert moved(everything).check().agrees
+
+
+def test_a_machine_with_other_memory_alone_is_told_by_its_memory(
+    everything: Bundle,
+) -> None:
+    manifest = everything.manifest
+    there = replace(manifest.device, memory_mb=4 * manifest.device.memory_mb)
+    with Bundle(everything.path, replace(manifest, device=there)) as bundle:
+        assert rebench.differences(bundle) == (
+            f"device memory_mb is {manifest.device.memory_mb} here and was "
+            f"{there.memory_mb} there",
+        )
 
 
 class Outcome:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from profilers import (
     read_conditions,
     this_device,
 )
-from profilers.device import cgroup_quota_cores
+from profilers.device import cgroup_quota_cores, differing_fields, is_shared_host
 from profilers.doctor import BackendStatus, diagnose
 from profilers.errors import DeviceError, FormatError, MissingDependency
 from profilers.steadiness import Steadiness, Throttling, read_throttling, watch
@@ -60,6 +61,34 @@ def test_the_fingerprint_is_twelve_hex_digits_of_the_hardware(
 def test_a_little_memory_less_is_the_same_hardware() -> None:
     assert device(16_000).fingerprint == device(16_030).fingerprint
     assert device(16_000).fingerprint != device(8_000).fingerprint
+
+
+@given(values.devices, values.devices)
+def test_devices_differ_in_a_field_exactly_where_their_fingerprints_differ(
+    one: DeviceSpec, other: DeviceSpec
+) -> None:
+    assert differing_fields(one, replace(one, name="another")) == ()
+    same = one.fingerprint == other.fingerprint
+    assert (differing_fields(one, other) == ()) == same
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("arch", "riscv64"),
+        ("cpu_model", "another"),
+        ("core_count", 5),
+        ("accelerator", "a card"),
+        ("memory_mb", 32_000),
+    ],
+)
+def test_what_makes_a_device_another_one_is_named_with_both_values(
+    field: str, value: object
+) -> None:
+    then = device()
+    changes: dict[str, Any] = {field: value}
+    now = replace(then, **changes)
+    assert differing_fields(then, now) == ((field, getattr(then, field), value),)
 
 
 def test_this_machine_can_be_described() -> None:
@@ -115,6 +144,93 @@ def test_the_least_quota_of_the_control_groups_counts(
 
 def test_no_control_groups_mean_no_quota(tmp_path: Path) -> None:
     assert cgroup_quota_cores(mount=tmp_path, membership=tmp_path / "none") is None
+
+
+XEON = "flags\t\t: fpu sse avx2\n"
+CORTEX = "Features\t: fp asimd\nCPU part\t: 0xd0c\n"
+
+
+def firmware(**names: str) -> dict[str, str]:
+    return {f"sys/class/dmi/id/{name}": text for name, text in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "quota", "shared"),
+    [
+        pytest.param({"proc/cpuinfo": XEON}, 64, None, False, id="server"),
+        pytest.param({"proc/cpuinfo": CORTEX}, 4, None, False, id="board"),
+        pytest.param({"proc/cpuinfo": XEON}, 3, None, True, id="few cores left to it"),
+        pytest.param({"proc/cpuinfo": XEON}, 64, 1.5, True, id="quota of a container"),
+        pytest.param(
+            {"proc/cpuinfo": "flags\t: fpu hypervisor"}, 64, None, True, id="x86"
+        ),
+        pytest.param(
+            {"proc/cpuinfo": CORTEX, "sys/hypervisor/type": "xen"},
+            *(64, None, True),
+            id="Xen",
+        ),
+        pytest.param(
+            {"proc/cpuinfo": XEON, "sys/hypervisor/properties/features": ""},
+            *(64, None, False),
+            id="a kernel that could tell of Xen",
+        ),
+        pytest.param(
+            firmware(sys_vendor="QEMU", product_name="KVM Virtual Machine"),
+            *(64, None, True),
+            id="ARM under QEMU",
+        ),
+        pytest.param(
+            firmware(sys_vendor="Amazon EC2", product_name="m7g.16xlarge"),
+            *(64, None, True),
+            id="ARM in a cloud",
+        ),
+        pytest.param(
+            firmware(sys_vendor="Amazon EC2", product_name="m7g.metal"),
+            *(64, None, False),
+            id="bare metal in a cloud",
+        ),
+        pytest.param(
+            firmware(
+                sys_vendor="Microsoft Corporation", product_name="Virtual Machine"
+            ),
+            *(64, None, True),
+            id="ARM under Hyper-V",
+        ),
+        pytest.param(
+            firmware(sys_vendor="Microsoft Corporation", product_name="Surface Pro 9"),
+            *(8, None, False),
+            id="a computer by a vendor of hypervisors",
+        ),
+        pytest.param(
+            {"proc/device-tree/hypervisor/compatible": "linux,kvm\0"},
+            *(64, None, True),
+            id="device tree of a guest",
+        ),
+        pytest.param(
+            {"proc/device-tree/compatible": "linux,dummy-virt\0"},
+            *(64, None, True),
+            id="device tree of no board",
+        ),
+        pytest.param(
+            {"proc/device-tree/compatible": "raspberrypi,5-model-b\0brcm,bcm2712\0"},
+            *(4, None, False),
+            id="device tree of a board",
+        ),
+    ],
+)
+def test_a_host_is_shared_where_others_can_slow_it_down_unseen(
+    files: dict[str, str],
+    cores: int,
+    quota: float | None,
+    shared: bool,
+    tmp_path: Path,
+) -> None:
+    for name, text in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+    found = is_shared_host(core_count=cores, quota_cores=quota, root=tmp_path)
+    assert found == shared
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
