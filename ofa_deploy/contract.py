@@ -20,6 +20,7 @@ from ofa_deploy.constraints import (
     MEGABYTE,
     ConstraintName,
     Constraints,
+    Verdict,
     binding,
     in_words,
 )
@@ -27,6 +28,7 @@ from ofa_deploy.errors import (
     BackendError,
     InfeasibleBudget,
     MeasurementError,
+    RunFailed,
 )
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.verify import Candidate
@@ -85,7 +87,11 @@ class Bench(Protocol):
         """
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
-        """Time a network's file in fresh processes, and hold it against all limits."""
+        """Time a network's file in fresh processes, and hold it against all limits.
+
+        Raises:
+            RunFailed: The runtime fails on it.
+        """
 
 
 def fulfil(
@@ -107,21 +113,21 @@ def fulfil(
 
     Raises:
         InfeasibleBudget: None keeps them, by prediction, or by what was measured.
-        BackendError: The runtime failed, and nothing was shown to keep them before.
+        BackendError: The runtime failed on all of them, and nothing was shown to keep
+            them before.
         MeasurementError: Nothing could be measured, or the table is stale; likewise.
     """
     loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
     begun_s, longest_s = clock_s(), 0.0
     best: VerifiedNetwork | None = None
     try:
-        while len(loop.certified) < MAX_CERTIFIED:
+        while len(loop.tried) < MAX_CERTIFIED:
             tried_s = clock_s()
             config = loop.next_config(better_than=best)
             if config is None:
                 break
-            found = bench.certify(config)
-            loop.certified.append(found)
-            if found.met:
+            found = loop.certify(config)
+            if found is not None and found.met:
                 best = _better(constraints, best, found)
             now_s = clock_s()
             longest_s = max(longest_s, now_s - tried_s)
@@ -133,6 +139,8 @@ def fulfil(
             raise
     if best is not None:
         return replace(best, candidates=loop.candidates())
+    if loop.failures and not loop.certified:
+        raise next(iter(loop.failures.values()))
     raise loop.refusal()
 
 
@@ -155,8 +163,25 @@ class _Loop:
     where: str
     confirmed: dict[str, Confirmed] = field(default_factory=dict)
     certified: list[VerifiedNetwork] = field(default_factory=list)
+    # Networks that the runtime failed on only when it was to certify them.
+    failures: dict[str, RunFailed] = field(default_factory=dict)
     offered: set[str] = field(default_factory=set)
     ladders: int = 0
+
+    @property
+    def tried(self) -> set[str]:
+        """Networks that were to be certified, whatever came of it."""
+        return {found.config.id for found in self.certified} | self.failures.keys()
+
+    def certify(self, config: SubnetConfig) -> VerifiedNetwork | None:
+        """Certify a network; None where the runtime fails: others may do better."""
+        try:
+            found = self.bench.certify(config)
+        except RunFailed as error:
+            self.failures[config.id] = error
+            return None
+        self.certified.append(found)
+        return found
 
     def candidates(self) -> tuple[Candidate, ...]:
         """What was measured, in this order."""
@@ -340,7 +365,7 @@ class _Loop:
         self, *, better_than: VerifiedNetwork | None
     ) -> SubnetConfig | None:
         """The network to certify next; None where there is none."""
-        if better_than is None and len(self.certified) == MAX_CERTIFIED - 1:
+        if better_than is None and len(self.tried) == MAX_CERTIFIED - 1:
             return self._last_resort() or self._next_ready(None)
         return self._next_ready(better_than)
 
@@ -355,9 +380,10 @@ class _Loop:
 
     def _ready(self, better_than: VerifiedNetwork | None) -> list[SubnetConfig]:
         """Confirmed networks expected to keep everything, the best first."""
-        tried = {found.config.id for found in self.certified}
         configs = [
-            SubnetConfig.from_id(name) for name in self.confirmed if name not in tried
+            SubnetConfig.from_id(name)
+            for name in self.confirmed
+            if name not in self.tried
         ]
         fitting = [config for config in configs if self.fits(config)]
         if self.constraints.min_accuracy is not None:
@@ -399,7 +425,7 @@ class _Loop:
     @property
     def _failed(self) -> frozenset[str]:
         """Networks that the runtime could not run."""
-        return frozenset(self.offered - self.confirmed.keys())
+        return frozenset(self.offered - self.confirmed.keys() | self.failures.keys())
 
     def _hopeful(self) -> list[SubnetConfig]:
         """Networks that the predictor's error and nothing else may let in.
@@ -431,18 +457,40 @@ class _Loop:
             ) from error
 
     def _told_of(self, name: str) -> str:
+        told = ", ".join(
+            f"{verdict.constraint} {verdict.told(verdict.bound)}"
+            for verdict in self._expected(name)
+        )
+        return f"; the nearest, {name}, is predicted to have {told}"
+
+    def _expected(self, name: str) -> tuple[Verdict, ...]:
+        """The verdicts on a network, as confirmed, and otherwise as predicted."""
         predictors, row = self.chooser.predictors, self._row(name)
-        values: dict[ConstraintName, float] = {
-            "latency": float(predictors.latency.predict_ms(row)[0]),
-            "size": float(predictors.sizes.weight_bytes(row)[0]),
+        found = self.confirmed.get(name)
+        bounds: dict[ConstraintName, float] = {
+            "latency": (
+                float(predictors.latency.predict_ms(row)[0])
+                if found is None
+                else self.excess * found.quiet_ms
+            ),
+            "size": (
+                float(predictors.sizes.weight_bytes(row)[0])
+                if found is None
+                else found.size_bytes
+            ),
             "memory": float(predictors.sizes.memory_bytes(row)[0]) / MEGABYTE,
             "accuracy": float(predictors.accuracy(row)[0]),
         }
-        told = ", ".join(
-            f"{constraint} {in_words(constraint, values[constraint])}"
-            for constraint in self.constraints.limits
+        return tuple(
+            Verdict(
+                constraint=constraint,
+                limit=limit,
+                found=bounds[constraint],
+                bound=bounds[constraint],
+                evidence="predicted",
+            )
+            for constraint, limit in self.constraints.limits.items()
         )
-        return f"; the nearest, {name}, is predicted to have {told}"
 
     def _confirm(self, configs: Sequence[SubnetConfig]) -> bool:
         self.offered |= {config.id for config in configs}
@@ -456,7 +504,7 @@ class _Loop:
             return None
         predictors = self.chooser.predictors
         fastest = predictors.space.decode(predictors.fastest())
-        if any(found.config == fastest for found in self.certified):
+        if fastest.id in self.tried:
             return None
         if fastest.id not in self.offered:
             self._confirm([fastest])
@@ -473,34 +521,50 @@ class _Loop:
     def refusal(self) -> InfeasibleBudget:
         """Of what was measured, and missed."""
         asked, name = self.constraints, self.chooser.predictors.space.name
-        if not self.certified:
+        known = {found.config.id: found.verdicts for found in self.certified}
+        # What was not even certified was confirmed, and expected to miss.
+        known = known or {each: self._expected(each) for each in self.confirmed}
+        if not known:
             return InfeasibleBudget(
-                f"no network of {name} is expected to keep all limits on {self.where} "
-                f"here: {len(self.confirmed)} were measured. Loosen them",
+                f"no network of {name} runs on {self.where} here: all "
+                f"{len(self.offered)} that were tried failed. See `ofa-deploy doctor`",
                 budget_ms=asked.budget_ms,
                 fastest_ms=None,
             )
-        nearest = min(
-            self.certified, key=lambda found: binding(found.verdicts).used_share
+        nearest, verdicts = min(
+            known.items(), key=lambda entry: binding(entry[1]).used_share
         )
-        missed = binding(nearest.verdicts)
-        if not self._only_latency or asked.budget_ms is None:
-            return InfeasibleBudget(
+        missed = binding(verdicts)
+        if self._only_latency and asked.budget_ms is not None:
+            message = (
+                f"no network of {name} meets {asked.budget_ms:g} ms on {self.where} "
+                f"here: the fastest, exported and timed, took up to {missed.bound:.4g} "
+                "ms, its uncertainty included. Ask for more; or the machine may be "
+                "busy (see `ofa-deploy doctor`), or the latency table out of date "
+                "(`ofa-deploy profile`)"
+            )
+        else:
+            message = (
                 f"no network of {name} keeps all limits on {self.where} here: the "
-                f"nearest, exported and measured, has {missed.constraint} "
+                f"nearest, {nearest}, exported and measured, has {missed.constraint} "
                 f"{missed.told(missed.bound)}; {missed.told(missed.limit)} is asked "
-                "for. Loosen that",
-                budget_ms=asked.budget_ms,
-                fastest_ms=None,
-                nearest=nearest.config.id,
+                "for. Loosen that"
             )
         return InfeasibleBudget(
-            f"no network of {name} meets {asked.budget_ms:g} ms on {self.where} here: "
-            f"the fastest, exported and timed, took up to {missed.bound:.4g} ms, its "
-            "uncertainty included. Ask for more; or the machine may be busy (see "
-            "`ofa-deploy doctor`), or the latency table out of date (`ofa-deploy "
-            "profile`)",
+            message + self._failures_told,
             budget_ms=asked.budget_ms,
-            fastest_ms=missed.bound,
-            nearest=nearest.config.id,
+            fastest_ms=next(
+                (found.bound for found in verdicts if found.constraint == "latency"),
+                None,
+            ),
+            nearest=nearest,
+        )
+
+    @property
+    def _failures_told(self) -> str:
+        if not self.failures:
+            return ""
+        return (
+            f". Besides, {self.where} failed on {len(self.failures)} others: "
+            f"{next(iter(self.failures.values()))}"
         )

@@ -11,6 +11,7 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import Confirmed
+from ofa_deploy.errors import RunFailed
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import fit_latency_predictor
@@ -80,6 +81,7 @@ class MadeUpBench:
         memory_mb: That is measured of a network.
         optimism: Predicted accuracies less measured ones; 0 where none is measured.
         broken: Ids of networks that the runtime fails on.
+        breaking: Ids of networks that it fails on once they are to be certified.
         optimism_of: The same by the number of networks certified before; None to have
             `optimism` throughout.
         fails_after: Networks certified until the device fails; None if it never does.
@@ -87,6 +89,7 @@ class MadeUpBench:
         fails_to: What it then fails to do, `confirm` or `certify`.
         confirmed: Ids in order.
         tried: Networks certified, in order.
+        failed: Ids of networks that it failed to certify, in order.
     """
 
     predictors: Predictors
@@ -98,11 +101,13 @@ class MadeUpBench:
     optimism: float = 0.0
     optimism_of: Callable[[int], float] | None = None
     broken: set[str] = field(default_factory=set)
+    breaking: set[str] = field(default_factory=set)
     fails_after: int | None = None
     failure: Exception | None = None
     fails_to: str = "certify"
     confirmed: list[str] = field(default_factory=list)
     tried: list[VerifiedNetwork] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
         """See `Bench`."""
@@ -119,6 +124,9 @@ class MadeUpBench:
     def certify(self, config: SubnetConfig) -> VerifiedNetwork:
         """See `Bench`."""
         self._fail_at("certify")
+        if config.id in self.breaking:
+            self.failed.append(config.id)
+            raise RunFailed(f"{config.id} crashed")
         latency_ms = self.quiet(config) * self.certified(len(self.tried))
         plan = lower(tiny.SPACE, config)
         found = fresh(latency_ms, error_ratio=self.error_ratio(len(self.tried)))

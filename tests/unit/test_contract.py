@@ -255,6 +255,30 @@ def test_a_memory_alone_gives_an_accurate_network_within_it() -> None:
     assert found.accuracy.value >= best - 0.02
 
 
+@pytest.mark.parametrize("latency_ms", [None, 1e4])
+def test_a_size_that_files_overhead_exceeds_names_the_nearest(
+    latency_ms: float | None,
+) -> None:
+    weights = chooser().predictors.sizes.weight_bytes(ALL)
+    limit = round(float(weights.min())) + 1
+    device = bench(Constraints(latency_ms=latency_ms, size_bytes=limit))
+    with pytest.raises(InfeasibleBudget) as caught:
+        run(device)
+    assert caught.value.nearest in device.confirmed
+    nearest = SubnetConfig.from_id(str(caught.value.nearest))
+    assert device.size_bytes(nearest) == min(
+        device.size_bytes(SubnetConfig.from_id(name)) for name in device.confirmed
+    )
+    assert str(caught.value) == (
+        "no network of tiny keeps all limits on a made-up device here: the nearest, "
+        f"{nearest.id}, exported and measured, has size "
+        f"{device.size_bytes(nearest):,} bytes; {limit:,} bytes is asked for. Loosen "
+        "that"
+    )
+    assert caught.value.budget_ms == latency_ms
+    assert (caught.value.fastest_ms is None) == (latency_ms is None)
+
+
 def test_memory_that_the_runtime_itself_takes_is_learnt() -> None:
     sizes = chooser().predictors.sizes
 
@@ -443,8 +467,55 @@ def test_a_refusal_of_several_limits_tells_what_was_asked_for() -> None:
 def test_a_device_that_runs_nothing_is_refused_without_a_certified_network() -> None:
     device = bench(Constraints(latency_ms=budget_at(0.6)))
     device.broken = {tiny.SPACE.decode(row).id for row in ALL}
-    with pytest.raises(InfeasibleBudget, match="0 were measured"):
+    with pytest.raises(InfeasibleBudget) as caught:
         run(device)
+    assert str(caught.value) == (
+        f"no network of tiny runs on a made-up device here: all "
+        f"{len(set(device.confirmed))} that were tried failed. See `ofa-deploy doctor`"
+    )
+
+
+def test_a_network_that_fails_when_certified_gives_way_to_the_next() -> None:
+    constraints = Constraints(latency_ms=budget_at(0.6))
+    best = run(bench(constraints)).config
+    device = bench(constraints)
+    device.breaking = {best.id}
+    found = run(device)
+    assert found.met
+    assert device.failed == [best.id]
+    # Not some small network: one of those that were ready.
+    assert found.verdict("latency").used_share > 0.8
+
+
+@settings(max_examples=40, deadline=None)
+@given(places, factors, excesses, st.sets(st.integers(0, len(ALL) - 1), min_size=400))
+def test_no_network_that_failed_is_tried_again_and_a_failure_is_told_if_all_fail(
+    place: float, factor: float, by_try: list[float], breaking: set[int]
+) -> None:
+    device = drifting(place, factor, by_try)
+    device.breaking = {tiny.SPACE.decode(ALL[index]).id for index in breaking}
+    told = ""
+    try:
+        assert run(device).met
+    except InfeasibleBudget:
+        pass
+    except RunFailed as failure:
+        told = str(failure)
+    all_failed = bool(device.failed) and not device.tried
+    assert told == (f"{device.failed[0]} crashed" if all_failed else "")
+    every = device.failed + [found.config.id for found in device.tried]
+    assert len(set(every)) == len(every) <= MAX_CERTIFIED
+
+
+def test_a_refusal_says_that_the_runtime_failed_on_others() -> None:
+    constraints = Constraints(latency_ms=budget_at(0.6))
+    device = bench(constraints, certified=lambda count: 50.0)
+    device.breaking = {run(bench(constraints)).config.id}
+    with pytest.raises(InfeasibleBudget) as caught:
+        run(device)
+    assert str(caught.value).endswith(
+        f"Besides, a made-up device failed on 1 others: {device.failed[0]} crashed"
+    )
 
 
 @pytest.mark.parametrize("where", ["certify", "confirm"])
