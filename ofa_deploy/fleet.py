@@ -41,7 +41,7 @@ from ofa_deploy.pipeline import (
 )
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.search.evolution import Limit, SearchProblem
-from ofa_deploy.space import Genomes, SubnetConfig
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import parse_target
 from ofa_deploy.verify import ParityReport
@@ -260,14 +260,19 @@ class Planner:
     """Candidates from every device's front, and who could run them.
 
     Args:
-        names: Of the devices.
-        accuracy: Of the candidates, `(n,)`.
-        fits: Whether each keeps each device's budget by prediction, `(n, devices)`.
+        space: Whose networks.
+        budgets_ms: By device.
+        genomes: The candidates, `(n, genes)`.
+        accuracy: Theirs, `(n,)`.
+        expected_ms: What is expected to be certified of each on each device,
+            `(n, devices)`.
     """
 
-    names: tuple[str, ...]
+    space: SearchSpace
+    budgets_ms: Mapping[str, float]
+    genomes: Genomes
     accuracy: Floats
-    fits: NDArray[np.bool_]
+    expected_ms: Floats
 
     @classmethod
     def of(
@@ -289,20 +294,31 @@ class Planner:
             axis=0,
         )
         first = next(iter(sessions.values()))
-        fits = [
+        expected_ms = [
             sessions[name].predictor.predict_ms(genomes) * EXPECTED_RATIO
-            <= (limits.latency_ms or 0.0)
-            for name, limits in asked.items()
+            for name in asked
         ]
         return cls(
-            names=tuple(asked),
+            space=first.supernet.space,
+            budgets_ms=_budgets_ms(asked),
+            genomes=genomes,
             accuracy=first.predictors.accuracy(genomes),
-            fits=np.stack(fits, axis=1),
+            expected_ms=np.stack(expected_ms, axis=1),
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the devices."""
+        return tuple(self.budgets_ms)
+
+    @property
+    def shares(self) -> Floats:
+        """What is expected to be used of each budget, `(n, devices)`; 1 still fits."""
+        return self.expected_ms / list(self.budgets_ms.values())
 
     def best_accuracy(self, members: tuple[int, ...]) -> float:
         """Of the best candidate that all of them can run; -inf if there is none."""
-        fits = self.fits[:, list(members)].all(axis=1)
+        fits = (self.shares[:, list(members)] <= 1).all(axis=1)
         return float(self.accuracy[fits].max()) if fits.any() else -np.inf
 
     def groups(self, count: int) -> list[tuple[str, ...]]:
@@ -337,24 +353,41 @@ class Planner:
                 break  # more groups help nobody
             best = longer
         if everyone not in best:
-            alone = [name for i, name in enumerate(self.names) if not self._alone(i)]
-            what = (
-                f"no network is predicted to keep the budget of {', '.join(alone)}"
-                if alone
-                else f"no {count} networks are predicted to keep all budgets"
-            )
-            raise InfeasibleBudget(
-                f"{what}; ask for more milliseconds, or allow more models",
-                budget_ms=None,
-                fastest_ms=None,
-            )
+            raise self._refusal(count)
         return [
             tuple(self.names[index] for index in _members(mask))
             for mask in best[everyone][1]
         ]
 
-    def _alone(self, index: int) -> bool:
-        return bool(self.fits[:, index].any())
+    def _refusal(self, count: int) -> InfeasibleBudget:
+        """Of devices that no network suits, or of too few networks for all."""
+        fastest_ms = self.expected_ms.min(axis=0)
+        budgets_ms = list(self.budgets_ms.values())
+        alone = [i for i, ms in enumerate(budgets_ms) if fastest_ms[i] > ms]
+        told = ", ".join(
+            f"{self.names[i]} {fastest_ms[i]:.4g} ms ({budgets_ms[i]:g} ms are asked "
+            "for)"
+            for i in alone or range(len(budgets_ms))
+        )
+        worst = max(alone, key=lambda i: fastest_ms[i] / budgets_ms[i], default=None)
+        # The nearest: on the device that is furthest off, or on all together.
+        used = self.shares.max(axis=1) if worst is None else self.shares[:, worst]
+        return InfeasibleBudget(
+            f"no network is expected to keep the budget of "
+            f"{', '.join(self.names[i] for i in alone)}; the fastest takes on {told}. "
+            "Ask for more milliseconds there"
+            if alone
+            else f"{'no network is' if count == 1 else f'no {count} networks are'} "
+            f"expected to keep all budgets together; for itself the fastest takes on "
+            f"{told}. Allow more models, or ask for more milliseconds",
+            budget_ms=None if worst is None else budgets_ms[worst],
+            fastest_ms=None if worst is None else float(fastest_ms[worst]),
+            nearest=self.space.decode(self.genomes[used.argmin()]).id,
+        )
+
+
+def _budgets_ms(asked: Mapping[str, Constraints]) -> dict[str, float]:
+    return {name: limits.latency_ms or 0.0 for name, limits in asked.items()}
 
 
 def _joint_networks(
@@ -398,34 +431,61 @@ def fulfil_together(
         InfeasibleBudget: None does, by prediction, or of those tried.
     """
     level = dict.fromkeys(benches, EXPECTED_RATIO)
-    tried: set[str] = set()
+    budgets_ms = _budgets_ms(asked)
+    # What each network took on each device, its uncertainty included.
+    tried: dict[str, dict[str, float]] = {}
     for _ in range(MAX_TRIES):
-        config = _best_together(sessions, asked, level, seed=seed)
+        try:
+            config = _best_together(sessions, asked, level, seed=seed)
+        except InfeasibleBudget:
+            if not tried:
+                raise
+            break  # what was measured says more than what is predicted by it
         if config.id in tried:
             level = {name: ratio * EXPECTED_RATIO for name, ratio in level.items()}
             continue
-        tried.add(config.id)
-        fits = True
-        for name, bench in benches.items():
-            predicted_ms = sessions[name].predictor.estimate(config).ms
-            # A network that the runtime fails on raises: it is the only one.
-            quiet_ms = bench.confirm([config])[config.id].quiet_ms
-            level[name] = EXPECTED_RATIO * quiet_ms / predicted_ms
-            fits &= EXPECTED_RATIO * quiet_ms <= (asked[name].latency_ms or 0.0)
-        if not fits:
+        # A network that the runtime fails on raises: it is the only one.
+        quiet_ms = {
+            name: bench.confirm([config])[config.id].quiet_ms
+            for name, bench in benches.items()
+        }
+        taken_ms = {name: EXPECTED_RATIO * ms for name, ms in quiet_ms.items()}
+        tried[config.id] = taken_ms
+        level = {
+            name: ms / sessions[name].predictor.estimate(config).ms
+            for name, ms in taken_ms.items()
+        }
+        if any(ms > budgets_ms[name] for name, ms in taken_ms.items()):
             continue
         networks = {name: bench.certify(config) for name, bench in benches.items()}
         if all(network.met for network in networks.values()):
             return networks
         for name, network in networks.items():
-            bound_ms = network.verdict("latency").bound
-            level[name] = EXPECTED_RATIO * bound_ms / network.predicted.ms
-    raise InfeasibleBudget(
-        f"no network was shown to keep the budgets of {', '.join(benches)} together, "
-        f"of {len(tried)} that were measured; ask for more milliseconds, or allow more "
-        "models",
+            tried[config.id][name] = network.verdict("latency").bound
+            level[name] = EXPECTED_RATIO * tried[config.id][name] / network.predicted.ms
+    raise _not_together(tried, budgets_ms)
+
+
+def _not_together(
+    tried: Mapping[str, Mapping[str, float]], budgets_ms: Mapping[str, float]
+) -> InfeasibleBudget:
+    """The refusal of a group, with the network that came nearest."""
+
+    def used(name: str) -> float:
+        return max(ms / budgets_ms[device] for device, ms in tried[name].items())
+
+    nearest = min(tried, key=used)
+    told = ", ".join(
+        f"{ms:.4g} ms on {device} ({budgets_ms[device]:g} ms are asked for)"
+        for device, ms in tried[nearest].items()
+    )
+    return InfeasibleBudget(
+        f"no network was shown to keep the budgets of {', '.join(tried[nearest])} "
+        f"together, of {len(tried)} that were measured: the nearest, {nearest}, took "
+        f"up to {told}. Ask for more milliseconds, or allow more models",
         budget_ms=None,
         fastest_ms=None,
+        nearest=nearest,
     )
 
 

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import Constraints
+from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.feasibility import reachable_range
 from ofa_deploy.fleet import MAX_TRIES, Planner, fulfil_together
+from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.space import SubnetConfig
 from tests.support import made_up_bench, tiny
 from tests.support.made_up_bench import Law, MadeUpBench
 
@@ -26,10 +29,14 @@ def planners(draw: st.DrawFn) -> Planner:
     count = draw(st.integers(1, 5))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     size = draw(st.integers(1, 12))
+    # Of budgets of which a part of the latencies fits.
+    budgets_ms = draw(st.lists(st.floats(0.2, 1.0), min_size=count, max_size=count))
     return Planner(
-        names=tuple(f"device {index}" for index in range(count)),
+        space=tiny.SPACE,
+        budgets_ms={f"device {place}": ms for place, ms in enumerate(budgets_ms)},
+        genomes=tiny.SPACE.sample(size, rng),
         accuracy=rng.uniform(0.5, 1.0, size),
-        fits=rng.uniform(size=(size, count)) < draw(st.floats(0.2, 1.0)),
+        expected_ms=rng.uniform(0.01, 1.0, size=(size, count)),
     )
 
 
@@ -64,6 +71,41 @@ def test_devices_are_grouped_as_well_as_can_be(planner: Planner, count: int) -> 
     assert sorted(name for group in groups for name in group) == sorted(planner.names)
     indices = [tuple(planner.names.index(name) for name in group) for group in groups]
     assert worth(planner, indices) == pytest.approx(best)
+
+
+def planner(*expected_ms: tuple[float, float]) -> Planner:
+    """Of two devices, "a" with 1 ms and "b" with 2 ms."""
+    return Planner(
+        space=tiny.SPACE,
+        budgets_ms={"a": 1.0, "b": 2.0},
+        genomes=enumerate_genomes(tiny.SPACE)[: len(expected_ms)],
+        accuracy=np.full(len(expected_ms), 0.9),
+        expected_ms=np.array(expected_ms),
+    )
+
+
+def test_a_device_that_nothing_suits_is_told_what_it_can_have() -> None:
+    found = planner((1.5, 1.0), (1.25, 3.0))
+    with pytest.raises(InfeasibleBudget) as caught:
+        found.groups(2)
+    assert str(caught.value) == (
+        "no network is expected to keep the budget of a; the fastest takes on a 1.25 "
+        "ms (1 ms are asked for). Ask for more milliseconds there"
+    )
+    assert (caught.value.budget_ms, caught.value.fastest_ms) == (1.0, 1.25)
+    assert caught.value.nearest == tiny.SPACE.decode(found.genomes[1]).id
+
+
+def test_devices_that_need_more_models_are_told_what_each_can_have() -> None:
+    found = planner((0.5, 2.5), (1.5, 1.75), (4.0, 1.5))
+    with pytest.raises(InfeasibleBudget) as caught:
+        found.groups(1)
+    assert str(caught.value) == (
+        "no network is expected to keep all budgets together; for itself the fastest "
+        "takes on a 0.5 ms (1 ms are asked for), b 1.5 ms (2 ms are asked for). Allow more models, or ask for more milliseconds"
+    )
+    assert caught.value.nearest == tiny.SPACE.decode(found.genomes[0]).id
+    assert len(found.groups(2)) == 2
 
 
 # -- a group ---------------------------------------------------------------------------
@@ -113,8 +155,23 @@ def test_a_network_that_misses_on_one_device_is_replaced_for_all() -> None:
     assert config.id == benches["slower"].confirmed[-1]
 
 
-def test_devices_that_nothing_satisfies_together_are_told() -> None:
-    sessions, asked, benches = group(middle_ms(), {"exact": 1.0, "far too slow": 9.0})
-    with pytest.raises(InfeasibleBudget):
+@pytest.mark.parametrize("slowdown", [3.0, 9.0])
+def test_devices_that_nothing_satisfies_together_are_told(slowdown: float) -> None:
+    budget_ms = middle_ms()
+    sessions, asked, benches = group(budget_ms, {"exact": 1.0, "slow": slowdown})
+    with pytest.raises(InfeasibleBudget) as caught:
         fulfil_together(sessions, asked, benches, seed=0)
-    assert len(benches["exact"].confirmed) <= MAX_TRIES
+    tried = benches["exact"].confirmed
+    assert len(tried) <= MAX_TRIES
+    predicted_ms = {
+        name: off_by(EXPECTED_RATIO)(SubnetConfig.from_id(name)) for name in tried
+    }
+    nearest = min(tried, key=predicted_ms.__getitem__)
+    assert caught.value.nearest == nearest
+    assert str(caught.value) == (
+        "no network was shown to keep the budgets of exact, slow together, of "
+        f"{len(tried)} that were measured: the nearest, {nearest}, took up to "
+        f"{predicted_ms[nearest]:.4g} ms on exact ({budget_ms:g} ms are asked for), "
+        f"{slowdown * predicted_ms[nearest]:.4g} ms on slow ({budget_ms:g} ms are "
+        "asked for). Ask for more milliseconds, or allow more models"
+    )
