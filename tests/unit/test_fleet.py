@@ -102,7 +102,8 @@ def test_devices_that_need_more_models_are_told_what_each_can_have() -> None:
         found.groups(1)
     assert str(caught.value) == (
         "no network is expected to keep all budgets together; for itself the fastest "
-        "takes on a 0.5 ms (1 ms are asked for), b 1.5 ms (2 ms are asked for). Allow more models, or ask for more milliseconds"
+        "takes on a 0.5 ms (1 ms are asked for), b 1.5 ms (2 ms are asked for). Allow "
+        "more models, or ask for more milliseconds"
     )
     assert caught.value.nearest == tiny.SPACE.decode(found.genomes[0]).id
     assert len(found.groups(2)) == 2
