@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -142,6 +143,7 @@ class Specializer:
         return self._measure_table()
 
     def _measure_table(self) -> LatencyTable:
+        began_s = time.time()
         table = measure_table(
             self.supernet.space,
             backend=self.backend,
@@ -149,7 +151,9 @@ class Specializer:
             folder=self._cache,
             reporter=self.reporter,
         )
-        self._measured_s = time.monotonic()
+        # What an earlier call had left in the journal may be out of date already.
+        if datetime.fromisoformat(table.created_at).timestamp() >= began_s:
+            self._measured_s = time.monotonic()
         return table
 
     @cached_property

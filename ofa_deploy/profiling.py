@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import tempfile
+import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +42,9 @@ from profilers.table import LatencyTable, require_compatible
 NETWORK_COUNT = 48
 # Visits of blocks and small networks are soon over: passes of a second spread them.
 PROFILE_SETTINGS = replace(MeasureSettings.screen(), max_seconds=10.0, pass_seconds=1.0)
+# What was measured yesterday evening still counts when profiling goes on this morning;
+# later, the machine may have become another one.
+KEPT_H = 24.0
 # Blocks open at a time; they are small.
 BLOCK_GROUP_SIZE = 256
 # Of which calibration networks are chosen.
@@ -138,7 +143,7 @@ def measure_table(
 ) -> LatencyTable:
     """Profile a space, and keep the table in a folder under its own name.
 
-    After a kill the same call goes on where it stopped.
+    After a kill the same call goes on where it stopped, for a day.
 
     Args:
         space: What to measure.
@@ -206,7 +211,9 @@ def profile_space(
         threads: Of one inference.
         settings: How carefully.
         journal_path: Holds what was measured so far; the same call after a kill goes
-            on from there. The caller removes it once the table is kept.
+            on from there, and the table is as old as the oldest part of it. What was
+            begun more than a day ago is measured anew, with a warning. The caller
+            removes it once the table is kept.
         network_count: Whole networks to measure besides the blocks.
         networks: Take these instead of choosing some.
         progress: Called with visits made and visits known to be made.
@@ -242,6 +249,7 @@ def profile_space(
     )
     coming = (network_count - 1) * settings.visits
     with Journal(journal_path, subject=subject) as journal:
+        _forget_if_old(journal, journal_path)
         journal.retry_failures()  # their cause may be gone since the last call
         blocks = execute(
             block_order,
@@ -273,6 +281,7 @@ def profile_space(
             anchor_reference_ns=result.anchor_reference_ns,
             anchor_model_ms=_anchor_ms(result, models.network_names[0]),
         )
+        began = datetime.datetime.fromtimestamp(journal.began_s, datetime.timezone.utc)
     return LatencyTable(
         origin="measured",
         space_name=space.name,
@@ -285,7 +294,7 @@ def profile_space(
         drift=result.drift,
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
-        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        created_at=began.isoformat(),
         blocks=_measured(blocks, _BLOCK),
         networks=_measured(result, _NETWORK),
         failures={
@@ -293,6 +302,21 @@ def profile_space(
             for name, reason in result.failures.items()
         },
     )
+
+
+def _forget_if_old(journal: Journal, path: Path) -> None:
+    age_h = (time.time() - journal.began_s) / 3600
+    # Ahead of now, a clock was wrong, and how old it is, is not known.
+    if abs(age_h) <= KEPT_H:
+        return
+    where = "ago" if age_h > 0 else "ahead of now, by its clock"
+    warnings.warn(
+        f"{path.name} was begun {abs(age_h):.0f} hours {where}; the machine may have "
+        f"changed since, so what is {KEPT_H:g} hours old is not gone on with, and all "
+        "of it is measured anew",
+        stacklevel=2,
+    )
+    journal.begin_anew()
 
 
 def anchor_network(space: SearchSpace) -> str:

@@ -248,7 +248,9 @@ class _Run:
 
     def _do(self, assignment: Assignment) -> None:
         session = self.journal.next_session
-        self.journal.add(SessionBegan(conditions=read_conditions()))
+        self.journal.add(
+            SessionBegan(conditions=read_conditions(), began_s=time.time())
+        )
         current: str | None = None
         left = assignment.passes * len(assignment.models)
         with _worker(self.command, assignment) as worker:

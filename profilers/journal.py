@@ -73,9 +73,12 @@ class SessionBegan:
 
     Attributes:
         conditions: Of the device.
+        began_s: Seconds since 1970, by the device's clock; None where the version
+            that wrote it did not say.
     """
 
     conditions: Conditions
+    began_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +123,22 @@ class Journal(Closing):
     def __init__(self, path: Path, *, subject: dict[str, Json]) -> None:
         self._path = path
         self._file = _open_alone(path)
-        self._visits: dict[str, list[Visit]] = {}
-        self._failures: dict[str, str] = {}
-        self._sessions: list[Conditions] = []
-        self._next_session = 0
-        self._done: set[str] = set()
+        self._forget()
         self.damaged_count = 0
         try:
             self._read(subject)
         except BaseException:
             self._file.close()
             raise
+
+    def _forget(self) -> None:
+        self._visits: dict[str, list[Visit]] = {}
+        self._failures: dict[str, str] = {}
+        self._sessions: list[Conditions] = []
+        self._next_session = 0
+        self._done: set[str] = set()
+        self._changed_s = os.fstat(self._file.fileno()).st_mtime
+        self._began_s: list[float] = []
 
     def visits_of(self, name: str) -> tuple[Visit, ...]:
         """Visits of a model so far."""
@@ -144,6 +152,15 @@ class Journal(Closing):
     def sessions(self) -> tuple[Conditions, ...]:
         """The device's conditions at the beginning of every session so far."""
         return tuple(self._sessions)
+
+    @property
+    def began_s(self) -> float:
+        """When the oldest session began, in seconds since 1970.
+
+        Where a session does not say so, it was no later than the last change of the
+        file before this opening.
+        """
+        return min(self._began_s, default=self._changed_s)
 
     @property
     def done(self) -> frozenset[str]:
@@ -174,7 +191,12 @@ class Journal(Closing):
         elif isinstance(record, OrderDone):
             content = {"done": {"order": record.order}}
         elif isinstance(record, SessionBegan):
-            content = {"session": encode_flat(record.conditions)}
+            content = {
+                "session": {
+                    "began_s": record.began_s,
+                    **encode_flat(record.conditions),
+                }
+            }
         else:
             content = {"failure": {"name": record.name, "reason": record.reason}}
         self._append(content)
@@ -184,6 +206,12 @@ class Journal(Closing):
         """Have the models that were given up tried again."""
         for name in sorted(self._failures):
             self.add(Retry(name=name))
+
+    def begin_anew(self) -> None:
+        """Forget all that was measured, on the disk, too."""
+        self._file.seek(0)
+        self._file.truncate(len(self._file.readline()))
+        self._forget()
 
     def close(self) -> None:
         """Let other processes have the journal. Closing again does nothing."""
@@ -253,6 +281,8 @@ class Journal(Closing):
             self._done.add(record.order)
         elif isinstance(record, SessionBegan):
             self._sessions.append(record.conditions)
+            began_s = record.began_s
+            self._began_s.append(self._changed_s if began_s is None else began_s)
             self._next_session += 1
         else:
             self._failures[record.name] = record.reason
@@ -347,7 +377,7 @@ def _decode_record(node: JsonNode) -> Record:
     if set(entries) == {"done"}:
         return OrderDone(order=entries["done"].fields("order")["order"].text())
     if set(entries) == {"session"}:
-        return SessionBegan(conditions=decode_conditions(entries["session"]))
+        return _decode_session(entries["session"])
     if set(entries) == {"failure"}:
         fields = entries["failure"].fields("name", "reason")
         return Failure(name=fields["name"].text(), reason=fields["reason"].text())
@@ -355,3 +385,13 @@ def _decode_record(node: JsonNode) -> Record:
     name = fields.pop("name", JsonNode(None, "visit.name")).text()
     rest: dict[str, Json] = {key: entry.value for key, entry in fields.items()}
     return VisitRecord(name=name, visit=decode_visit(JsonNode(rest, "visit")))
+
+
+def _decode_session(node: JsonNode) -> SessionBegan:
+    fields = node.entries()
+    began = fields.pop("began_s", JsonNode(None, "session.began_s"))
+    rest: dict[str, Json] = {key: entry.value for key, entry in fields.items()}
+    return SessionBegan(
+        conditions=decode_conditions(JsonNode(rest, "session")),
+        began_s=began.optional(JsonNode.number),
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +111,64 @@ def test_a_profile_broken_off_goes_on_to_the_same_networks(
     assert len(table.networks) == NETWORKS
     for entry in (*table.blocks.values(), *table.networks.values()):
         assert len(entry.visits) == SETTINGS.visits or entry.name == ANCHOR
+
+
+def age(journal: Path, *, hours: float) -> None:
+    """Let a journal's sessions have begun so much earlier."""
+    header, *lines = journal.read_bytes().splitlines()
+    aged = [header]
+    for line in lines:
+        record = json.loads(line[9:])
+        if "session" in record:
+            record["session"]["began_s"] -= 3600 * hours
+        text = json.dumps(record, sort_keys=True).encode()
+        aged.append(b"%08x %s" % (zlib.crc32(text), text))
+    journal.write_bytes(b"".join(line + b"\n" for line in aged))
+
+
+def broken_off(folder: Path, *, hours_ago: float) -> bytes:
+    """A profile that all blocks but the last were visited for; what it left."""
+    block_visits = SETTINGS.visits * len(all_blocks(tiny.SPACE))
+
+    def stop(done: int, total: int) -> None:
+        if done == block_visits - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile(folder, progress=stop)
+    age(folder / "journal", hours=hours_ago)
+    return (folder / "journal").read_bytes()
+
+
+def age_h(table: LatencyTable) -> float:
+    made = datetime.datetime.fromisoformat(table.created_at)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return (now - made) / datetime.timedelta(hours=1)
+
+
+def test_a_table_is_as_old_as_the_oldest_part_of_it(tmp_path: Path) -> None:
+    kept = broken_off(tmp_path, hours_ago=15)  # power came back the next morning
+    table = profile(tmp_path)
+    assert (tmp_path / "journal").read_bytes().startswith(kept)
+    assert age_h(table) == pytest.approx(15, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "told"),
+    [(24 * 21, "504 hours ago"), (-48, "48 hours ahead of now, by its clock")],
+)
+def test_what_was_measured_long_ago_is_told_of_and_measured_anew(
+    hours_ago: float, told: str, tmp_path: Path
+) -> None:
+    kept = broken_off(tmp_path, hours_ago=hours_ago)
+    with pytest.warns(UserWarning, match=f"journal was begun {told}; the machine may"):
+        table = profile(tmp_path)
+    header, visits = kept.split(b"\n", maxsplit=1)
+    anew = (tmp_path / "journal").read_bytes()
+    assert anew.startswith(header)
+    assert not set(visits.splitlines()) & set(anew.splitlines())
+    assert age_h(table) == pytest.approx(0, abs=1)
+    assert set(table.blocks) == set(all_blocks(tiny.SPACE))
 
 
 def damaging(key: str) -> Callable[[TimedModels, str, Path], Path]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +111,7 @@ def test_sessions_are_numbered_on_whatever_is_damaged(tmp_path: Path) -> None:
         assert journal.next_session == 0
         for number in range(3):
             assert journal.next_session == number
-            journal.add(SessionBegan(conditions=CONDITIONS))
+            journal.add(SessionBegan(conditions=CONDITIONS, began_s=1e9))
             journal.add(
                 replace(visit(1), visit=replace(visit(1).visit, session=number))
             )
@@ -122,6 +124,49 @@ def test_sessions_are_numbered_on_whatever_is_damaged(tmp_path: Path) -> None:
             taken = {entry.session for entry in journal.visits_of("net1")}
             assert journal.next_session not in taken
             assert set(journal.sessions) == {CONDITIONS}
+
+
+def test_a_journal_began_with_its_oldest_session(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    for began_s in (2e9, 1e9, 1.5e9):  # a clock may be put back
+        with Journal(path, subject=SUBJECT) as journal:
+            journal.add(SessionBegan(conditions=CONDITIONS, began_s=began_s))
+            told_s = journal.began_s
+    with Journal(path, subject=SUBJECT) as journal:
+        assert journal.began_s == told_s == 1e9
+
+
+def test_sessions_without_a_time_are_as_old_as_the_last_change_of_their_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal"
+    written(path)
+    text = json.dumps({"session": asdict(CONDITIONS)}, sort_keys=True).encode()
+    path.write_bytes(path.read_bytes() + b"%08x %s\n" % (zlib.crc32(text), text))
+    os.utime(path, (1e9, 1e9))
+    with Journal(path, subject=SUBJECT) as journal:
+        assert journal.began_s == 1e9
+        assert journal.sessions == (CONDITIONS,)
+        assert contents(journal) == expected(RECORDS)
+        journal.add(SessionBegan(conditions=CONDITIONS, began_s=2e9))
+        assert journal.began_s == 1e9
+
+
+def test_a_journal_begun_anew_is_as_if_nothing_had_been_added(tmp_path: Path) -> None:
+    with Journal(tmp_path / "new", subject=SUBJECT):
+        pass
+    path = tmp_path / "journal"
+    written(path)
+    os.utime(path, (1e9, 1e9))
+    with Journal(path, subject=SUBJECT) as journal:
+        journal.begin_anew()
+        assert contents(journal) == set()
+        assert journal.next_session == 0
+        assert journal.began_s > 1e9
+        assert path.read_bytes() == (tmp_path / "new").read_bytes()
+        journal.add(visit(6))
+    with Journal(path, subject=SUBJECT) as journal:
+        assert contents(journal) == expected([visit(6)])
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
