@@ -6,6 +6,7 @@ twice.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from collections import Counter
@@ -73,6 +74,14 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of pixels, labels and names."""
+        digest = hashlib.sha256(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        digest.update("\n".join(self.class_names).encode())
+        return digest.hexdigest()
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
         """The images at `index`, in that order."""

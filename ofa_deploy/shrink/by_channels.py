@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from ofa_deploy.assembly import VerifiedNetwork
-from ofa_deploy.constraints import binding
+from ofa_deploy.constraints import ConstraintName, binding
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.expected_price import ROUNDING
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
 from ofa_deploy.shrink.methods import SEARCHING, Found, Search
@@ -25,11 +27,14 @@ from ofa_deploy.shrink.recipe import ChannelMethod
 from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower
+from profilers.files import write_atomically
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3
 # Of the share of its price that is asked of a network which was thought fast enough.
 SHARE_STEP = 0.05
+# What the exported file alone tells.
+FILE_LIMITS: frozenset[ConstraintName] = frozenset({"size", "compressed", "memory"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +73,8 @@ class ByChannels:
             if network.met:
                 return self._shrunk(network, self._channels, ())
             call.require_accuracy(network)
-            # In coarse steps: a call that goes on must ask for the same share again.
-            used_share = binding(network.verdicts).used_share
-            share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
-        self._require_reachable(whole, share)
+            share = self._asked_share(network)
+        share = max(share, self._least_share(whole))
         teacher = self._teacher() if call.recipe.distill else None
         folder = call.work / self._name(share)
         call.reporter.begin(SEARCHING)
@@ -150,26 +153,60 @@ class ByChannels:
         return share
 
     def _name(self, share: float) -> str:
-        return self.call.name(self.prices, self._lowest(share), self.prices.step)
+        decides: list[object] = [self._lowest(share), self.prices.step]
+        if self.method == "legr":
+            decides.append(self.call.ranked_on.sha256)
+        return self.call.name(self.prices, *decides)
 
-    def _require_reachable(self, whole: Fitting, share: float) -> None:
-        call, least_ms = self.call, self._least_ms(whole)
-        if least_ms > share * whole.full_ms:
+    def _asked_share(self, missed: VerifiedNetwork) -> float:
+        """Of the price, after the whole network missed a limit.
+
+        A call that goes on must ask for the same again, whatever it measures.
+        """
+        call = self.call
+        name = call.name(self.prices, self.prices.step, call.limits_name)
+        memory = call.work / f"asked-{name}.json"
+        if memory.is_file():
+            return float(json.loads(memory.read_text(encoding="utf-8")))
+        used_share = binding(missed.verdicts).used_share
+        share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
+        call.work.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(share).encode())
+        return share
+
+    def _least_share(self, whole: Fitting) -> float:
+        """Of the price, that the least form has.
+
+        Raises:
+            InfeasibleBudget: Even that misses a limit.
+            SpaceError: It costs more than the share that LeGR is to rank at.
+        """
+        call, recipe = self.call, self.call.recipe
+        least = self._least(whole)
+        least_ms = least.price_ms(least.floors)
+        if least_ms * EXPECTED_RATIO > whole.budget_ms:
             raise InfeasibleBudget(
                 f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
                 f"{call.target.backend}: with no more than {self._floors_told} it is "
                 f"still priced at {least_ms:.4g} ms. Ask for at least "
-                f"{least_ms * EXPECTED_RATIO:.4g} ms, or lower these",
+                f"{_rounded_up(least_ms * EXPECTED_RATIO):.4g} ms{self._floors_cure}",
                 budget_ms=whole.budget_ms,
                 fastest_ms=least_ms,
             )
-        lowest, least = call.recipe.lowest_share, least_ms / whole.full_ms
-        if self.method == "legr" and lowest is not None and lowest < least:
+        # Hours of search would be for nothing where only the file tells.
+        if call.constraints.limits.keys() & FILE_LIMITS:
+            found = least.time(least.floors)
+            if found.used_share > 1:
+                raise least.infeasible([found])
+        share = (1 + ROUNDING) * least_ms / whole.full_ms
+        lowest = recipe.lowest_share
+        if self.method == "legr" and lowest is not None and lowest < share:
             raise SpaceError(
                 f"lowest_share={lowest:g}, but with no more than {self._floors_told} "
-                f"the network still costs {least:.3g} of its {whole.full_ms:.4g} ms; "
-                "give at least that, or lower these"
+                f"the network still costs {share:.3g} of its {whole.full_ms:.4g} ms; "
+                f"give at least {_rounded_up(share):.4g}{self._floors_cure}"
             )
+        return share
 
     @property
     def _floors_told(self) -> str:
@@ -181,16 +218,27 @@ class ByChannels:
             told += f" and safeguard={recipe.legr.safeguard:g}"
         return f"{told} keep"
 
-    def _least_ms(self, whole: Fitting) -> float:
-        """Price of the least form; for tas with one block a stage."""
-        own, recipe = self.call.own, self.call.recipe
+    @property
+    def _floors_cure(self) -> str:
+        return "" if self.method == "tas" else ", or lower the recipe's"
+
+    def _least(self, whole: Fitting) -> Fitting:
+        """Of whose forms the one at its floors is the least; of tas one block a stage.
+
+        Args:
+            whole: Of the network as it is.
+        """
+        call, recipe = self.call, self.call.recipe
         if self.method != "tas" or not recipe.tas.searches_depth:
-            return whole.price_ms(whole.floors)
+            return whole
+        own = call.own
         stages = find_stages(own.module, own.graph, own.image)
         left = own.left_of(shallower(own.module, stages, [1] * len(stages)))
-        floors = recipe.floors(left.graph, method="tas", step=self.prices.step)
-        price = self.prices.of_graph(left.graph).price
-        return float(price(torch.tensor(floors, dtype=torch.float64)))
+        masked, step = left.masked(), self.prices.step
+        floors = recipe.floors(left.graph, method="tas", step=step)
+        order = LatentOrder(latents=masked.latents(), step=step, floors=floors)
+        prices = self.prices.of_graph(left.graph)
+        return replace(call, own=left).fitting(masked, order, prices, floors=floors)
 
     def _finish(
         self,
@@ -203,8 +251,8 @@ class ByChannels:
         fitting = call.fitting(
             found.masked, found.order, self.prices, floors=self.floors
         )
-        memory = folder / f"chosen-{call.limits_name}.json"
-        fitted: Fitted | None = fitting.widest(memory=memory)
+        chosen = f"chosen-{call.limits_name}"
+        fitted: Fitted | None = fitting.widest(memory=folder / f"{chosen}.json")
         trainings = [folder / SEARCH_FOLDER]
         for _ in range(MAX_FINISHED):
             if fitted is None:
@@ -233,5 +281,12 @@ class ByChannels:
             call.require_accuracy(network)
             if len(trainings) <= MAX_FINISHED:
                 used_share = binding(network.verdicts).used_share
-                fitted = fitting.narrower(fitted, used_share=used_share)
+                memory = folder / f"{chosen}-after-{fitted.name}.json"
+                fitted = fitting.narrower(fitted, used_share=used_share, memory=memory)
         raise call.missed(network)
+
+
+def _rounded_up(value: float) -> float:
+    """To four digits, never below."""
+    unit: float = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit) * unit

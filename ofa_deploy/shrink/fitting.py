@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ofa_deploy.constraints import Constraints, binding
+from ofa_deploy.constraints import Constraints, Verdict, binding
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.errors import InfeasibleBudget
@@ -51,7 +51,7 @@ class Fitted:
         predicted_ms: By the device's prices.
         measurement: Of its file, in fresh processes.
         bound_ms: What was held against the budget, its uncertainty included.
-        used_share: The most that it uses of any limit but the accuracy.
+        binding: The limit that leaves the least room, of all but the accuracy.
     """
 
     counts: tuple[int, ...]
@@ -60,7 +60,12 @@ class Fitted:
     predicted_ms: float
     measurement: FreshMeasurement
     bound_ms: float
-    used_share: float
+    binding: Verdict
+
+    @property
+    def used_share(self) -> float:
+        """The most that it uses of any limit but the accuracy."""
+        return self.binding.used_share
 
     @property
     def candidate(self) -> Candidate:
@@ -120,14 +125,18 @@ class Fitting:
         Raises:
             InfeasibleBudget: None does, of those tried.
         """
-        if memory.is_file():
-            remembered = self.time(json.loads(memory.read_text(encoding="utf-8")))
-            if remembered.used_share <= 1:
-                return remembered
-        found = self._widest()
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(found.counts).encode())
+        found = self._remembered(memory)
+        if found is None:
+            found = self._widest()
+            _remember(memory, found)
         return found
+
+    def _remembered(self, memory: Path) -> Fitted | None:
+        """What a killed call chose, if it keeps the limits still."""
+        if not memory.is_file():
+            return None
+        found = self.time(json.loads(memory.read_text(encoding="utf-8")))
+        return found if found.used_share <= 1 else None
 
     def _widest(self) -> Fitted:
         low, high = NEAR_BUDGET
@@ -149,37 +158,45 @@ class Fitting:
             keeping = [found for found in tried if found.used_share <= limit]
             if keeping:
                 return max(keeping, key=lambda found: found.used_share)
-        raise self._infeasible(tried)
+        raise self.infeasible(tried)
 
-    def _infeasible(self, tried: Sequence[Fitted]) -> InfeasibleBudget:
+    def infeasible(self, tried: Sequence[Fitted]) -> InfeasibleBudget:
+        """That none of some structures keeps the limits, to be raised."""
         nearest = min(tried, key=lambda found: found.used_share)
-        cure = "" if self.method == "tas" else ", or lower the floor of channels"
+        missed = nearest.binding
+        cure = "" if self.method == "tas" else ", or lower the recipe's floor"
         return InfeasibleBudget(
             f"no form of {self.own.family} that was timed keeps all limits on "
-            f"{self.target.backend}: the nearest takes up to {nearest.bound_ms:.4g} ms "
-            f"of {self.budget_ms:g}, and {nearest.used_share:.0%} of what it uses most "
-            f"of. Ask for more{cure}",
+            f"{self.target.backend}: the nearest has a {missed.constraint} of "
+            f"{missed.told(missed.bound)}, and {missed.told(missed.limit)} is asked "
+            f"for. Ask for more{cure}",
             budget_ms=self.budget_ms,
             fastest_ms=nearest.bound_ms,
             nearest=nearest.name,
         )
 
-    def narrower(self, fitted: Fitted, *, used_share: float) -> Fitted | None:
+    def narrower(
+        self, fitted: Fitted, *, used_share: float, memory: Path
+    ) -> Fitted | None:
         """The next structure below one that turned out to miss a limit.
 
         Args:
             fitted: That one.
             used_share: Of the limit that it misses; above 1.
+            memory: As of `widest`.
 
         Returns:
             What keeps the limits; None if nothing does, of those tried.
         """
+        if (remembered := self._remembered(memory)) is not None:
+            return remembered
         for _ in range(MAX_FITS):
             counts = self._settle(fitted.predicted_ms * AIMED_SHARE / used_share)
             if tuple(counts) == fitted.counts:
                 break
             fitted = self.time(counts)
             if fitted.used_share <= 1:
+                _remember(memory, fitted)
                 return fitted
             used_share = fitted.used_share
         return None
@@ -217,7 +234,7 @@ class Fitting:
             predicted_ms=self.price_ms(counts),
             measurement=measurement,
             bound_ms=bound_ms,
-            used_share=binding(verdicts).used_share,
+            binding=binding(verdicts),
         )
         self.timed.append(found)
         return found
@@ -250,6 +267,11 @@ class Fitting:
             pace=self.constraints.pace,
             progress=self.reporter.advance,
         )
+
+
+def _remember(memory: Path, found: Fitted) -> None:
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(memory, json.dumps(found.counts).encode())
 
 
 # What judging asks for where no accuracy is judged.

@@ -118,7 +118,7 @@ def shrink(
     if eval_data is not None:
         evaluation = _read(eval_data, reporter)
     elif known == "legr":  # what chose the channels does not say how good they are
-        ranked_on, evaluation = split_validation(images.validation, fraction=0.5)
+        ranked_on, evaluation = _halves(images.validation)
     height, width = read.images.shape[1:3]
     if height != width:
         raise DataError(
@@ -157,6 +157,17 @@ def shrink(
         executor=executor,
     )
     return _bundle(call, out=out, prices_folder=cache_folder())
+
+
+def _halves(held_out: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """To rank candidates on, and to tell the accuracy by."""
+    try:
+        return split_validation(held_out, fraction=0.5)
+    except DataError as error:
+        raise DataError(
+            "legr ranks candidates on one half of the images that are held out, and "
+            f"tells the accuracy by the other: {error}; give eval_data, or more images"
+        ) from error
 
 
 def _require_limit(method: Method, constraints: Constraints) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,7 +48,7 @@ class TrainingImages:
         self.normalisation: Normalisation = normalisation or measure_normalisation(
             self.training.images
         )
-        self.sha256 = _digest(data)
+        self.sha256 = data.sha256
         self._recipe = recipe
         self._images, self._labels = _tensors(self.training)
 
@@ -80,8 +79,9 @@ class TrainingImages:
             )
         if len(self.training) < recipe.batch_size:
             raise TrainingError(
-                f"{len(self.training)} training images are fewer than one batch of "
-                f"{recipe.batch_size}"
+                f"{len(self.training)} images to train on are fewer than one batch of "
+                f"{recipe.batch_size}; give more images, a smaller batch_size, or "
+                "another share where they are parted"
             )
 
     @property
@@ -162,10 +162,3 @@ def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
     """Images `(N, 3, H, W)` and labels."""
     pixels = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
     return torch.from_numpy(pixels), torch.from_numpy(data.labels)
-
-
-def _digest(data: ImageSet) -> str:
-    digest = hashlib.sha256(data.images.tobytes())
-    digest.update(data.labels.tobytes())
-    digest.update("\n".join(data.class_names).encode())
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ import lzma
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from ofa_deploy.plan import lower
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Silent
 from ofa_deploy.shrink import device_prices, fitting, to_budget
+from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
@@ -562,8 +564,10 @@ def own_network(network: nn.Module) -> OwnNetwork:
 # -- what is timed corrects what is chosen ---------------------------------------------
 
 
-def fitting_of(network: nn.Module, work: Path) -> Fitting:
-    """To three fifths of what a network is priced at, by made-up prices."""
+def call_of(
+    network: nn.Module, work: Path, *, budget_share: float, **limits: Any
+) -> tuple[Shrinking, DevicePrices]:
+    """A call, with a share of what a network is priced at as its budget."""
     own = own_network(network)
     prices = made_up_prices(own)
     full_ms = float(prices.price(full_counts(own.graph)))
@@ -572,7 +576,7 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
         own=own,
         method="pas",
         target=Target(backend="onnxruntime-cpu", threads=1),
-        constraints=Constraints(latency_ms=0.6 * full_ms),
+        constraints=Constraints(latency_ms=budget_share * full_ms, **limits),
         recipe=settings,
         images=TrainingImages(data(), settings.search),
         ranked_on=data(),
@@ -580,6 +584,13 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
         work=work,
         reporter=Silent(),
     )
+    return call, prices
+
+
+def fitting_of(network: nn.Module, work: Path) -> Fitting:
+    """To three fifths of what a network is priced at, by made-up prices."""
+    call, prices = call_of(network, work, budget_share=0.6)
+    own = call.own
     masked = own.masked()
     generator = torch.Generator().manual_seed(0)
     for mask in masked.masks:
@@ -587,7 +598,7 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
     order = LatentOrder(
         latents=masked.latents(),
         step=4,
-        floors=settings.floors(own.graph, method="pas", step=4),
+        floors=call.recipe.floors(own.graph, method="pas", step=4),
     )
     return call.fitting(masked, order, prices, floors=order.floors)
 
@@ -611,6 +622,8 @@ def made_up_prices(own: OwnNetwork) -> DevicePrices:
     table = tiny.latency_table(
         tiny.SPACE, networks=[], network_ms=lambda config: 1.0, origin="measured"
     )
+    runtime = get_backend("onnxruntime-cpu").runtime(threads=1)
+    table = replace(table, runtime=runtime)
     return DevicePrices(price=price, table=table, step=4, residual_ratio=0.01)
 
 
@@ -640,10 +653,65 @@ def test_a_structure_just_below_the_budget_is_found_whatever_prices_say(
     assert slower.used_share <= 1.0
     assert sum(slower.counts) < sum(found.counts)
     # A file that misses after fine-tuning is followed by a narrower one.
-    narrower = call.narrower(found, used_share=1.5)
+    memory = tmp_path / "narrower.json"
+    narrower = call.narrower(found, used_share=1.5, memory=memory)
     assert narrower is not None
     assert narrower.used_share <= 1.0
     assert sum(narrower.counts) < sum(found.counts)
+    # Whatever was measured of that one: a call that was killed goes on with the same.
+    resumed = fitting_of(dense, tmp_path)
+    same = resumed.narrower(found, used_share=1.2, memory=memory)
+    assert same is not None
+    assert same.counts == narrower.counts
+
+
+def test_a_call_that_goes_on_asks_for_the_same_share(
+    dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: str, progress: LoopProgress) -> None:
+        raise KeyboardInterrupt
+
+    # By its price the whole network keeps the budget; by its file it does not.
+    for factor in (1.3, 1.7):
+        call, prices = call_of(dense, tmp_path / "work", budget_share=1.1)
+        measured_as(monkeypatch, factor=factor)
+        with ExitStack() as stack:
+            shrinking = ByChannels(
+                call=replace(call, told=stop), method="pas", prices=prices, stack=stack
+            )
+            with pytest.raises(KeyboardInterrupt):
+                shrinking.run()
+    assert len(list((tmp_path / "work").glob("*/search"))) == 1
+
+
+def test_a_ranking_on_other_images_is_another_one(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    call, prices = call_of(dense, tmp_path, budget_share=0.5)
+    names = set()
+    for ranked_on in (data(), data(), tiny.images(per_class=3, seed=1)):
+        with ExitStack() as stack:
+            shrinking = ByChannels(
+                call=replace(call, ranked_on=ranked_on),
+                method="legr",
+                prices=prices,
+                stack=stack,
+            )
+            names.add(shrinking._name(0.5))
+    assert len(names) == 2
+
+
+def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
+    dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_as(monkeypatch, factor=1.0)
+    call, prices = call_of(dense, tmp_path, budget_share=0.9, size_bytes=1000)
+    told = r"nearest has a size of [\d,]+ bytes, and 1,000 bytes is asked for"
+    with ExitStack() as stack:
+        shrinking = ByChannels(call=call, method="pas", prices=prices, stack=stack)
+        with pytest.raises(InfeasibleBudget, match=told):
+            shrinking.run()
+    assert not list(tmp_path.glob("*/search"))
 
 
 def test_nothing_is_narrower_than_the_floors(
@@ -652,7 +720,8 @@ def test_nothing_is_narrower_than_the_floors(
     measured_as(monkeypatch, factor=100.0)
     call = fitting_of(dense, tmp_path)
     least = call.time(call.floors)
-    assert call.narrower(least, used_share=2.0) is None
+    memory = tmp_path / "narrower.json"
+    assert call.narrower(least, used_share=2.0, memory=memory) is None
 
 
 def test_a_budget_that_no_form_keeps_is_refused(

@@ -342,7 +342,8 @@ def test_data_of_another_class_count_is_refused(tmp_path: Path) -> None:
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "run", recipe=replace(RECIPE, batch_size=100)) == (
-        "81 training images are fewer than one batch of 100"
+        "81 images to train on are fewer than one batch of 100; give more images, a "
+        "smaller batch_size, or another share where they are parted"
     )
 
 
