@@ -220,7 +220,7 @@ class ByChannels:
 
     @property
     def _floors_cure(self) -> str:
-        return "" if self.method == "tas" else ", or lower the recipe's"
+        return "" if self.method == "tas" else ", or lower these in the recipe"
 
     def _least(self, whole: Fitting) -> Fitting:
         """Of whose forms the one at its floors is the least; of tas one block a stage.
