@@ -15,7 +15,7 @@ from ofa_deploy.predict.sizes import NetworkSizes
 from ofa_deploy.search.dominance import Promotion, promotion
 from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem, descend
 from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2
-from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
+from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
 
 Floats = NDArray[np.float64]
 Objective = Callable[[Genomes], Floats]
@@ -87,6 +87,11 @@ class PredictedLimits:
     memory_bytes: float | None = None
     min_accuracy: float | None = None
 
+    @property
+    def sized(self) -> bool:
+        """Whether a narrower block that costs as much time may be worth having."""
+        return self.weight_bytes is not None or self.memory_bytes is not None
+
 
 def find_front(
     predictors: Predictors,
@@ -144,6 +149,8 @@ class Chooser:
         """The best networks within limits, `count` at most.
 
         The most accurate ones first; where an accuracy is to be kept, the fastest.
+        Where no size is limited, widths that cost no less time than a wider one are
+        left out, whatever the accuracy predictor makes of them.
 
         Args:
             limits: Of predictions.
@@ -172,15 +179,26 @@ class Chooser:
                 configs.append(config)
         return configs
 
+    def _candidates(self, limits: PredictedLimits) -> tuple[Genomes, Floats]:
+        """The front's networks, the widest of those that cost no more, and costs."""
+        front = self.front
+        if limits.sized:
+            return front.genomes, front.costs
+        wide = self.predictors.widths.apply(front.genomes)
+        if np.array_equal(wide, front.genomes):
+            return front.genomes, front.costs
+        wide = wide[first_of_each(wide)]
+        return wide, self.predictors.costs(wide)
+
     def _from_front(self, limits: PredictedLimits) -> Genomes:
-        costs = self.front.costs
+        genomes, costs = self._candidates(limits)
         inside = np.ones(len(costs), dtype=bool)
         if limits.latency_ms is not None:
             inside &= costs[:, LATENCY_MS] <= limits.latency_ms
         if limits.weight_bytes is not None:
             inside &= costs[:, WEIGHT_BYTES] <= limits.weight_bytes
         if limits.memory_bytes is not None:
-            memory = self.predictors.sizes.memory_bytes(self.front.genomes)
+            memory = self.predictors.sizes.memory_bytes(genomes)
             inside &= memory <= limits.memory_bytes
         if limits.min_accuracy is not None:
             inside &= 1 - costs[:, ERROR] >= limits.min_accuracy
@@ -188,7 +206,7 @@ class Chooser:
             (LATENCY_MS, ERROR) if limits.min_accuracy is None else (ERROR, LATENCY_MS)
         )
         ranked = np.lexsort([costs[inside, column] for column in order])
-        return self.front.genomes[inside][ranked]
+        return genomes[inside][ranked]
 
     def _problem(self, limits: PredictedLimits) -> SearchProblem:
         predictors = self.predictors
