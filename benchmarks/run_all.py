@@ -1,4 +1,8 @@
-"""Run every benchmark, one after the other, and say which bars were passed."""
+"""Run every benchmark, one after the other, and say which bars were passed.
+
+Of those that train in stages only the report is run, and only where what it reports on
+is there.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,17 @@ from inputs import DATA_VARIABLE, add_data
 from report import MISSED, ORDER, PASSED
 
 FOLDER = Path(__file__).parent
+# What the last training stage of a benchmark leaves: without it there is no report.
+LAST_TRAINED = {
+    "pas": "weights/pas-milliseconds",
+    "legr": "weights/legr-latency",
+    "autoprune": "weights/vgg-weights.safetensors",
+    "tas": "weights/tas-latency",
+}
 
 
 def main() -> int:
-    """Run them; 0 if every script ran and every bar was passed."""
+    """Run them; 0 if every script that ran did so to its end, and passed every bar."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_data(parser)
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER)
@@ -26,6 +37,11 @@ def main() -> int:
     failed = False
     for name in ORDER:
         if name not in args.only:
+            continue
+        last = LAST_TRAINED.get(name)
+        if last is not None and not (FOLDER / last).exists():
+            why = f"benchmarks/{last} is missing; `{name}.py --help` tells its stages"
+            summary.append(f"{name}: left out, {why}")
             continue
         print(f"\n=== {name} ===\n", flush=True)
         start_s = time.perf_counter()

@@ -7,8 +7,8 @@
     ofa-deploy train --data images/ --out runs/mine
     ofa-deploy specialize --supernet runs/mine/supernet --latency-ms 0.5 --out bundle
 
-Without `--data`, images of three colours are generated and a space of a few tiny
-networks is trained on them, so that every step can be seen in a minute or two.
+Without `--data`, a space of a few tiny networks is trained on generated images of three
+colours, which shows every step in a minute or two. A second call goes on with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ofa_deploy import Specializer
+from ofa_deploy import DeployError, Specializer
 from ofa_deploy.cli import app
 from ofa_deploy.families import mbv3
 from ofa_deploy.space_file import encode_space
@@ -30,24 +30,22 @@ COLOURS = {"blue": (60, 90, 200), "green": (60, 180, 70), "red": (200, 60, 50)}
 
 
 def write_images(folder: Path, *, per_class: int = 60) -> None:
-    """Noisy patches of 16×16 pixels, one folder per class."""
+    """Noisy patches of 16×16 pixels, one folder per class; always the same."""
     rng = np.random.default_rng(0)
     for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(per_class):
-            patch = np.array(colour) + rng.normal(0, 40, (16, 16, 3))
-            pixels = patch.clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
+            patch = (colour + rng.normal(0, 40, (16, 16, 3))).clip(0, 255)
+            Image.fromarray(np.uint8(patch)).save(folder / name / f"{index:03}.png")
 
 
 def write_tiny_space(path: Path) -> None:
     """A space of a dozen networks; any `SearchSpace` can be written like this."""
     space = mbv3.small(class_count=len(COLOURS))
     stage = replace(space.stages[0], out_channels=16, expands=(1, 2), depths=(1, 2))
-    stem = replace(space.stem, out_channels=8)
     head = replace(space.head, expand_channels=64, feature_channels=64)
-    space = replace(space, name="tiny", resolutions=(12, 16), stem=stem, head=head)
-    space = replace(space, stages=(stage,))
+    space = replace(space, stem=replace(space.stem, out_channels=8), head=head)
+    space = replace(space, name="tiny", resolutions=(12, 16), stages=(stage,))
     path.write_text(json.dumps(encode_space(space)), encoding="utf-8")
 
 
@@ -58,18 +56,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/my-supernet"))
     parser.add_argument("--epochs-scale", type=float, default=1.0)
     args = parser.parse_args()
-    words = ["--out", str(args.out / "run"), "--epochs-scale", str(args.epochs_scale)]
+    run, images = args.out / "run", args.data or args.out / "images"
+    words = ["--out", str(run), "--epochs-scale", str(args.epochs_scale)]
+    words += ["--data", str(images), *(["--resume"] if run.exists() else [])]
     if args.data is None:
-        write_images(args.out / "images")
+        write_images(images)
         write_tiny_space(args.out / "space.json")
-        words += ["--data", str(args.out / "images"), "--batch-size", "32"]
-        words += ["--space", str(args.out / "space.json")]
-    else:
-        words += ["--data", str(args.data)]
-    app(["train", *words], standalone_mode=False)
-    session = Specializer("openvino-cpu", supernet=args.out / "run" / "supernet")
-    budget_ms = session.reachable().middle_ms
-    bundle = session.specialize(budget_ms, out=args.out / "bundle")
+        words += ["--batch-size", "32", "--space", str(args.out / "space.json")]
+    try:
+        app(["train", *words], standalone_mode=False)
+        device, found = "openvino-cpu", run / "supernet"
+        session = Specializer(device, supernet=found, on_drift="reprofile")
+        middle_ms = session.reachable().middle_ms
+        bundle = session.specialize(middle_ms, out=args.out / "bundle")
+    except DeployError as error:
+        raise SystemExit(str(error)) from error
     measured, accuracy = bundle.manifest.measured, bundle.manifest.accuracy
     print(f"{bundle.path}: {measured.quiet_ms:.3f} ms, accuracy {accuracy.value:.2%}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,10 @@ def test_many_budgets_gives_a_row_for_each(cache: Path) -> None:
 def test_a_supernet_is_trained_and_specialised(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     words = ("--out", tmp_path / "mine", "--epochs-scale", "0.1")
+    shown = run("train_your_own.py", *words, cache=cache)
+    assert f"{tmp_path / 'mine' / 'bundle'}: " in shown
+    # A second call goes on with what is there.
+    shutil.rmtree(tmp_path / "mine" / "bundle")
     shown = run("train_your_own.py", *words, cache=cache)
     assert f"{tmp_path / 'mine' / 'bundle'}: " in shown
 
