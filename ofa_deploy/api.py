@@ -172,7 +172,9 @@ def specialize(
         supernet: Name in the zoo, folder of one that was trained, or one that is open.
         calibration: Images for the batch-norm statistics instead of the supernet's
             own: a folder, .zip or .npz, or `(n, H, W, 3)` uint8.
-        eval_data: Labelled images to measure the accuracy on; None to predict it.
+        eval_data: Labelled images to measure the accuracy on; None to predict it. With
+            `model`, None measures it on the tenth of `data` that is held out, for legr
+            on half of that.
         table: A latency table's file to use instead of looking for one.
         on_drift: See `Specializer`.
         seed: Of searches.

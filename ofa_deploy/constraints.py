@@ -212,8 +212,8 @@ class Verdict:
         constraint: Which.
         limit: What was asked for.
         found: What was found, in the limit's unit.
-        bound: What must be on the right side of the limit: of a latency the upper end
-            of its 95 % confidence, of anything else what was found.
+        bound: What must be on the right side of the limit: of a latency its one-sided
+            95 % upper bound, of anything else what was found.
         evidence: Whether it was measured on the exported file, or predicted.
     """
 
