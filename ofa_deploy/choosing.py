@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 
 from ofa_deploy.constraints import MEGABYTE
 from ofa_deploy.errors import InfeasibleBudget
-from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.predict.latency import LatencyPredictor, Objective
 from ofa_deploy.predict.sizes import NetworkSizes
 from ofa_deploy.search.dominance import Promotion, promotion
-from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem, descend
+from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem
 from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
 
 Floats = NDArray[np.float64]
-Objective = Callable[[Genomes], Floats]
 Progress = Callable[[int, int], None]
 
 # Columns of a front's costs.
@@ -60,14 +59,9 @@ class Predictors:
             axis=1,
         )
 
-    def fastest(self, *, seed: int = 0) -> Genomes:
-        """The fastest network that a descent finds, `(genes,)`."""
-        found, _ = descend(
-            self.space,
-            self.latency.predict_ms,
-            np.random.default_rng(seed),
-            promotion=self.widths,
-        )
+    def fastest(self) -> Genomes:
+        """The fastest network, `(genes,)`, with the widths that cost nothing more."""
+        found: Genomes = self.widths.apply(self.latency.fastest()[None])[0]
         return found
 
 
@@ -113,7 +107,7 @@ def find_front(
     space = predictors.space
     landmarks = np.stack(
         [
-            predictors.fastest(seed=seed),
+            predictors.fastest(),
             space.encode(space.smallest()),
             space.encode(space.largest()),
         ]
@@ -225,14 +219,17 @@ class Chooser:
             ("memory", predictors.sizes.memory_bytes, limits.memory_bytes),
         ):
             if upper is not None:
-                given.append(_in_megabytes(label, value, upper))
+                runnable = predictors.latency.where_runnable(value)
+                given.append(_in_megabytes(label, runnable, upper))
         score = predictors.accuracy
         if limits.min_accuracy is not None:
             given.append(
                 Limit(
                     label="errors",
                     unit="of all images",
-                    value=lambda genomes: 1 - predictors.accuracy(genomes),
+                    value=predictors.latency.where_runnable(
+                        lambda genomes: 1 - predictors.accuracy(genomes)
+                    ),
                     upper=1 - limits.min_accuracy,
                 )
             )
@@ -244,6 +241,7 @@ class Chooser:
             limits=tuple(given),
             # A wider block is as fast, but larger.
             promotion=predictors.widths if only_latency else None,
+            landmarks=predictors.fastest()[None],
         )
 
 

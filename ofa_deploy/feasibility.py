@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ofa_deploy.constraints import MEGABYTE, ConstraintName, Constraints
-from ofa_deploy.predict.latency import LatencyPredictor
+from ofa_deploy.constraints import MEGABYTE, ConstraintName, Constraints, in_words
+from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.predict.latency import LatencyPredictor, Objective
 from ofa_deploy.predict.sizes import NetworkSizes
 from ofa_deploy.search.dominance import Promotion, promotion
 from ofa_deploy.search.evolution import descend
-from ofa_deploy.space import Genomes, SearchSpace
-
-Floats = NDArray[np.float64]
-Objective = Callable[[Genomes], Floats]
 
 SAMPLE_COUNT = 2_000
 
@@ -69,11 +65,10 @@ def reachable_range(
     predictor: LatencyPredictor, *, sample_count: int = SAMPLE_COUNT
 ) -> ReachableRange:
     """The latencies that a space can reach, as predicted."""
-    space = predictor.space
     found = _range_of(
-        space,
+        predictor,
         predictor.predict_ms,
-        widths=promotion(space, predictor.slot_ms),
+        widths=promotion(predictor.space, predictor.slot_ms),
         count=sample_count,
     )
     return ReachableRange(
@@ -89,6 +84,8 @@ def feasibility(
     sizes: NetworkSizes,
 ) -> tuple[CostRange, ...]:
     """A row for every constraint there is, whether it is asked for or not.
+
+    Of networks that the runtime can run.
 
     Args:
         constraints: What is asked for.
@@ -115,11 +112,11 @@ def feasibility(
         ),
     )
     rows = [
-        _row(name, _range_of(space, value, widths=widths), limit)
+        _row(name, _range_of(latency, value, widths=widths), limit)
         for name, value, limit, widths in asked
     ]
     # A regression does not know that accuracies end at 1.
-    errors = _range_of(space, lambda genomes: np.clip(1 - accuracy(genomes), 0, 1))
+    errors = _range_of(latency, lambda genomes: np.clip(1 - accuracy(genomes), 0, 1))
     turned = _Range(
         least=1 - errors.least,
         median=1 - errors.median,
@@ -127,6 +124,52 @@ def feasibility(
         nearest=errors.nearest,
     )
     return (*rows, _row("accuracy", turned, constraints.min_accuracy))
+
+
+def require_satisfiable(
+    row: CostRange, predictor: LatencyPredictor, *, where: str
+) -> None:
+    """Refuse at once what no network can keep, whatever the other limits are.
+
+    A latency just below the fastest prediction is worth a measurement.
+
+    Args:
+        row: Of one constraint.
+        predictor: Of the latencies.
+        where: Of what runtime, for people.
+
+    Raises:
+        InfeasibleBudget: No network keeps it.
+    """
+    if row.satisfiable or row.limit is None:
+        return
+    name = predictor.space.name
+    if row.constraint == "latency":
+        slack = predictor.upper_ratio
+        if row.best <= row.limit * slack:
+            return
+        raise InfeasibleBudget(
+            f"no network of {name} meets {row.limit:g} ms on {where} here; the fastest "
+            f"is predicted to take {row.best:.4g} ms. Ask for at least "
+            f"{row.best * slack:.4g} ms",
+            budget_ms=row.limit,
+            fastest_ms=row.best,
+            nearest=row.nearest,
+        )
+    needs = {
+        "size": "weighs, its weights alone,",
+        "memory": "needs, for weights and activations alone,",
+        "accuracy": "is predicted to reach",
+    }
+    raise InfeasibleBudget(
+        f"no network of {name} keeps {row.constraint} "
+        f"{in_words(row.constraint, row.limit)}: the one that comes nearest "
+        f"{needs[row.constraint]} {in_words(row.constraint, row.best)}. Loosen that "
+        "limit",
+        budget_ms=None,
+        fastest_ms=None,
+        nearest=row.nearest,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,21 +194,29 @@ def _row(constraint: ConstraintName, found: _Range, limit: float | None) -> Cost
 
 
 def _range_of(
-    space: SearchSpace,
+    latency: LatencyPredictor,
     value: Objective,
     *,
     widths: Promotion | None = None,
     count: int = SAMPLE_COUNT,
 ) -> _Range:
     """The least that a descent finds, the median of a sample, and the most."""
-    rng = np.random.default_rng(0)
-    least, _ = descend(space, value, rng, promotion=widths)
+    space, rng = latency.space, np.random.default_rng(0)
+    value = latency.where_runnable(value)
+    smallest, largest = space.encode(space.smallest()), space.encode(space.largest())
+    least, _ = descend(
+        space,
+        value,
+        rng,
+        promotion=widths,
+        landmarks=np.stack([smallest, latency.fastest()]),
+    )
+    ends = value(np.stack([least, smallest, largest]))
     drawn = value(space.sample(count, rng))
-    ends = [space.encode(space.smallest()), space.encode(space.largest())]
-    known = value(np.stack([least, *ends]))
+    drawn = drawn[np.isfinite(drawn)]
     return _Range(
-        least=float(known[0]),
-        median=float(np.median(drawn)),
-        most=max(float(known.max()), float(drawn.max())),
+        least=float(ends[0]),
+        median=float(np.median(drawn if len(drawn) else ends[:1])),
+        most=float(np.concatenate([ends[np.isfinite(ends)], drawn]).max()),
         nearest=space.decode(least).id,
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.plan import lower
+from ofa_deploy.predict.block_costs import sample_runnable, table_blocks
 from ofa_deploy.predict.evaluation import PredictionQuality, judge
 from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import (
@@ -88,8 +89,8 @@ def measure_and_judge(
         reporter: Told of progress.
 
     Raises:
-        MeasurementError: A block, or all but one of the networks to judge by, could
-            not be measured, or the disk is full.
+        MeasurementError: Blocks that failed leave no network, all but one of those to
+            judge by could not be measured, or the disk is full.
     """
     device = this_device(accelerator=backend.accelerator())
     runtime = backend.runtime(threads=threads)
@@ -207,9 +208,14 @@ def evaluate_predictor(
 def unseen_networks(
     space: SearchSpace, table: LatencyTable, *, count: int, seed: int
 ) -> Genomes:
-    """Different random networks `(count or fewer, genes)` that are not in a table."""
+    """Different random networks `(count or fewer, genes)` that are not in a table.
+
+    Those with a block that failed are left out.
+    """
     rng = np.random.default_rng(seed)
-    drawn = space.sample(2 * (count + len(table.networks)), rng)
+    drawn = sample_runnable(
+        space, table_blocks(space, table), 2 * (count + len(table.networks)), rng
+    )
     different = drawn[first_of_each(drawn)]
     taken = {*table.networks, anchor_network(space)}
     known = np.array([space.decode(row).id in taken for row in different])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import tempfile
 import time
 import warnings
@@ -23,7 +24,12 @@ from ofa_deploy.export.runtime_format import (
 )
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
-from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
+from ofa_deploy.predict.block_costs import (
+    BlockCosts,
+    features,
+    look_up_blocks,
+    sample_runnable,
+)
 from ofa_deploy.predict.design import choose_informative
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import SearchSpace, SubnetConfig, first_of_each
@@ -66,16 +72,20 @@ def calibration_networks(
 
     Args:
         space: Where they are from.
-        costs: Measured blocks.
-        count: How many, at least 2.
+        costs: Measured blocks; networks with one that failed are left out.
+        count: How many, at least 2; fewer where there are fewer.
         rng: Of the sample.
     """
     configs = (space.smallest(), space.largest(), space.middle())
     landmarks = np.stack([space.encode(config) for config in configs])
     landmarks = landmarks[first_of_each(landmarks)]
-    drawn = space.sample(CANDIDATES_PER_NETWORK * count, rng)
+    runnable = np.isfinite(features(space, costs, landmarks)).all(axis=1)
+    landmarks = landmarks[runnable]
+    drawn = sample_runnable(space, costs, CANDIDATES_PER_NETWORK * count, rng)
     pool = np.concatenate([landmarks, drawn])
     pool = pool[first_of_each(pool)]
+    if not len(pool):
+        return []
     matrix = features(space, costs, pool)
     expected_ms = matrix[:, 1 : 2 + len(space.stages)].sum(axis=1)
     count = min(count, len(pool))
@@ -155,7 +165,7 @@ def measure_table(
         saved: Called with the table's file, before the journal is removed.
 
     Raises:
-        MeasurementError: A block could not be measured, or the disk is full.
+        MeasurementError: The blocks that failed leave no network, or the disk is full.
     """
     device = this_device(accelerator=backend.accelerator())
     path = folder / table_name(space, device, backend.runtime(threads=threads))
@@ -205,6 +215,9 @@ def profile_space(
 ) -> LatencyTable:
     """Measure a space on this machine: its blocks, then networks chosen by them.
 
+    A block that crashes its runtime is among the failures, and networks with it are
+    left out of everything.
+
     Args:
         space: What to measure.
         backend: Where.
@@ -219,7 +232,8 @@ def profile_space(
         progress: Called with visits made and visits known to be made.
 
     Raises:
-        MeasurementError: A block could not be measured, or the journal is in use.
+        MeasurementError: The blocks that failed leave no network, or the journal is in
+            use.
     """
     if networks is not None:
         network_count = len(networks)
@@ -257,7 +271,6 @@ def profile_space(
             journal=journal,
             progress=_shifted(progress, later=coming),
         )
-        _require_blocks(blocks)
         visited = sum(journal.count_of(name) for name in models.block_names)
         configs = networks or calibration_networks(
             space,
@@ -265,6 +278,7 @@ def profile_space(
             count=network_count,
             rng=np.random.default_rng(settings.seed),
         )
+        _require_runnable(configs, blocks)
         plans = {config.id: lower(space, config) for config in configs}
         models = replace(models, networks={**models.networks, **plans})
         result = execute(
@@ -298,8 +312,8 @@ def profile_space(
         blocks=_measured(blocks, _BLOCK),
         networks=_measured(result, _NETWORK),
         failures={
-            name.removeprefix(_NETWORK): reason
-            for name, reason in result.failures.items()
+            name.removeprefix(_NETWORK).removeprefix(_BLOCK): reason
+            for name, reason in {**blocks.failures, **result.failures}.items()
         },
     )
 
@@ -336,14 +350,14 @@ def _shifted(
 def _planned_latencies(
     models: TimedModels, journal: Journal, settings: MeasureSettings
 ) -> dict[str, float]:
-    """Blocks' quiet latencies by the planned visits alone.
+    """Blocks' quiet latencies by the planned visits alone; infinite where they failed.
 
     Extra visits come and go with time; the choice of networks must be the same when a
     killed run goes on.
     """
-    names = models.block_names
+    names = [name for name in models.block_names if name not in journal.failures]
     fit = fit_visits([journal.visits_of(name)[: settings.visits] for name in names])
-    return {
+    return dict.fromkeys(models.blocks, math.inf) | {
         name.removeprefix(_BLOCK): float(np.exp(effect)) / 1e6
         for name, effect in zip(names, fit.effect_log, strict=True)
     }
@@ -362,14 +376,19 @@ def _measured(result: OrderResult, prefix: str) -> dict[str, Measurement]:
     }
 
 
-def _require_blocks(result: OrderResult) -> None:
-    failed = sorted(name for name in result.failures if name.startswith(_BLOCK))
-    if failed:
+def _require_runnable(configs: Sequence[SubnetConfig], blocks: OrderResult) -> None:
+    """Refuse where blocks that failed leave nothing to calibrate by.
+
+    Raises:
+        MeasurementError: Fewer than two networks have none of them.
+    """
+    failed = sorted(name for name in blocks.failures if name.startswith(_BLOCK))
+    if failed and len(configs) < 2:
         raise MeasurementError(
-            f"{len(failed)} blocks could not be measured; {failed[0]}: "
-            f"{result.failures[failed[0]]}. Without them no network that has one can "
-            "be predicted. Once the cause is gone, run the same command again: these "
-            "are tried anew, and the others are kept"
+            f"{len(failed)} blocks could not be measured, and hardly a network has "
+            f"none of them; {failed[0]}: {blocks.failures[failed[0]]}. Once the cause "
+            "is gone, run the same command again: these are tried anew, and the others "
+            "are kept"
         )
 
 

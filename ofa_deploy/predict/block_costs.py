@@ -6,6 +6,7 @@ list of prices per gene.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +18,7 @@ from ofa_deploy.errors import UnmeasuredBlock
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import lower
 from ofa_deploy.space import BlockConfig, Genomes, SearchSpace, SubnetConfig
+from profilers.table import LatencyTable
 
 Floats = NDArray[np.float64]
 
@@ -24,11 +26,14 @@ Floats = NDArray[np.float64]
 # the runtime spends between blocks: it grows with the data handed on, with the weights
 # that no longer fit into the caches, and with every block.
 COSTS = ("ms", "MMACs", "M parameters", "M activations", "blocks")
+# Times that failed blocks of random networks are drawn anew: of nine choices of which
+# one is left, it is then the one nearly always.
+REDRAWS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockCosts:
-    """Costs as arrays over genes.
+    """Costs as arrays over genes; the milliseconds of a block that failed are infinite.
 
     Args:
         fixed: Stem and head together, `(resolutions, costs)`.
@@ -40,10 +45,25 @@ class BlockCosts:
     slots: Floats
 
 
+def table_blocks(space: SearchSpace, table: LatencyTable) -> BlockCosts:
+    """Arrange a table's blocks by genes, those that failed among them.
+
+    Raises:
+        UnmeasuredBlock: Names the first block that the table does not know.
+    """
+    failed = dict.fromkeys(table.failures, math.inf)
+    measured = {key: block.quiet_ms for key, block in table.blocks.items()}
+    return look_up_blocks(space, failed | measured)
+
+
 def look_up_blocks(
     space: SearchSpace, latency_ms_by_key: Mapping[str, float]
 ) -> BlockCosts:
     """Arrange measured blocks by genes.
+
+    Args:
+        space: Whose blocks.
+        latency_ms_by_key: Infinite for a block that failed.
 
     Raises:
         UnmeasuredBlock: Names the first block that is missing.
@@ -125,18 +145,46 @@ def features(space: SearchSpace, blocks: BlockCosts, genomes: Genomes) -> Floats
 
     Returns:
         `(n, 1 + 1 + stages + costs - 1)`: 1; the milliseconds of stem and head; those
-        of each stage's blocks; then every other cost of the whole network.
+        of each stage's blocks; then every other cost of the whole network. A network
+        with a block that failed has infinite ones.
     """
-    resolution = genomes[:, 0]
-    pairs = genomes[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
-    slot = np.arange(space.slot_count)[None, :]
-    costs = blocks.slots[resolution[:, None], slot, pairs[..., 0], pairs[..., 1]]
-    costs = costs * space.active_slots(genomes)[..., None]
-    fixed = blocks.fixed[resolution]
+    costs = np.where(
+        space.active_slots(genomes)[..., None], _chosen(space, blocks, genomes), 0.0
+    )
+    fixed = blocks.fixed[genomes[:, 0]]
     stages = np.add.reduceat(costs[..., 0], stage_starts(space), axis=1)
     rest = costs[..., 1:].sum(axis=1) + fixed[:, 1:]
     ones = np.ones((len(genomes), 1))
     return np.concatenate([ones, fixed[:, :1], stages, rest], axis=1)
+
+
+def _chosen(space: SearchSpace, blocks: BlockCosts, genomes: Genomes) -> Floats:
+    """Costs of each slot's block, used or not, `(n, slots, costs)`."""
+    pairs = genomes[:, space.first_slot_gene :].reshape(-1, space.slot_count, 2)
+    slot = np.arange(space.slot_count)[None, :]
+    found: Floats = blocks.slots[genomes[:, :1], slot, pairs[..., 0], pairs[..., 1]]
+    return found
+
+
+def sample_runnable(
+    space: SearchSpace, blocks: BlockCosts, count: int, rng: np.random.Generator
+) -> Genomes:
+    """Random networks without blocks that failed, `(count or fewer, genes)`.
+
+    Such a block is drawn anew. What has one even then is left out: no choice may be
+    left where it stands.
+    """
+    drawn = space.sample(count, rng)
+    for _ in range(REDRAWS):
+        failed = np.isinf(_chosen(space, blocks, drawn)[..., 0])
+        failed &= space.active_slots(drawn)
+        if not failed.any():
+            break
+        redrawn = rng.integers(0, space.choice_counts, size=drawn.shape)
+        genes = np.zeros(drawn.shape, dtype=bool)
+        genes[:, space.first_slot_gene :] = np.repeat(failed, 2, axis=1)
+        drawn = np.where(genes, redrawn, drawn)
+    return drawn[np.isfinite(features(space, blocks, drawn)).all(axis=1)]
 
 
 def stage_starts(space: SearchSpace) -> list[int]:

@@ -9,6 +9,7 @@ Everything is in quiet-state milliseconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,8 @@ from ofa_deploy.predict.block_costs import (
     BlockCosts,
     Floats,
     features,
-    look_up_blocks,
     stage_starts,
+    table_blocks,
 )
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig
 from profilers.table import LatencyTable
@@ -37,6 +38,8 @@ PRIOR_STRENGTH = 3e-4
 MODEL_ERROR_RATIO = 0.02
 # Networks priced at a time: their prices stay in the processor's cache.
 BATCH = 16_384
+
+Objective = Callable[[Genomes], Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class ResidualRatios:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LatencyPredictor:
-    """A list of prices, by gene.
+    """A list of prices, by gene; infinite for a block that the runtime fails on.
 
     Args:
         space: Whose genomes it takes.
@@ -82,7 +85,10 @@ class LatencyPredictor:
     residuals: ResidualRatios
 
     def predict_ms(self, genomes: Genomes) -> Floats:
-        """Predicted latencies `(n,)` of genomes `(n, genes)`."""
+        """Predicted latencies `(n,)` of genomes `(n, genes)`.
+
+        Infinite for networks with a block that the runtime fails on.
+        """
         latencies = np.empty(len(genomes))
         for start in range(0, len(genomes), BATCH):
             part = genomes[start : start + BATCH]
@@ -97,9 +103,45 @@ class LatencyPredictor:
         place = resolution[:, None] * slot_count + np.arange(slot_count)
         place = (place * kernels + pairs[..., 0]) * expands + pairs[..., 1]
         prices = self.slot_ms.ravel().take(place)
-        prices *= space.active_slots(genomes)
+        prices[~space.active_slots(genomes)] = 0.0
         total: Floats = prices.sum(axis=1) + self.fixed_ms[resolution]
         return total
+
+    def where_runnable(self, value: Objective) -> Objective:
+        """The same, but infinite for networks with a block that the runtime fails on.
+
+        Args:
+            value: Genomes `(n, genes)` to values `(n,)`.
+        """
+
+        def of_runnable(genomes: Genomes) -> Floats:
+            return np.where(
+                np.isfinite(self.predict_ms(genomes)), value(genomes), np.inf
+            )
+
+        return of_runnable
+
+    def fastest(self) -> Genomes:
+        """The fastest network, `(genes,)`: exact, as latencies are sums of prices."""
+        space = self.space
+        count, slot_count, kernels, expands = self.slot_ms.shape
+        choices = space.choice_counts[space.first_slot_gene :].reshape(-1, 2, 1, 1)
+        there_are = np.arange(kernels)[:, None] < choices[:, 0]
+        there_are = there_are & (np.arange(expands) < choices[:, 1])
+        prices = np.where(there_are, self.slot_ms, np.inf)
+        prices = prices.reshape(count, slot_count, -1)
+        pairs = np.stack(np.divmod(prices.argmin(axis=2), expands), axis=2)
+        total, depths = self.fixed_ms.copy(), []
+        starts = [*stage_starts(space), slot_count]
+        for stage, first, end in zip(space.stages, starts, starts[1:], strict=False):
+            by_depth = prices[:, first:end].min(axis=2).cumsum(axis=1)
+            by_depth = by_depth[:, np.array(stage.depths) - 1]
+            total += by_depth.min(axis=1)
+            depths.append(by_depth.argmin(axis=1))
+        best = int(total.argmin())
+        genome = [best, *(depth[best] for depth in depths), *pairs[best].ravel()]
+        found: Genomes = space.canonical(np.array([genome], dtype=np.int64))[0]
+        return found
 
     @property
     def residual_ratio(self) -> float:
@@ -125,23 +167,63 @@ def fit_latency_predictor(space: SearchSpace, table: LatencyTable) -> LatencyPre
     Raises:
         UnmeasuredBlock: The table is of another space, or holds no network.
     """
-    if len(table.networks) < 2:
-        raise UnmeasuredBlock(
-            f"the table holds {len(table.networks)} whole networks; at least 2 are "
-            "needed to calibrate. Run `ofa-deploy profile`"
+    blocks, known = table_blocks(space, table), calibration(space, table)
+    weights = fit_weights(
+        known.matrix, known.measured_ms, error_ratios=known.error_ratios
+    )
+    return price_list(space, blocks, weights, residuals=_conformal(known.left_out()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibration:
+    """The networks that a predictor is fitted to.
+
+    Args:
+        names: Of those in the table that have no block that failed.
+        matrix: Their `features`, `(n, features)`.
+        measured_ms: `(n,)`.
+        error_ratios: Standard errors of these, as shares of them, `(n,)`.
+    """
+
+    names: tuple[str, ...]
+    matrix: Floats
+    measured_ms: Floats
+    error_ratios: Floats
+
+    def left_out(self) -> Floats:
+        """See `left_out_ratios`."""
+        return left_out_ratios(
+            self.matrix, self.measured_ms, error_ratios=self.error_ratios
         )
-    blocks = look_up_blocks(space, {key: m.quiet_ms for key, m in table.blocks.items()})
-    names = sorted(table.networks)
-    genomes = np.stack([space.encode(SubnetConfig.from_id(name)) for name in names])
+
+
+def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
+    """What a table tells of whole networks.
+
+    Raises:
+        UnmeasuredBlock: The table is of another space, or holds no network.
+    """
+    genomes = {
+        name: space.encode(SubnetConfig.from_id(name))
+        for name in sorted(table.networks)
+    }
+    blocks = table_blocks(space, table)
+    rows = np.array([*genomes.values()], dtype=np.int64)
+    matrix = features(space, blocks, rows.reshape(-1, len(space.choice_counts)))
+    runnable = np.flatnonzero(np.isfinite(matrix).all(axis=1))
+    every = list(genomes)
+    names = tuple(every[row] for row in runnable)
+    if len(names) < 2:
+        raise UnmeasuredBlock(
+            f"the table holds {len(names)} whole networks; at least 2 are needed to "
+            "calibrate. Run `ofa-deploy profile`"
+        )
     networks = [table.networks[name] for name in names]
-    measured_ms = np.array([network.quiet_ms for network in networks])
-    errors = np.array([network.standard_error_ratio for network in networks])
-    matrix = features(space, blocks, genomes)
-    return price_list(
-        space,
-        blocks,
-        fit_weights(matrix, measured_ms, error_ratios=errors),
-        residuals=_conformal(left_out_ratios(matrix, measured_ms, error_ratios=errors)),
+    return Calibration(
+        names=names,
+        matrix=matrix[runnable],
+        measured_ms=np.array([network.quiet_ms for network in networks]),
+        error_ratios=np.array([network.standard_error_ratio for network in networks]),
     )
 
 
@@ -160,15 +242,17 @@ def price_list(
     stage_weight = weights[2 + stage]
     return LatencyPredictor(
         space=space,
-        fixed_ms=(
-            constant + fixed_weight * blocks.fixed[:, 0] + blocks.fixed[:, 1:] @ rest
-        ),
-        slot_ms=(
-            stage_weight[:, None, None] * blocks.slots[..., 0]
-            + blocks.slots[..., 1:] @ rest
-        ),
+        fixed_ms=constant + _prices(blocks.fixed, fixed_weight, rest),
+        slot_ms=_prices(blocks.slots, stage_weight[:, None, None], rest),
         residuals=residuals,
     )
+
+
+def _prices(costs: Floats, weight: Floats, rest: Floats) -> Floats:
+    """Costs `(..., costs)` weighed, `(...)`; infinite stays so, whatever the weight."""
+    failed = np.isinf(costs[..., 0])
+    weighed = weight * np.where(failed, 0.0, costs[..., 0]) + costs[..., 1:] @ rest
+    return np.where(failed, np.inf, weighed)
 
 
 def fit_weights(matrix: Floats, measured_ms: Floats, *, error_ratios: Floats) -> Floats:

@@ -14,12 +14,7 @@ from ofa_deploy.choosing import ERROR, LATENCY_MS, WEIGHT_BYTES
 from ofa_deploy.constraints import MEGABYTE
 from ofa_deploy.layers import BlockPlan, ConvLayer, RepConvLayer
 from ofa_deploy.plan import all_blocks, lower
-from ofa_deploy.predict.block_costs import features, look_up_blocks
-from ofa_deploy.predict.latency import (
-    ONE_SIDED_95,
-    LatencyPredictor,
-    left_out_ratios,
-)
+from ofa_deploy.predict.latency import ONE_SIDED_95, LatencyPredictor, calibration
 from ofa_deploy.report.charts import BlockShare, ChosenPoint, FrontPoint, WidthLine
 from ofa_deploy.search.pareto import Front
 from ofa_deploy.space import SearchSpace, SubnetConfig
@@ -75,19 +70,12 @@ def chosen_point(network: VerifiedNetwork) -> ChosenPoint:
 
 
 def left_out(space: SearchSpace, table: LatencyTable) -> LeftOut:
-    """Every network of a table against a prediction made without it."""
-    names = sorted(table.networks)
-    networks = [table.networks[name] for name in names]
-    blocks = look_up_blocks(space, {key: m.quiet_ms for key, m in table.blocks.items()})
-    genomes = np.stack([space.encode(SubnetConfig.from_id(name)) for name in names])
-    measured_ms = np.array([network.quiet_ms for network in networks])
-    ratios = left_out_ratios(
-        features(space, blocks, genomes),
-        measured_ms,
-        error_ratios=np.array([network.standard_error_ratio for network in networks]),
-    )
+    """A table's networks against predictions made without them."""
+    known = calibration(space, table)
     return LeftOut(
-        names=tuple(names), predicted_ms=measured_ms / ratios, measured_ms=measured_ms
+        names=known.names,
+        predicted_ms=known.measured_ms / known.left_out(),
+        measured_ms=known.measured_ms,
     )
 
 

@@ -38,7 +38,8 @@ class Limit:
     Args:
         label: Names it in messages, such as `latency on openvino-cpu`.
         unit: Of its values, such as `ms`.
-        value: Genomes `(n, genes)` to values `(n,)`, none below 0.
+        value: Genomes `(n, genes)` to values `(n,)`, none below 0; infinite for what
+            cannot be had.
         upper: The largest value allowed, above 0.
     """
 
@@ -57,12 +58,15 @@ class SearchProblem:
         score: Genomes `(n, genes)` to what is to be large, `(n,)`, above -1e6.
         limits: One at least.
         promotion: Widths to leave out; None for none.
+        landmarks: Networks to begin with, such as the fastest, `(n, genes)`; None for
+            the smallest.
     """
 
     space: SearchSpace
     score: Objective
     limits: tuple[Limit, ...]
     promotion: Promotion | None = None
+    landmarks: Genomes | None = None
 
     def shares(self, genomes: Genomes) -> Floats:
         """What is used up of each limit, `(n, limits)`; 1 still fits."""
@@ -243,7 +247,11 @@ class Evolution:
     ) -> tuple[Genomes, int]:
         space = problem.space
         least, evaluated = descend(
-            space, problem.load, rng, promotion=problem.promotion
+            space,
+            problem.load,
+            rng,
+            promotion=problem.promotion,
+            landmarks=problem.landmarks,
         )
         drawn = promoted(problem.promotion, space.sample(self.population * 10, rng))
         # Any that fit, then those that exceed the limits least; where few fit, the
@@ -294,9 +302,10 @@ def descend(
     rng: np.random.Generator,
     *,
     promotion: Promotion | None = None,
+    landmarks: Genomes | None = None,
     rounds: int = 4,
 ) -> tuple[Genomes, int]:
-    """The network of least value that coordinate descent finds, from the smallest one.
+    """The network of least value that coordinate descent finds, from a given one.
 
     A measured predictor need not rank the smallest network fastest, so each gene's
     choices are tried in turn, all at once per gene.
@@ -306,14 +315,18 @@ def descend(
         value: Genomes `(n, genes)` to what is to be little, `(n,)`.
         rng: Gives the order of the genes.
         promotion: Widths to leave out; None for none.
+        landmarks: The descent begins at the best of them, `(n, genes)`; None for the
+            smallest network.
         rounds: Over all genes, at most.
 
     Returns:
         Its genome, and the number of networks predicted.
     """
-    best = np.zeros_like(space.choice_counts)
-    least = float(value(best[None])[0])
-    evaluated = 1
+    starts = landmarks
+    if starts is None:
+        starts = np.zeros_like(space.choice_counts)[None]
+    found = value(starts)
+    best, least, evaluated = starts[found.argmin()], float(found.min()), len(starts)
     for _ in range(rounds):
         before = least
         for gene in rng.permutation(len(best)):

@@ -38,15 +38,23 @@ class FrontProblem:
 
     Args:
         space: Where to look.
-        costs: Genomes `(n, genes)` to costs `(n, objectives)`, 2 or 3 of them.
+        costs: Genomes `(n, genes)` to costs `(n, objectives)`, 2 or 3 of them; infinite
+            for what cannot be had.
         promotion: Widths to leave out; None for none.
-        landmarks: Networks to begin with, such as the fastest, `(n, genes)`.
+        landmarks: Networks to begin with, such as the fastest, `(n, genes)`; one of
+            them at least can be had.
     """
 
     space: SearchSpace
     costs: Callable[[Genomes], Costs]
     landmarks: Genomes
     promotion: Promotion | None = None
+
+    def costed(self, genomes: Genomes) -> tuple[Genomes, Costs]:
+        """Those of some networks that can be had, and their costs."""
+        costs = self.costs(genomes)
+        finite = np.isfinite(costs).all(axis=1)
+        return genomes[finite], costs[finite]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,9 +118,9 @@ class Nsga2:
         )
         drawn = problem.space.sample(10 * self.population, rng)
         start = np.concatenate([problem.landmarks, drawn])
-        genomes = unlike(breeding.settle(start), start[:0])
-        costs = problem.costs(genomes)
-        evaluated = len(genomes)
+        start = unlike(breeding.settle(start), start[:0])
+        genomes, costs = problem.costed(start)
+        evaluated = len(start)
         archive = _Archive.empty(problem.space, costs.shape[1], self.capacity)
         archive = archive.merged(genomes, costs)
         for generation in range(self.generations):
@@ -131,8 +139,8 @@ class Nsga2:
                 progress(generation + 1, self.generations)
             if not len(children):
                 continue
-            found = problem.costs(children)
             evaluated += len(children)
+            children, found = problem.costed(children)
             archive = archive.merged(children, found)
             genomes = np.concatenate([genomes, children])
             costs = np.concatenate([costs, found])
@@ -161,7 +169,7 @@ class Nsga2:
             left -= max(1, len(near))
             for start in range(0, len(near), BATCH):
                 part = near[start : start + BATCH]
-                archive = archive.merged(part, problem.costs(part))
+                archive = archive.merged(*problem.costed(part))
         return archive, self.polish - left
 
 

@@ -8,8 +8,10 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ofa_deploy import profiling
@@ -21,14 +23,16 @@ from ofa_deploy.held_out import (
     measure_and_judge,
     unseen_networks,
 )
-from ofa_deploy.plan import all_blocks
+from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import TimedModels, anchor_network, profile_space
 from ofa_deploy.reporting import Silent
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space_file import encode_space, space_sha256
 from profilers import LatencyTable, MeasureSettings, measurement, merge_tables
 from profilers.backends import get_backend
-from tests.support import tiny
+from profilers.execute import execute
+from tests.support import faulty_worker, tiny
 
 NETWORKS = 4
 ANCHOR = anchor_network(tiny.SPACE)
@@ -171,31 +175,89 @@ def test_what_was_measured_long_ago_is_told_of_and_measured_anew(
     assert set(table.blocks) == set(all_blocks(tiny.SPACE))
 
 
-def damaging(key: str) -> Callable[[TimedModels, str, Path], Path]:
-    """A `write_model` that writes one model so that no runtime loads it."""
+def damaging(*keys: str) -> Callable[[TimedModels, str, Path], Path]:
+    """A `write_model` that writes some models so that no runtime loads them."""
     write = TimedModels.write_model
 
     def write_damaged(self: TimedModels, name: str, folder: Path) -> Path:
         path = write(self, name, folder)
-        if name.endswith(key):
+        if name.endswith(keys):
             path.write_bytes(b"damaged")
         return path
 
     return write_damaged
 
 
-def test_a_block_that_fails_is_named_and_tried_again_by_the_next_call(
+def crashing(*keys: str) -> Callable[[TimedModels, str, Path], Path]:
+    """A `write_model` for the faulty backend, which crashes on some blocks.
+
+    And on the networks that have one, as a runtime would.
+    """
+
+    def write(self: TimedModels, name: str, folder: Path) -> Path:
+        key = name.partition(":")[2]
+        network = self.networks.get(key)
+        inside = {key} if network is None else {b.key for b in network.blocks}
+        fault = "crash" if inside & {*keys} else ""
+        path = folder / str(len(list(folder.iterdir())))
+        return faulty_worker.write_model(path, us=50 + 10 * len(inside), fault=fault)
+
+    return write
+
+
+# Of the anchor model and many others.
+CRASHING = lower(tiny.SPACE, tiny.SPACE.middle()).blocks[-2].key
+
+
+def test_a_block_that_crashes_its_runtime_costs_itself_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = min(all_blocks(tiny.SPACE))
+    monkeypatch.setattr(TimedModels, "write_model", crashing(CRASHING))
+    monkeypatch.setattr(
+        profiling, "execute", partial(execute, command=faulty_worker.COMMAND)
+    )
+    table = profile_space(
+        tiny.SPACE,
+        backend=faulty_worker.FaultyBackend(),
+        threads=1,
+        settings=SETTINGS,
+        journal_path=tmp_path / "journal",
+        network_count=NETWORKS,
+    )
+    assert set(table.failures) == {CRASHING, ANCHOR}
+    assert "SIGSEGV" in table.failures[CRASHING]
+    assert set(table.blocks) == set(all_blocks(tiny.SPACE)) - {CRASHING}
+    assert len(table.networks) == NETWORKS
+    predictor = fit_latency_predictor(tiny.SPACE, table)
+    genomes = enumerate_genomes(tiny.SPACE)
+    plans = [lower(tiny.SPACE, tiny.SPACE.decode(row)) for row in genomes]
+    runs = [CRASHING not in {block.key for block in plan.blocks} for plan in plans]
+    np.testing.assert_array_equal(np.isfinite(predictor.predict_ms(genomes)), runs)
+    unseen = unseen_networks(tiny.SPACE, table, count=50, seed=0)
+    assert np.isfinite(predictor.predict_ms(unseen)).all()
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+
+
+def test_blocks_whose_failing_leaves_no_network_are_tried_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [tiny.SPACE.smallest(), tiny.SPACE.largest()]  # of both resolutions
+    stems = sorted(lower(tiny.SPACE, config).blocks[0].key for config in configs)
     with monkeypatch.context() as patch:
-        patch.setattr(TimedModels, "write_model", damaging(bad))
-        with pytest.raises(MeasurementError, match="1 blocks could not be measured"):
+        patch.setattr(TimedModels, "write_model", damaging(*stems))
+        with pytest.raises(MeasurementError) as caught:
             profile(tmp_path)
+    told = str(caught.value)
+    assert told.startswith(
+        "2 blocks could not be measured, and hardly a network has none of them; "
+        f"block:{stems[0]}: "
+    )
+    assert told.endswith("these are tried anew, and the others are kept")
     kept = (tmp_path / "journal").read_bytes()
     table = profile(tmp_path)
     assert (tmp_path / "journal").read_bytes().startswith(kept)
-    assert bad in table.blocks
+    assert set(table.blocks) == set(all_blocks(tiny.SPACE))
     assert table.failures == {}
 
 
