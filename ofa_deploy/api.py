@@ -22,6 +22,7 @@ from ofa_deploy.pipeline import (
     Specializer,
     opened,
     read_inputs,
+    require_seed,
 )
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.reporting import Reporter, Silent
@@ -285,6 +286,7 @@ def specialize(
             executor=executor,
         )
     require_free(Path(out))
+    require_seed(seed)
     parse_target(device, threads=threads)
     reporter = reporter or Silent()
     source = opened(supernet)

@@ -59,7 +59,7 @@ class VerifiedNetwork:
         device: Where it was measured.
         runtime: With what.
         anchor_ratio: Latency of the anchor model over that of the table, at the time;
-            None if the table lacks it.
+            None if there was none to time.
         candidates: Networks measured on the way, this one among them.
     """
 

@@ -78,10 +78,10 @@ class StaleTable(MeasurementError):
     """The anchor model is not as fast as when the latency table was measured.
 
     Attributes:
-        ratio: Its latency now over then.
+        ratio: Its latency now over then; None where it does not run any more.
     """
 
-    def __init__(self, message: str, *, ratio: float) -> None:
+    def __init__(self, message: str, *, ratio: float | None) -> None:
         super().__init__(message)
         self.ratio = ratio
 

@@ -37,6 +37,7 @@ from ofa_deploy.pipeline import (
     Specializer,
     opened,
     read_inputs,
+    require_seed,
     writing,
 )
 from ofa_deploy.reporting import Reporter, Silent
@@ -141,12 +142,13 @@ def specialize_fleet(
         reporter: Told of progress.
 
     Raises:
-        SpaceError: Budgets, or `max_models`, make no sense.
+        SpaceError: Budgets, `max_models` or the seed make no sense.
         InfeasibleBudget: A device's budget cannot be kept, or a group's together.
         DeployError: Anything else that is wrong.
     """
     asked = {name: Constraints(latency_ms=ms) for name, ms in devices.items()}
     count = _require_count(len(asked), max_models)
+    require_seed(seed)
     out, reporter = Path(out).resolve(), reporter or Silent()
     require_free(out)
     source = opened(supernet)
@@ -174,7 +176,8 @@ def specialize_fleet(
         except StaleTable:
             if on_drift != "reprofile":
                 raise
-            call.reprofile_stale()
+            for session in sessions.values():
+                session.require_current()
             return call.make(out, reporter)
 
 
@@ -197,8 +200,8 @@ class _Call:
             try:
                 groups = planner.groups(self.count)
             except InfeasibleBudget:
-                for name in self.asked:  # stale tables have no say in that
-                    self._bench(name, stack).check_drift()
+                for session in self.sessions.values():
+                    session.drift_check().check()  # stale tables have no say in that
                 raise
             for group in groups:
                 networks |= self._fulfil(group, stack)
@@ -208,15 +211,6 @@ class _Call:
             }
             reporter.begin("writing the bundles")
             return _write(out, planner, self.sessions, networks, parities)
-
-    def reprofile_stale(self) -> None:
-        """Measure those devices anew that are not what their tables say."""
-        with ExitStack() as stack:
-            for name, session in self.sessions.items():
-                try:
-                    self._bench(name, stack).check_drift()
-                except StaleTable:
-                    session.reprofile()
 
     def _bench(self, name: str, stack: ExitStack) -> DeviceBench:
         return self.sessions[name].bench(
@@ -520,7 +514,10 @@ def _search_together(
         for name, ratio in level.items()
     )
     problem = SearchProblem(
-        space=first.supernet.space, score=first.predictors.accuracy, limits=limits
+        space=first.supernet.space,
+        score=first.predictors.accuracy,
+        limits=limits,
+        landmarks=np.stack([sessions[name].predictors.fastest() for name in level]),
     )
     return EVOLUTION.search(problem, np.random.default_rng(seed)).genomes
 

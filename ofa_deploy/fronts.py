@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from ofa_deploy.choosing import ERROR, LATENCY_MS, WEIGHT_BYTES, find_front
-from ofa_deploy.pipeline import DEFAULT_SUPERNET, Specializer
+from ofa_deploy.pipeline import (
+    DEFAULT_SUPERNET,
+    OnDrift,
+    Specializer,
+    require_seed,
+)
 from ofa_deploy.report.page import front_report
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.search.pareto import Front, Nsga2, nondominated
@@ -83,29 +88,41 @@ def frontier(
     supernet: str | Path | StoredSupernet = DEFAULT_SUPERNET,
     threads: int | None = None,
     table: str | Path | None = None,
+    on_drift: OnDrift = "refuse",
     search: Nsga2 = SEARCH,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Frontier:
     """The Pareto front of latency, accuracy and size, by prediction.
 
-    The first call on a machine measures its latency table.
+    The first call on a machine measures its latency table; later ones make sure that
+    the machine is still what the table says.
 
     Args:
         device: Such as `openvino-cpu` or `openvino-cpu?threads=2`.
         supernet: Name in the zoo, folder of one that was trained, or one that is open.
         threads: Of one inference, instead of naming them in `device`.
         table: A latency table's file to use instead of looking for one.
+        on_drift: See `Specializer`.
         search: And its settings.
         seed: Of the search.
         reporter: Told of progress.
 
     Raises:
+        SpaceError: The seed is below 0.
+        StaleTable: The machine is no longer what its table says.
         DeployError: The device, supernet or table cannot be used.
     """
+    require_seed(seed)
     session = Specializer(
-        device, supernet=supernet, threads=threads, table=table, reporter=reporter
+        device,
+        supernet=supernet,
+        threads=threads,
+        table=table,
+        on_drift=on_drift,
+        reporter=reporter,
     )
+    session.require_current()
     session.reporter.begin("searching")
     session.front = find_front(
         session.predictors, search, seed=seed, progress=session.reporter.advance

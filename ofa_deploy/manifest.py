@@ -111,7 +111,7 @@ class Manifest:
         device: Where it was measured.
         runtime: With what.
         anchor_ratio: Latency of the anchor model over that of the latency table, when
-            the bundle was made; None if the table lacks it.
+            the bundle was made; None if there was none to time.
         measured: Its latency.
         predicted: What the search had expected.
         accuracy: Measured or predicted.

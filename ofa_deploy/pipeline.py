@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from ofa_deploy.assembly import (
 from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.choosing import Chooser, Predictors, find_front
-from ofa_deploy.constraints import Constraints, in_words
+from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import fulfil
 from ofa_deploy.dataset import ImageSet, load_images
-from ofa_deploy.device_bench import MAX_DRIFT_RATIO, DeviceBench
+from ofa_deploy.device_bench import DeviceBench
+from ofa_deploy.drift import MAX_DRIFT_RATIO, DriftCheck
 from ofa_deploy.errors import (
     BundleError,
     DataError,
@@ -41,6 +43,7 @@ from ofa_deploy.feasibility import (
     ReachableRange,
     feasibility,
     reachable_range,
+    require_satisfiable,
 )
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.predict.sizes import network_sizes
@@ -117,6 +120,7 @@ class Specializer:
         if self.supernet.accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
         self._cache = cache or cache_folder()
+        self._table_file = table
         self.on_drift: OnDrift = on_drift
         self._measured_s = -FRESH_S  # long ago
         self._use(self._find_table(table, reprofile=reprofile))
@@ -213,7 +217,7 @@ class Specializer:
             seed: Of searches.
 
         Raises:
-            SpaceError: A limit makes no sense.
+            SpaceError: A limit, or the seed, makes no sense.
             InfeasibleBudget: No network keeps them, by prediction or by measurement.
             StaleTable: The machine is no longer what its table says.
             ParityError: An exported file computes something else.
@@ -261,10 +265,12 @@ class Specializer:
             seed: Of searches.
 
         Raises:
+            SpaceError: A limit that no supernet has, or the seed, makes no sense.
             InfeasibleBudget: No network keeps them, by prediction or by measurement.
             StaleTable: The machine is no longer what its table says.
         """
         _require_of_supernets(constraints)
+        require_seed(seed)
         if constraints.peak_memory_mb is not None:
             require_memory_gauge()
         try:
@@ -302,14 +308,49 @@ class Specializer:
             target=self.target,
             device=self.device,
             table=self.table,
+            drift=self.drift_check(),
             predictor=self.predictor,
             images=images,
             evaluation=evaluation,
             constraints=constraints,
             stack=stack,
             reporter=self.reporter,
+        )
+
+    def drift_check(self) -> DriftCheck:
+        """Whether the table holds today; for one call."""
+        return DriftCheck(
+            space=self.supernet.space,
+            target=self.target,
+            table=self.table,
+            profile_command=self._profile_command,
+            reporter=self.reporter,
             max_drift_ratio=MAX_DRIFT_RATIO if self._checks_drift else None,
         )
+
+    def require_current(self) -> None:
+        """Let predictions be of today's machine, as far as `on_drift` asks for it.
+
+        Raises:
+            StaleTable: The machine is no longer what its table says.
+        """
+        try:
+            self.drift_check().check()
+        except StaleTable:
+            if self.on_drift != "reprofile":
+                raise
+            self.reprofile()
+            # Something to do only where an earlier call had begun that profile.
+            self.drift_check().check()
+
+    @property
+    def _profile_command(self) -> str:
+        device = f"{self.target.backend}?threads={self.target.threads}"
+        words = ["ofa-deploy", "profile", "--device", device]
+        words += ["--supernet", self.supernet.source or "FOLDER"]
+        if self._table_file is not None:
+            words += ["--out", str(self._table_file)]
+        return shlex.join(words)
 
     @property
     def _checks_drift(self) -> bool:
@@ -343,7 +384,7 @@ class Specializer:
         )
         try:
             for row in self.feasibility(constraints):
-                _require_satisfiable(row, self)
+                require_satisfiable(row, self.predictor, where=self.target.backend)
             return fulfil(
                 constraints,
                 chooser=self.chooser(seed=seed),
@@ -351,7 +392,7 @@ class Specializer:
                 where=self.target.backend,
             )
         except InfeasibleBudget:
-            bench.check_drift()  # a stale table has no say in what is impossible
+            bench.drift.check()  # a stale table has no say in what is impossible
             raise
 
     def report(self, network: VerifiedNetwork) -> dict[str, bytes]:
@@ -360,6 +401,16 @@ class Specializer:
             network, predictor=self.predictor, table=self.table, front=self.front
         )
         return {REPORT_FILE: page.encode()}
+
+
+def require_seed(seed: int) -> None:
+    """Refuse what no random generator takes.
+
+    Raises:
+        SpaceError: It is below 0.
+    """
+    if seed < 0:
+        raise SpaceError(f"seed={seed}; give a whole number, 0 or above")
 
 
 def _asked(constraints: Constraints | float) -> Constraints:
@@ -375,42 +426,6 @@ def _require_of_supernets(constraints: Constraints) -> None:
             f"compressed_bytes={constraints.compressed_bytes} is for a network of your "
             "own: a supernet's weights hardly compress. Give size_bytes"
         )
-
-
-def _require_satisfiable(row: CostRange, session: Specializer) -> None:
-    """Refuse at once what no network can keep, whatever the other limits are.
-
-    A latency just below the fastest prediction is worth a measurement.
-    """
-    if row.satisfiable or row.limit is None:
-        return
-    name, where = session.supernet.space.name, session.target.backend
-    if row.constraint == "latency":
-        slack = session.predictor.upper_ratio
-        if row.best <= row.limit * slack:
-            return
-        raise InfeasibleBudget(
-            f"no network of {name} meets {row.limit:g} ms on {where} here; the fastest "
-            f"is predicted to take {row.best:.4g} ms. Ask for at least "
-            f"{row.best * slack:.4g} ms",
-            budget_ms=row.limit,
-            fastest_ms=row.best,
-            nearest=row.nearest,
-        )
-    needs = {
-        "size": "weighs, its weights alone,",
-        "memory": "needs, for weights and activations alone,",
-        "accuracy": "is predicted to reach",
-    }
-    raise InfeasibleBudget(
-        f"no network of {name} keeps {row.constraint} "
-        f"{in_words(row.constraint, row.limit)}: the one that comes nearest "
-        f"{needs[row.constraint]} {in_words(row.constraint, row.best)}. Loosen that "
-        "limit",
-        budget_ms=None,
-        fastest_ms=None,
-        nearest=row.nearest,
-    )
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class StoredSupernet:
         accuracy: Predictor of its networks' accuracies, or None.
         samples: What the predictor was trained on, or None.
         sha256: Digest of the description, and through it of every file.
+        source: The folder, or the name in the zoo, that it was opened by; empty where
+            it was opened by neither.
     """
 
     space: SearchSpace
@@ -64,6 +66,7 @@ class StoredSupernet:
     accuracy: AccuracyPredictor | None = None
     samples: AccuracySample | None = None
     sha256: str = ""
+    source: str = ""
 
 
 def write_supernet(folder: Path, supernet: StoredSupernet) -> None:
@@ -154,6 +157,7 @@ def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
         ),
         samples=None if samples is None else _samples(space, samples),
         sha256=hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest(),
+        source=str(folder),
     )
 
 

@@ -15,6 +15,18 @@ from rich.console import Console
 
 from ofa_deploy.cli import bundles, measuring, shrinking
 from ofa_deploy.cli import train as training
+from ofa_deploy.cli.options import (
+    AcceptDrift,
+    AsJson,
+    BundleFolder,
+    Device,
+    Out,
+    Reprofile,
+    Seed,
+    SupernetName,
+    TableFile,
+    on_drift_of,
+)
 from ofa_deploy.cli.outputs import require_folder
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.cli.tables import (
@@ -41,14 +53,6 @@ _console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _no_console = Console(stderr=True, quiet=True)
 # What typer makes of Ctrl-C, without a word.
 _INTERRUPTED = 130
-
-Device = Annotated[str, typer.Option(help="Such as openvino-cpu?threads=2.")]
-SupernetName = Annotated[
-    str, typer.Option(help="Name in the zoo, or folder of a trained supernet.")
-]
-Out = Annotated[Path, typer.Option(help="Folder of the bundle; new or empty.")]
-BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and no bars.")]
 
 
 @app.callback()
@@ -185,33 +189,22 @@ def specialize(
     ] = None,
     device: Device = "openvino-cpu",
     supernet: SupernetName = "cifar10-small",
-    table: Annotated[
-        Path | None, typer.Option(help="Latency table to use; default: find one.")
-    ] = None,
-    reprofile: Annotated[
-        bool, typer.Option("--reprofile", help="Measure anew if the table is stale.")
-    ] = False,
-    accept_drift: Annotated[
-        bool, typer.Option("--accept-drift", help="Use a table that is stale.")
-    ] = False,
+    table: TableFile = None,
+    reprofile: Reprofile = False,
+    accept_drift: AcceptDrift = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option(help="Labelled images to measure accuracy on.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Make a verified bundle whose model keeps your limits on this machine."""
     from ofa_deploy.api import specialize as run
-    from ofa_deploy.errors import MeasurementError
 
-    if reprofile and accept_drift:
-        raise MeasurementError(
-            "--reprofile measures a stale table anew, --accept-drift uses it as it is; "
-            "give one of them"
-        )
+    on_drift = on_drift_of(reprofile=reprofile, accept_drift=accept_drift)
     console = _no_console if as_json else _console
     with StageBar(console) as bar:
         bundle = run(
@@ -227,9 +220,7 @@ def specialize(
             threads=threads,
             supernet=supernet,
             table=table,
-            on_drift=(
-                "reprofile" if reprofile else "accept" if accept_drift else "refuse"
-            ),
+            on_drift=on_drift,
             calibration=calibration,
             eval_data=eval_data,
             seed=seed,
@@ -353,9 +344,8 @@ def fleet(
         int | None, typer.Option(help="Different networks at most.")
     ] = None,
     supernet: SupernetName = "cifar10-small",
-    accept_drift: Annotated[
-        bool, typer.Option("--accept-drift", help="Use tables that are stale.")
-    ] = False,
+    reprofile: Reprofile = False,
+    accept_drift: AcceptDrift = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
@@ -367,6 +357,7 @@ def fleet(
     """Make a bundle for each of several devices, of a few networks in all."""
     from ofa_deploy.fleet import specialize_fleet
 
+    on_drift = on_drift_of(reprofile=reprofile, accept_drift=accept_drift)
     with StageBar(_no_console if as_json else _console) as bar:
         found = specialize_fleet(
             bundles.budgets_by_device(device),
@@ -375,7 +366,7 @@ def fleet(
             supernet=supernet,
             calibration=calibration,
             eval_data=eval_data,
-            on_drift="accept" if accept_drift else "refuse",
+            on_drift=on_drift,
             reporter=bar,
         )
     if as_json:
@@ -392,18 +383,26 @@ def frontier(
     ),
     device: Device = "openvino-cpu",
     supernet: SupernetName = "cifar10-small",
-    table: Annotated[
-        Path | None, typer.Option(help="Latency table to use; default: find one.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    table: TableFile = None,
+    reprofile: Reprofile = False,
+    accept_drift: AcceptDrift = False,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show all that a supernet offers on this machine: latency, accuracy and size."""
     from ofa_deploy.fronts import frontier as find
 
     require_folder("--out", out)
+    on_drift = on_drift_of(reprofile=reprofile, accept_drift=accept_drift)
     with StageBar(_no_console if as_json else _console) as bar:
-        found = find(device, supernet=supernet, table=table, seed=seed, reporter=bar)
+        found = find(
+            device,
+            supernet=supernet,
+            table=table,
+            on_drift=on_drift,
+            seed=seed,
+            reporter=bar,
+        )
         found.write_report(out)
     if as_json:
         content = [asdict(network) for network in found.networks]
@@ -426,6 +425,7 @@ def demo(
     with StageBar(console) as bar:
         # A first look must not end with a request to profile.
         session = Specializer(device, on_drift="reprofile", reporter=bar)
+        session.require_current()
     reachable = session.reachable()
     show_range(console, reachable)
     budget_ms = round(reachable.middle_ms, 3)

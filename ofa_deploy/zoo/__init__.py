@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ofa_deploy.errors import DeployError
@@ -29,7 +30,7 @@ def open_zoo(name: str) -> StoredSupernet:
             f"{name!r} is not a supernet of the zoo; there are: "
             f"{', '.join(zoo_names()) or 'none'}"
         )
-    return read_supernet(_FOLDER / name)
+    return replace(read_supernet(_FOLDER / name), source=name)
 
 
 def open_supernet(name_or_folder: str | Path) -> StoredSupernet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from ofa_deploy import (
     StaleTable,
     cli,
     device_bench,
+    drift,
     frontier,
+    pipeline,
     profiling,
     rebench,
     specialize,
@@ -37,7 +40,7 @@ from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import write_supernet
 from profilers import LatencyTable
 from profilers.backends import get_backend
-from profilers.device import this_device
+from profilers.device import available_cores, this_device
 from profilers.memory import MemoryGauge
 from tests.support import tiny
 from tests.support.quick import QUICK
@@ -50,7 +53,7 @@ GENEROUS_MS = 10_000.0
 def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_bench, "CONFIRM_SETTINGS", QUICK)
+        patch.setattr(drift, "CONFIRM_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
         patch.setattr(rebench, "CERTIFY_SETTINGS", QUICK)
@@ -94,15 +97,13 @@ def made_up_table(
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("table") / "table.json"
-    table = made_up_table(BACKEND)
-    assert anchor_network(tiny.SPACE) not in table.networks  # else it would drift
-    table.save(path)
+    made_up_table(BACKEND).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def session(supernet: Path, table: Path) -> Specializer:
-    return Specializer(BACKEND, supernet=supernet, table=table)
+    return Specializer(BACKEND, supernet=supernet, table=table, on_drift="accept")
 
 
 needs_memory_gauge = pytest.mark.skipif(
@@ -283,10 +284,97 @@ def test_a_machine_that_is_not_what_it_was_is_told(
     session = Specializer(BACKEND, supernet=supernet, table=stale)
     with pytest.raises(StaleTable) as caught:
         session.specialize(GENEROUS_MS, out=tmp_path / "bundle")
+    assert caught.value.ratio is not None
     assert caught.value.ratio < 0.1
-    assert "--accept-drift" in str(caught.value)
-    assert "--reprofile" in str(caught.value)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_cure_of_a_stale_table_is_of_what_was_stale(
+    stale: Path, supernet: Path
+) -> None:
+    table, threads = LatencyTable.load(stale), available_cores()
+    table = replace(table, runtime=replace(table.runtime, threads=threads))
+    table.save(stale)
+    with pytest.raises(StaleTable) as caught:
+        frontier(BACKEND, threads=threads, supernet=supernet, table=stale)
+    device = f"'{BACKEND}?threads={threads}'"
+    command = f"--device {device} --supernet {supernet} --out {stale}"
+    assert f"`ofa-deploy profile {command}`" in str(caught.value)
+    for cure in ("reprofile", "accept"):
+        assert f'on_drift="{cure}" (--{cure}' in str(caught.value)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_front_of_a_stale_table_is_told_whatever_networks_the_table_has(
+    anchored: bool,
+    supernet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = made_up_table(BACKEND, anchor_ms=1_000.0 if anchored else None)
+    slow = {name: tiny.measurement(name, 1_000.0) for name in table.networks}
+    assert (anchor_network(tiny.SPACE) in slow) == anchored
+    path = tmp_path / "stale.json"
+    replace(table, networks=slow).save(path)
+    with pytest.raises(StaleTable, match="is out of date: its anchor model takes -"):
+        frontier(BACKEND, supernet=supernet, table=path)
+    assert frontier(BACKEND, supernet=supernet, table=path, on_drift="accept").networks
+    page = tmp_path / "front.html"
+    words = ("--device", BACKEND, "--supernet", supernet, "--table", path)
+    refused = Outcome(monkeypatch, capsys, "frontier", "--out", page, *words)
+    assert refused.code == 1
+    assert "--accept-drift" in refused.told
+    assert not page.exists()
+
+
+def test_an_anchor_model_that_does_not_run_any_more_is_told(
+    supernet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_damaged(folder: Path, name: str, *_: object, **__: object) -> Path:
+        path = folder / "damaged.onnx"
+        path.write_bytes(b"damaged")
+        return path
+
+    path = tmp_path / "table.json"
+    made_up_table(BACKEND).save(path)
+    monkeypatch.setattr(drift, "write_timed", write_damaged)
+    session = Specializer(BACKEND, supernet=supernet, table=path)
+    told = "cannot be held against this machine: its anchor model, .*, does not run"
+    for call in (
+        session.require_current,
+        lambda: session.specialize(GENEROUS_MS, out=tmp_path / "bundle"),
+    ):
+        with pytest.raises(StaleTable, match=told) as caught:
+            call()
+        assert caught.value.ratio is None
+    session.on_drift = "accept"
+    with session.specialize(GENEROUS_MS, out=tmp_path / "bundle") as bundle:
+        assert bundle.manifest.anchor_ratio is None
+
+
+@pytest.mark.parametrize("went_on", [False, True], ids=["anew", "went on"])
+def test_a_front_is_of_the_table_that_was_measured_anew_and_holds(
+    went_on: bool, stale: Path, supernet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LatencyTable] = []
+
+    def measure(*_: object, **__: object) -> LatencyTable:
+        ago = datetime.timedelta(hours=12 if went_on else 0)
+        made_at = datetime.datetime.now(datetime.timezone.utc) - ago
+        made.append(made_up_table(BACKEND, anchor_ms=1e6))
+        made[0] = replace(made[0], created_at=made_at.isoformat())
+        return made[0]
+
+    monkeypatch.setattr(pipeline, "measure_table", measure)
+    options: dict[str, Any] = {"supernet": supernet, "on_drift": "reprofile"}
+    if went_on:  # with what is as stale
+        with pytest.raises(StaleTable) as caught:
+            frontier(BACKEND, table=stale, **options)
+        assert f"table of {made[0].created_at[:16]} is out" in str(caught.value)
+    else:
+        assert frontier(BACKEND, table=stale, **options).session.table is made[0]
+    assert len(made) == 1
 
 
 def test_a_stale_table_has_no_say_in_what_is_impossible(
@@ -437,7 +525,7 @@ def test_a_bench_shows_then_and_now(
 def test_the_front_of_a_tiny_space_is_the_exhaustive_one(
     supernet: Path, table: Path
 ) -> None:
-    found = frontier(BACKEND, supernet=supernet, table=table)
+    found = frontier(BACKEND, supernet=supernet, table=table, on_drift="accept")
     genomes = enumerate_genomes(tiny.SPACE)
     whole = exhaustive_front(genomes, found.session.predictors.costs(genomes))
     # Predictions in float32 differ in the last digits by how many are made together;
@@ -452,7 +540,7 @@ def test_the_front_of_a_tiny_space_is_the_exhaustive_one(
 def test_a_budget_after_a_front_needs_no_search(
     supernet: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = frontier(BACKEND, supernet=supernet, table=table)
+    found = frontier(BACKEND, supernet=supernet, table=table, on_drift="accept")
 
     def search(*_: object, **__: object) -> None:
         raise AssertionError("searched once more")
@@ -474,13 +562,31 @@ def test_a_front_writes_its_page(
     page = tmp_path / "front.html"
     options = ("--device", BACKEND, "--supernet", supernet, "--table", table)
     outcome = Outcome(
-        monkeypatch, capsys, "frontier", "--out", page, *options, "--json"
+        monkeypatch,
+        capsys,
+        *("frontier", "--out", page, *options, "--accept-drift", "--json"),
     )
     assert outcome.code == 0
     networks = json.loads(outcome.output)["networks"]
     assert networks[0]["config_id"] in page.read_text(encoding="utf-8")
     latencies_ms = [network["latency_ms"] for network in networks]
     assert latencies_ms == sorted(latencies_ms)
+
+
+def test_a_seed_below_zero_is_refused(
+    session: Specializer, supernet: Path, table: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for call in (
+        lambda: frontier(BACKEND, supernet=supernet, table=table, seed=-1),
+        lambda: session.specialize(GENEROUS_MS, out=out, seed=-1),
+        lambda: specialize(BACKEND, latency_ms=1.0, out=out, seed=-1),
+        lambda: specialize(devices={BACKEND: 1.0}, out=out, seed=-1),
+    ):
+        with pytest.raises(SpaceError) as caught:
+            call()
+        assert str(caught.value) == "seed=-1; give a whole number, 0 or above"
+    assert not out.exists()
 
 
 # -- fleets ----------------------------------------------------------------------------
@@ -512,6 +618,7 @@ def test_a_fleet_gets_a_bundle_for_each_device(
         max_models=max_models,
         out=tmp_path / "fleet",
         supernet=supernet,
+        on_drift="accept",
     )
     assert [member.device for member in fleet.members] == list(two_tables)
     assert fleet.model_count <= (max_models or len(devices))
@@ -532,7 +639,12 @@ def test_a_fleet_that_cannot_be_leaves_nothing(
 ) -> None:
     devices = {two_tables[0]: GENEROUS_MS, two_tables[1]: 1e-9}
     with pytest.raises(InfeasibleBudget, match="of openvino-cpu; the fastest takes"):
-        specialize(devices=devices, out=tmp_path / "fleet", supernet=supernet)
+        specialize(
+            devices=devices,
+            out=tmp_path / "fleet",
+            supernet=supernet,
+            on_drift="accept",
+        )
     assert not (tmp_path / "fleet").exists()
 
 

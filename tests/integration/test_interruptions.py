@@ -19,7 +19,7 @@ import pytest
 
 from ofa_deploy import device_bench, exporting, pipeline, profiling
 from ofa_deploy.bundle import Bundle, new_bundle_folder
-from ofa_deploy.device_bench import DeviceBench
+from ofa_deploy.drift import DriftCheck
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.pipeline import Specializer
@@ -56,7 +56,7 @@ WRITING: dict[str, tuple[Any, str, int]] = {
 COMPUTING: dict[str, tuple[Any, str, int]] = {
     "recalibrating": (exporting, "recalibrate", 1),
     "comparing outputs": (exporting, "compare_outputs", 1),
-    "confirming": (DeviceBench, "_visit_together", 1),
+    "confirming": (DriftCheck, "time_with", 1),
     "certifying": (device_bench, "measure_in_fresh_process", 1),
     "drawing the report": (pipeline, "bundle_report", 1),
 }
@@ -92,9 +92,7 @@ def _quick() -> Iterator[None]:
     """What is found, and how fast it is, is not the subject here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            DeviceBench,
-            "_visit_together",
-            lambda _, files: dict.fromkeys(files, fresh(1.0).visits),
+            DriftCheck, "time_with", lambda _, files: dict.fromkeys(files, 1.0)
         )
         patch.setattr(
             device_bench, "measure_in_fresh_process", lambda *_, **__: fresh(1.0)
@@ -319,7 +317,7 @@ def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
     scratch.mkdir()
     command = [sys.executable, "-m", "ofa_deploy", "specialize"]
     command += ["--device", "onnxruntime-cpu", "--latency-ms", str(GENEROUS_MS)]
-    command += ["--supernet", str(supernet), "--table", str(table)]
+    command += ["--supernet", str(supernet), "--table", str(table), "--accept-drift"]
     process = subprocess.Popen(
         [*command, "--out", str(home / "bundle")],
         cwd=REPOSITORY,

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from ofa_deploy import Specializer, device_bench
+from ofa_deploy import Specializer, device_bench, drift
 from ofa_deploy.families import repvgg
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.stored import StoredSupernet
@@ -52,7 +52,7 @@ SPACE = replace(
 def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_bench, "CONFIRM_SETTINGS", QUICK)
+        patch.setattr(drift, "CONFIRM_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
         yield

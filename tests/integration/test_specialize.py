@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 import latency_tables
-from ofa_deploy import assembly, device_bench, pipeline, profiling, specialize
+from ofa_deploy import (
+    assembly,
+    device_bench,
+    drift,
+    pipeline,
+    profiling,
+    specialize,
+)
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.errors import (
     BundleError,
@@ -49,7 +56,7 @@ ZOO_SUPERNET = "cifar10-small"
 def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_bench, "CONFIRM_SETTINGS", QUICK)
+        patch.setattr(drift, "CONFIRM_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_SETTINGS", QUICK)
         patch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
         patch.setattr(profiling, "PROFILE_SETTINGS", QUICK)
@@ -121,6 +128,7 @@ def bundle(
         out=tmp_path_factory.mktemp("out") / "bundle",
         supernet=supernet,
         table=tables[request.param],
+        on_drift="accept",
         eval_data=eval_data,
     )
 
@@ -263,6 +271,7 @@ def test_the_same_seed_gives_the_same_bundle_but_for_its_timing(
         out=tmp_path / "again",
         supernet=supernet,
         table=tables[backend],
+        on_drift="accept",
         eval_data=eval_data,
     )
     first, second = (
@@ -335,7 +344,10 @@ def test_the_reachable_range_is_ordered(
 @pytest.fixture
 def session(supernet: Path, tables: dict[str, Path]) -> Specializer:
     return Specializer(
-        "onnxruntime-cpu", supernet=supernet, table=tables["onnxruntime-cpu"]
+        "onnxruntime-cpu",
+        supernet=supernet,
+        table=tables["onnxruntime-cpu"],
+        on_drift="accept",
     )
 
 
@@ -363,7 +375,10 @@ def test_a_table_that_promises_too_much_ends_in_a_measured_refusal(
 ) -> None:
     made_up_table("onnxruntime-cpu", scale=1e-6).save(tmp_path / "table.json")
     session = Specializer(
-        "onnxruntime-cpu", supernet=supernet, table=tmp_path / "table.json"
+        "onnxruntime-cpu",
+        supernet=supernet,
+        table=tmp_path / "table.json",
+        on_drift="accept",
     )
     budget_ms = session.reachable().slowest_ms * 2
     with pytest.raises(InfeasibleBudget) as caught:

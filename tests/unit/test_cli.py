@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ofa_deploy import cli, device_bench, pipeline
+from ofa_deploy import cli, device_bench, drift, pipeline
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
@@ -139,6 +139,8 @@ def test_every_command_has_help(command: str, run: Run) -> None:
         ["check"],
         ["specialize", "--latency-ms", "fast", "--out", "x"],
         ["specialize", "--latency-ms", "1"],
+        ["specialize", "--latency-ms", "1", "--out", "x", "--seed", "-1"],
+        ["frontier", "--seed", "-1"],
         ["doctor", "--no-such-option"],
     ],
 )
@@ -226,6 +228,23 @@ def test_a_budget_that_makes_no_sense_is_refused(
     )
 
 
+@pytest.mark.parametrize("command", ["specialize", "frontier", "fleet"])
+def test_a_stale_table_is_measured_anew_or_used_and_not_both(
+    command: str, tmp_path: Path, run: Run
+) -> None:
+    needed = {
+        "specialize": ["--latency-ms", "1"],
+        "frontier": [],
+        "fleet": ["--device", "openvino-cpu=1"],
+    }
+    words = [*needed[command], "--out", str(tmp_path / "out")]
+    assert_refused(
+        run(command, *words, "--reprofile", "--accept-drift"),
+        "--reprofile measures a stale table anew, --accept-drift uses it as it is; "
+        "give one of them",
+    )
+
+
 def test_an_output_folder_in_use_is_refused(tmp_path: Path, run: Run) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert_refused(
@@ -250,6 +269,7 @@ def test_a_budget_that_nothing_meets_is_refused(
     outcome = run(
         *("specialize", "--latency-ms", "1e-6", "--out", tmp_path / "bundle"),
         *("--device", "onnxruntime-cpu", "--supernet", supernet, "--table", table),
+        "--accept-drift",
     )
     assert outcome.code == 1
     assert "error: no network of tiny meets 1e-06 ms on" in outcome.told
@@ -269,7 +289,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         target_relative_error=10.0,
         max_seconds=0.5,
     )
-    monkeypatch.setattr(device_bench, "CONFIRM_SETTINGS", settings)
+    monkeypatch.setattr(drift, "CONFIRM_SETTINGS", settings)
     monkeypatch.setattr(device_bench, "CERTIFY_SETTINGS", settings)
     monkeypatch.setattr(device_bench, "CERTIFY_PROCESSES", 1)
 
@@ -283,6 +303,7 @@ def test_a_bundle_in_json_is_its_manifest_and_its_path(
     outcome = run(
         *("specialize", "--latency-ms", "10000", "--out", out, "--json"),
         *("--device", "onnxruntime-cpu", "--supernet", supernet, "--table", table),
+        "--accept-drift",
     )
     assert (outcome.code, outcome.told) == (0, "")
     manifest = json.loads((out / "manifest.json").read_text())
@@ -302,6 +323,7 @@ def test_a_demo_in_json_is_nothing_but_its_bundle(
     write_table(table, slowness=10_000)
     session = partial(pipeline.Specializer, supernet=supernet, table=table)
     monkeypatch.setattr(pipeline, "Specializer", session)
+    monkeypatch.setattr(pipeline, "MAX_DRIFT_RATIO", None)
     out = tmp_path / "bundle"
     outcome = run("demo", "--out", out, "--device", "onnxruntime-cpu", "--json")
     assert (outcome.code, outcome.told) == (0, "")
