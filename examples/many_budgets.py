@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="HTML file to write")
     args = parser.parse_args()
     with Console(stderr=True).status("searching, or measuring this machine first"):
-        found = frontier(args.device)
+        found = frontier(args.device, on_drift="reprofile")
     networks = [network for network in found.networks if network.on_latency_front]
     latencies_ms = [network.latency_ms for network in networks]
     budgets_ms = np.geomspace(latencies_ms[0], latencies_ms[-1], args.count)
