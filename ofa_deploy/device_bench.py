@@ -38,6 +38,7 @@ from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs, judge
 from profilers.device import DeviceSpec
 from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.kept import KeptTexts
 from profilers.measurement import MeasureSettings
 from profilers.table import LatencyTable
 from profilers.timing import CERTIFY_PROCESSES
@@ -71,6 +72,8 @@ class DeviceBench:
         evaluation: To measure accuracies on; None to predict them.
         constraints: What networks are held against.
         stack: Holds their folders.
+        kept: What certifying processes found in a call that was killed; None to keep
+            nothing.
         reporter: Told of progress.
     """
 
@@ -85,6 +88,7 @@ class DeviceBench:
     constraints: Constraints
     stack: ExitStack
     reporter: Reporter
+    kept: KeptTexts | None = None
 
     def confirm(self, configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
         """See `Bench.confirm`.
@@ -132,6 +136,7 @@ class DeviceBench:
             pace=constraints.pace,
             progress=self.reporter.advance,
             give_up=self._is_far_off,
+            kept=self.kept,
         )
         network = VerifiedNetwork(
             exported=exported,

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +65,7 @@ from ofa_deploy.verify import ParityReport, require_memory_gauge
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
+from profilers.kept import KeptTexts
 from profilers.table import LatencyTable
 
 DEFAULT_SUPERNET = "cifar10-small"
@@ -315,7 +317,26 @@ class Specializer:
             constraints=constraints,
             stack=stack,
             reporter=self.reporter,
+            kept=self._kept(constraints, stack),
         )
+
+    def _kept(self, constraints: Constraints, stack: ExitStack) -> KeptTexts:
+        """What the same call measured before it was killed; gone once it is over."""
+        kept = KeptTexts.of(
+            self._cache / "unfinished",
+            {
+                "device": self.device.fingerprint,
+                "runtime": asdict(self.runtime),
+                "constraints": asdict(constraints),
+            },
+        )
+
+        def forget_if_over(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None or issubclass(kind, InfeasibleBudget):
+                kept.forget()
+
+        stack.push(forget_if_over)
+        return kept
 
     def drift_check(self) -> DriftCheck:
         """Whether the table holds today; for one call."""

@@ -7,11 +7,12 @@ interpreters loads the file and times it; the spread between them is part of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,7 @@ from profilers.codec import decode_run, encode_flat, encode_run
 from profilers.device import Conditions
 from profilers.errors import FormatError, RunFailed
 from profilers.json_reader import parse_json
+from profilers.kept import KeptTexts
 from profilers.measurement import (
     MeasurementRun,
     MeasureSettings,
@@ -53,6 +55,10 @@ T_95 = {
     10: 1.83,
 }
 T_95_MANY = 1.645
+
+# A call that is made again within this, and the time that a process may take, goes on
+# from what its processes found before it was killed.
+KEPT_S = 3600.0
 
 # A spread above this says that processes differ, whatever each one says of itself.
 MAX_PROCESS_SPREAD_RATIO = 0.03
@@ -189,6 +195,7 @@ def measure_in_fresh_process(
     interpreter: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     give_up: Callable[[FreshMeasurement], bool] | None = None,
+    kept: KeptTexts | None = None,
 ) -> FreshMeasurement:
     """Time a model file in fresh interpreter processes, one after the other.
 
@@ -201,35 +208,46 @@ def measure_in_fresh_process(
         beta: Of the table that the budget was chosen by; None fits it here.
         anchor_reference_ns: Of that table. Without it, a machine that is slow all
             along makes the model look slow.
-        pace: Of the runs; None for one after the other. The load before them is the
-            first process's: the others begin while the device is still under it.
+        pace: Of the runs; None for one after the other. The load before them is that
+            of the first process that is started: the others begin while the device is
+            still under it.
         timeout_s: For one process; None allows for `settings`, `pace` and the start.
         interpreter: Python to run; None takes this one.
         progress: Called with processes done and all of them.
         give_up: Whether what two processes or more found so far is enough to know that
             the rest would be for nothing; None to make them all.
+        kept: Holds what processes found before the call was killed, and will hold what
+            they find; None to begin anew.
 
     Raises:
         RunFailed: A process failed, crashed, or took too long.
     """
     if processes < 1:
         raise ValueError(f"processes={processes}; give at least 1")
-    reports = []
+    longest_s = timeout_s or _limit_s(settings, pace or Pace())
+    before = _KeptReports.of(
+        kept,
+        model_path,
+        subject=[backend_name, threads, encode_flat(settings), asdict(pace or Pace())],
+        fresh_s=KEPT_S + longest_s,
+    )
+    reports: list[ProcessReport] = []
     for number in range(processes):
-        reports.append(
-            report_of_fresh_process(
+        report = before.read(number)
+        if report is None:
+            report = report_of_fresh_process(
                 model_path,
                 backend_name=backend_name,
                 threads=threads,
                 settings=settings,
                 number=number,
-                pace=pace
-                if pace is None or not number
-                else replace(pace, sustained_s=0.0),
+                pace=pace,
                 timeout_s=timeout_s,
                 interpreter=interpreter,
             )
-        )
+            before.keep(number, report)
+            pace = None if pace is None else replace(pace, sustained_s=0.0)
+        reports.append(report)
         if progress is not None:
             progress(number + 1, processes)
         if len(reports) < 2 and processes > 1:
@@ -243,6 +261,56 @@ def measure_in_fresh_process(
         if len(reports) == processes or (give_up is not None and give_up(pooled)):
             break
     return pooled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeptReports:
+    """What processes found of one model, measured in one way, before a kill."""
+
+    texts: KeptTexts | None
+    digest: str
+    fresh_s: float
+
+    @classmethod
+    def of(
+        cls,
+        texts: KeptTexts | None,
+        model_path: Path,
+        *,
+        subject: list[object],
+        fresh_s: float,
+    ) -> _KeptReports:
+        digest = hashlib.sha256(json.dumps(subject, sort_keys=True).encode())
+        if texts is not None:
+            # A model may be several files of one stem, such as .xml and .bin.
+            for path in sorted(model_path.parent.glob(f"{model_path.stem}.*")):
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return cls(texts=texts, digest=digest.hexdigest()[:32], fresh_s=fresh_s)
+
+    def read(self, number: int) -> ProcessReport | None:
+        if self.texts is None:
+            return None
+        text = self.texts.read(self._name(number), fresh_s=self.fresh_s)
+        try:
+            return None if text is None else ProcessReport.from_json(text)
+        except FormatError:  # of another version
+            return None
+
+    def keep(self, number: int, report: ProcessReport) -> None:
+        if self.texts is not None:
+            self.texts.keep(self._name(number), report.to_json())
+
+    def _name(self, number: int) -> str:
+        return f"{self.digest}-{number}.json"
+
+
+def _limit_s(settings: MeasureSettings, pace: Pace) -> float:
+    """What a process may take.
+
+    Two visits are made however long they take; at a slow pace they take long.
+    """
+    paced_s = 3 * settings.runs_per_visit * pace.period_s + pace.sustained_s
+    return settings.max_seconds + paced_s + STARTUP_ALLOWANCE_S
 
 
 def report_of_fresh_process(
@@ -273,9 +341,7 @@ def report_of_fresh_process(
     """
     pace = pace or Pace()
     if timeout_s is None:
-        # Two visits are made however long they take; at a slow pace they take long.
-        paced_s = 3 * settings.runs_per_visit * pace.period_s + pace.sustained_s
-        timeout_s = settings.max_seconds + paced_s + STARTUP_ALLOWANCE_S
+        timeout_s = _limit_s(settings, pace)
     seeded = {**encode_flat(settings), "seed": settings.seed + number}
     label = f"the process measuring {model_path}"
     line = run_for_line(

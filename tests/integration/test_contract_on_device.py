@@ -38,7 +38,7 @@ from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.search.pareto import exhaustive_front
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import write_supernet
-from profilers import LatencyTable
+from profilers import LatencyTable, fresh
 from profilers.backends import get_backend
 from profilers.device import available_cores, this_device
 from profilers.memory import MemoryGauge
@@ -265,6 +265,48 @@ def test_a_memory_is_measured_in_the_processes_that_time(everything: Bundle) -> 
     assert memory.evidence == "measured"
     assert memory.bound == everything.manifest.measured.memory_mb
     assert memory.bound > 0
+
+
+@pytest.mark.parametrize("killed_in", ["certify", "write"])
+def test_a_call_that_was_killed_goes_on_from_the_last_process(
+    killed_in: str,
+    supernet: Path,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache"
+
+    def session() -> Specializer:
+        return Specializer(
+            BACKEND, supernet=supernet, table=table, cache=cache, on_drift="accept"
+        )
+
+    monkeypatch.setattr(device_bench, "CERTIFY_PROCESSES", 3)
+    run, numbers = fresh.report_of_fresh_process, []
+
+    def start(*arguments: Any, number: int, **options: Any) -> Any:
+        numbers.append(number)
+        if killed_in == "certify" and numbers == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return run(*arguments, number=number, **options)
+
+    def write(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    # Of a larger limit the same network is the best one, whatever the timing says.
+    asked = Constraints(latency_ms=GENEROUS_MS)
+    monkeypatch.setattr(fresh, "report_of_fresh_process", start)
+    with monkeypatch.context() as patch:
+        if killed_in == "write":
+            patch.setattr(pipeline, "assemble_bundle", write)
+        with pytest.raises(KeyboardInterrupt):
+            session().specialize(asked, out=tmp_path / "bundle")
+    assert list((cache / "unfinished").iterdir())
+    bundle = session().specialize(asked, out=tmp_path / "bundle")
+    assert numbers == ([0, 1, 2, 2] if killed_in == "certify" else [0, 1, 2])
+    assert bundle.manifest.measured.process_count == 3
+    assert not list((cache / "unfinished").iterdir())
 
 
 # -- drift -----------------------------------------------------------------------------

@@ -4,11 +4,15 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import profilers.fresh as fresh_module
 from profilers import (
     Conditions,
     MeasureSettings,
@@ -16,12 +20,14 @@ from profilers import (
 )
 from profilers.errors import FormatError, RunFailed
 from profilers.fresh import FreshMeasurement, ProcessReport, pool_reports
+from profilers.kept import FORGOTTEN_S, KeptTexts
 from profilers.measurement import (
     Measurement,
     MeasurementRun,
     Stability,
     Visit,
 )
+from profilers.pace import Pace
 from tests.support.profilers_models import conv_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -219,6 +225,127 @@ def test_a_report_survives_its_line() -> None:
     assert ProcessReport.from_json(text) == report(1000)
     with pytest.raises(FormatError, match="'load_ms' is missing"):
         ProcessReport.from_json(text.replace("load_ms", "surprise", 1))
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+@dataclass
+class Processes:
+    """Processes that end at once; the call is killed when one of a number begins.
+
+    Args:
+        killed_at: That number; None for never.
+        numbers: Those that were started, and the load that each had borne.
+    """
+
+    killed_at: int | None = None
+    numbers: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(
+        self, model_path: Path, *, number: int, pace: Pace | None, **_: object
+    ) -> ProcessReport:
+        if number == self.killed_at:
+            raise Killed
+        self.numbers.append((number, 0.0 if pace is None else pace.sustained_s))
+        return report(100_000 + number)
+
+
+PACE = Pace(rate_hz=100.0, sustained_s=60.0)
+
+
+def kept_call(
+    model_path: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    killed_at: int | None = None,
+    pace: Pace | None = PACE,
+    settings: MeasureSettings = SETTINGS,
+    subject: str = "a call",
+) -> tuple[FreshMeasurement | None, list[tuple[int, float]]]:
+    """What a call found, unless it was killed, and the processes that it started."""
+    processes = Processes(killed_at=killed_at)
+    patch.setattr(fresh_module, "report_of_fresh_process", processes)
+    kept = KeptTexts.of(model_path.parent / "kept", {"call": subject})
+    found = None
+    with suppress(Killed):
+        found = measure_in_fresh_process(
+            model_path,
+            backend_name="onnxruntime-cpu",
+            threads=1,
+            settings=settings,
+            processes=4,
+            pace=pace,
+            kept=kept,
+        )
+    return found, processes.numbers
+
+
+@pytest.mark.parametrize("killed_at", range(4))
+def test_a_call_that_was_killed_goes_on_and_starts_no_process_twice(
+    killed_at: int, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = kept_call(model_path, monkeypatch, subject="another call")
+    _, before = kept_call(model_path, monkeypatch, killed_at=killed_at)
+    found, after = kept_call(model_path, monkeypatch)
+    assert [number for number, _ in before + after] == [0, 1, 2, 3]
+    # The device has cooled down: the first one that is started bears the load anew.
+    assert [load_s for _, load_s in after] == [60.0] + [0.0] * (3 - killed_at)
+    assert found == whole
+
+
+def test_only_the_same_model_measured_in_the_same_way_is_gone_on_with(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_call(model_path, monkeypatch, killed_at=3)
+    changes: list[dict[str, Any]] = [
+        {"pace": None},
+        {"pace": replace(PACE, rate_hz=50.0)},
+        {"settings": replace(SETTINGS, visits=9)},
+        {"subject": "another call"},
+    ]
+    for change in changes:
+        _, started = kept_call(model_path, monkeypatch, killed_at=1, **change)
+        assert [number for number, _ in started] == [0]
+    model_path.with_suffix(".bin").write_bytes(b"other weights")
+    _, started = kept_call(model_path, monkeypatch)
+    assert [number for number, _ in started] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("age_s", "left"), [(0, [3]), (3600, [3]), (3600 + 300, [0, 1, 2, 3])]
+)
+def test_what_is_old_is_measured_anew(
+    age_s: float, left: list[int], model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_call(model_path, monkeypatch, killed_at=3)
+    (folder,) = (model_path.parent / "kept").iterdir()
+    then_s = folder.stat().st_mtime - age_s
+    os.utime(folder, (then_s, then_s))
+    _, started = kept_call(model_path, monkeypatch)
+    assert [number for number, _ in started] == left
+
+
+def test_what_is_damaged_is_measured_anew(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_call(model_path, monkeypatch, killed_at=3)
+    (damaged,) = (model_path.parent / "kept").glob("*/*-1.json")
+    damaged.write_text("{")
+    _, started = kept_call(model_path, monkeypatch)
+    assert [number for number, _ in started] == [1, 3]
+
+
+def test_what_nobody_came_back_for_is_removed(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_call(model_path, monkeypatch, killed_at=3)
+    (folder,) = (model_path.parent / "kept").iterdir()
+    long_ago_s = folder.stat().st_mtime - 2 * FORGOTTEN_S
+    os.utime(folder, (long_ago_s, long_ago_s))
+    KeptTexts.of(folder.parent, {"call": "another call"})
+    assert not folder.exists()
 
 
 def test_the_spread_between_processes_makes_a_figure_unstable() -> None:
