@@ -253,7 +253,7 @@ def test_a_file_that_is_no_image_is_refused(bundle: Bundle, tmp_path: Path) -> N
 # -- repeating -------------------------------------------------------------------------
 
 
-TIMED = {"created_at", "measured", "verdicts", "candidates", "files"}
+TIMED = {"created_at", "measured", "verdicts", "candidates", "files", "anchor_ratio"}
 
 
 @pytest.mark.slow
