@@ -22,7 +22,7 @@ LAST_TRAINED = {
     "pas": "weights/pas-milliseconds",
     "legr": "weights/legr-latency",
     "autoprune": "weights/vgg-weights.safetensors",
-    "tas": "weights/tas-latency",
+    "tas": "weights/tas-latency-2.safetensors",
 }
 
 

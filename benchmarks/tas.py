@@ -6,9 +6,11 @@ goes on where it was stopped and leaves its weights (float16) and log in the rep
 the last one measures and publishes. The teacher is what the stage `dense` of `legr.py`
 leaves. In this order:
 
-    search     widths and depths; and widths alone
+    search     widths and depths; widths alone; random rivals; nothing else may run, as
+               epochs are timed
     trained    what was found, and its rivals, several seeds each
     latency    by OpenVINO's latency, through `specialize`; nothing else may run
+    again      what was found by latency, with the other seeds
     report     everything measured, and the section of RESULTS.md
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +32,9 @@ from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
-    DRY_RUN,
     LOGS,
     RESOLUTION,
+    WEIGHTS,
     Lines,
     accuracy_of,
     arrays_of,
@@ -54,17 +57,21 @@ from trainings import (
     trainings_of,
 )
 
+from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.families.cifar_resnet import WIDTHS, ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.cost import MacPrice
-from ofa_deploy.shrink.expected_price import LikeliestOrder
-from ofa_deploy.shrink.methods import Search, searched_by_tas
+from ofa_deploy.shrink.expected_price import ExpectedPrice
+from ofa_deploy.shrink.finetuning import Told, finetune
+from ofa_deploy.shrink.methods import Found, Search, likeliest, searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import KNOWLEDGE_TEMPERATURE, ShrinkRecipe
+from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.tas import TasSettings
-from ofa_deploy.shrink.transformable import depth_choices, width_choices
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LoopProgress
 
 DEPTH, TARGET_SHARE = 20, 0.55
 WHOLE = ResNetShape.dense(DEPTH)
@@ -75,9 +82,12 @@ TAUGHT = replace(PLAIN, temperature=KNOWLEDGE_TEMPERATURE)
 SEEDS = (0, 1, 2)
 # Two seeds are enough to see what depth is worth.
 KINDS = {"found": SEEDS, "random": SEEDS, "uniform": SEEDS, "widths": SEEDS[:2]}
-# Of the target, within which a random network's cost is.
-SAME_COST = 0.01
-MAX_DRAWS = 200_000
+MAX_DRAWS = 20_000
+LATENCY = "tas-latency"
+# The bundle found by latency is of the first seed.
+OTHER_SEEDS = SEEDS[1:]
+ONCE = one_cycle("once", epochs=1, peak_learning_rate=0.1, cutmix_share=0)
+TIMED_EPOCHS = 3
 # Bars.
 LEAST_WON = {"uniform": 0.007, "random": 0.003}
 MOST_OFF, MOST_COST = 0.05, 3.0
@@ -123,23 +133,98 @@ def conv_names(shape: ResNetShape) -> list[str]:
     ]
 
 
+def shape_of(counts: Mapping[str, int], depths: Sequence[int]) -> ResNetShape:
+    """The dense network with these widths, by name, and with so many blocks left."""
+    first, second, third = depths
+    # What a block had that is gone counts for nothing.
+    widths = [
+        counts.get(name) or whole
+        for name, whole in zip(conv_names(WHOLE), WHOLE.widths, strict=True)
+    ]
+    return ResNetShape(widths=tuple(widths), kept_blocks=(first, second, third))
+
+
+def fitted_shape(found: Found) -> ResNetShape:
+    """What is likeliest, or near it, at the cost of all networks here."""
+    graph = found.own.graph
+    price = MacPrice(graph)
+    counts = found.order.within(price, MOST_MACS / 1e6)
+    names = [group.name for group in graph.groups]
+    depths = [depth for _, _, depth in found.depths]
+    shape = shape_of(dict(zip(names, counts, strict=True)), depths or WHOLE.kept_blocks)
+    require_macs(shape, 1e6 * float(price(torch.tensor(counts))))
+    return shape
+
+
+def require_macs(shape: ResNetShape, macs: float) -> None:
+    """Stop, if a structure is not what it was read from."""
+    if round(macs) != shape.mac_count:
+        raise SystemExit(f"{shape} has {shape.mac_count} MACs, not {macs:.0f}")
+
+
+def random_network(own: OwnNetwork, seed: int) -> tuple[Found, float]:
+    """What random logits leave, and its share of the MACs.
+
+    Drawn until what is likeliest costs about what is asked for, as at a search's end.
+    """
+    torch.manual_seed(seed)
+    searched = insert_distributions(
+        own.module,
+        own.graph,
+        image=own.image,
+        step=1,
+        searches_depth=True,
+        fresh=True,
+    )
+    price = ExpectedPrice(searched, MacPrice(own.graph))
+    for _ in range(MAX_DRAWS):
+        for one in searched.module.distributions:
+            torch.nn.init.normal_(one.logits)
+        share = price.settled(searched.widths(), searched.depths()) / price.full
+        if abs(share / TARGET_SHARE - 1) <= MOST_OFF:
+            return likeliest(own, searched, step=1), share
+    raise SystemExit(f"none of {MAX_DRAWS} random networks costs {MOST_MACS:.0f} MACs")
+
+
 def structure(kind: str, seed: int) -> ResNetShape:
     """Of a network to be trained."""
     if kind == "uniform":
         return uniform_shape()
-    if kind == "random":
-        return random_shape(seed)
-    content = json.loads((LOGS / f"tas-search-{kind}.json").read_text())
-    first, second, third = content["depths"] or WHOLE.kept_blocks
-    # What a block had that is gone counts for nothing.
-    widths = [
-        content["counts"].get(name, whole)
-        for name, whole in zip(conv_names(WHOLE), WHOLE.widths, strict=True)
+    if kind == "latency":
+        return latency_shape()
+    content = kept_structure(f"{kind}-{seed}" if kind == "random" else kind)
+    return shape_of(content["counts"], content["depths"])
+
+
+def kept_structure(name: str) -> dict[str, Any]:
+    """What the stage `search` left of one."""
+    content: dict[str, Any] = json.loads((LOGS / f"tas-search-{name}.json").read_text())
+    return content
+
+
+def keep_structure(name: str, found: Found, **facts: float) -> None:
+    """Put a structure, at the cost of all networks here, where it is committed."""
+    shape = fitted_shape(found)
+    content = {
+        "counts": dict(zip(conv_names(shape), shape.widths, strict=True)),
+        "depths": shape.kept_blocks,
+        **facts,
+    }
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    (LOGS / f"tas-search-{name}.json").write_text(text)
+
+
+def latency_shape() -> ResNetShape:
+    """Of the bundle that the stage `latency` left."""
+    history = json.loads((LOGS / f"{LATENCY}.json").read_text())
+    counts = dict(zip(history["groups"], history["kept"], strict=True))
+    depths = [
+        counts.get(f"stages.{stage}[0:{WHOLE.blocks}], blocks", WHOLE.blocks)
+        for stage in range(len(WHOLE.kept_blocks))
     ]
-    shape = ResNetShape(widths=tuple(widths), kept_blocks=(first, second, third))
-    is_near = (1 - MOST_OFF) * MOST_MACS <= shape.mac_count <= MOST_MACS
-    if not is_near and not DRY_RUN:
-        raise SystemExit(f"{kind} costs {shape.mac_count} MACs of {MOST_MACS:.0f}")
+    shape = shape_of(counts, depths)
+    bundle = Bundle.open(WEIGHTS / LATENCY)
+    require_macs(shape, bundle.manifest.cost.mac_count)
     return shape
 
 
@@ -161,20 +246,6 @@ def scaled_shape(share: float, more: Sequence[int]) -> ResNetShape:
         for width, extra in zip(WIDTHS, more, strict=True)
     }
     return replace(WHOLE, widths=tuple(narrow[width] for width in WHOLE.widths))
-
-
-def random_shape(seed: int) -> ResNetShape:
-    """Widths and depths drawn evenly among the search's, until the cost is right."""
-    rng = np.random.default_rng(seed)
-    for _ in range(MAX_DRAWS):
-        first, second, third = (
-            int(rng.choice(depth_choices(WHOLE.blocks))) for _ in WHOLE.kept_blocks
-        )
-        widths = [int(rng.choice(width_choices(width))) for width in WHOLE.widths]
-        shape = ResNetShape(widths=tuple(widths), kept_blocks=(first, second, third))
-        if (1 - SAME_COST) * MOST_MACS <= shape.mac_count <= MOST_MACS:
-            return shape
-    raise SystemExit(f"none of {MAX_DRAWS} random networks costs {MOST_MACS:.0f} MACs")
 
 
 def as_arrays(shape: ResNetShape) -> dict[str, NDArray[Any]]:
@@ -203,44 +274,76 @@ def trained(kind: str, seed: int) -> CifarResNet:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Widths and depths; and widths alone."""
+    """Widths and depths; widths alone; random ones; and what an epoch takes."""
     data = training_set(args)
     for name, searches_depth in (("found", True), ("widths", False)):
         recipe = shrink_recipe(searches_depth=searches_depth)
-        images = TrainingImages(data, recipe.search)
-        own = owned(images)
-        start = digest(kept("resnet20-dense"), recipe)
-        folder = args.work / "tas" / f"search-{name}-{start}"
+        folder = args.work / "tas" / f"search-{name}-{start_of(recipe)}"
         with StageBar(console) as bar:
-            found = Search(
-                own=own,
-                price=MacPrice(own.graph),
-                share=TARGET_SHARE,
-                step=1,
-                recipe=recipe,
-                images=images,
-                held_out=images.validation,
-                folder=folder,
-                told=Lines(bar),
-                announced=lambda preflight: print(preflight.told, flush=True),
-            ).run("tas")
-        left = found.own
-        order = cast(LikeliestOrder, found.order)
-        order = replace(order, tolerance=SAME_COST)  # as near as its rivals are
-        counts = order.within(MacPrice(left.graph), MOST_MACS / 1e6)
+            found = searching(data, recipe, folder=folder, told=Lines(bar)).run("tas")
         log = log_of(folder).read_text()
         (LOGS / f"tas-search-{name}.jsonl").write_text(log)
         last = json.loads(log.splitlines()[-1])
-        content = {
-            "counts": dict(
-                zip([g.name for g in left.graph.groups], counts, strict=True)
-            ),
-            "depths": [depth for _, _, depth in found.depths],
-            "searched_share": last["price_share"],
-            "minutes": last["elapsed_s"] / 60,
-        }
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        (LOGS / f"tas-search-{name}.json").write_text(text)
+        minutes = last["elapsed_s"] / 60
+        keep_structure(name, found, searched_share=last["price_share"], minutes=minutes)
+    own = owned(TrainingImages(data, PLAIN))
+    for seed in SEEDS:
+        found, share = random_network(own, seed)
+        keep_structure(f"random-{seed}", found, searched_share=share)
+    text = json.dumps(timed_epochs(data), indent=1) + "\n"
+    (LOGS / "tas-search-epochs.json").write_text(text)
+
+
+def start_of(recipe: ShrinkRecipe) -> str:
+    """Name of what a search starts from."""
+    return digest(kept("resnet20-dense"), recipe)
+
+
+def searching(
+    data: ImageSet, recipe: ShrinkRecipe, *, folder: Path | None, told: Told
+) -> Search:
+    """A search to the share of the MACs that is aimed at."""
+    images = TrainingImages(data, recipe.search)
+    own = owned(images)
+    return Search(
+        own=own,
+        price=MacPrice(own.graph),
+        share=TARGET_SHARE,
+        step=1,
+        recipe=recipe,
+        images=images,
+        held_out=images.validation,
+        folder=folder,
+        told=told,
+        announced=lambda preflight: print(preflight.told, flush=True),
+    )
+
+
+def timed_epochs(data: ImageSet) -> dict[str, list[float]]:
+    """Seconds of epochs of the search, and of the dense network's training, in turn."""
+    recipe = replace(shrink_recipe(searches_depth=True), search=ONCE)
+    images = TrainingImages(data, ONCE)
+    seconds: dict[str, list[float]] = {"search": [], "dense": []}
+
+    def note(name: str) -> Told:
+        def told(stage: str, progress: LoopProgress) -> None:
+            if progress.step == progress.steps:
+                seen = progress.step * ONCE.batch_size
+                seconds[name].append(seen / progress.images_per_s)
+
+        return told
+
+    for _ in range(TIMED_EPOCHS):
+        searching(data, recipe, folder=None, told=note("search")).run("tas")
+        finetune(
+            CifarResNet(WHOLE),
+            resolution=RESOLUTION,
+            recipe=ONCE,
+            images=images,
+            folder=None,
+            told=note("dense"),
+        )
+    return seconds
 
 
 def train_all(args: argparse.Namespace) -> None:
@@ -283,13 +386,20 @@ def shrink_by_latency(args: argparse.Namespace) -> None:
     """The latency of the network found by MACs, as a budget."""
     shrink_to_latency_of(
         onnx_of(trained("found", 0)),
-        name="tas-latency",
+        name=LATENCY,
         model=teacher(),
         method="tas",
         recipe=shrink_recipe(searches_depth=True),
         data=training_set(args),
         work=args.work / "tas",
     )
+
+
+def train_again(args: argparse.Namespace) -> None:
+    """What was found by latency, trained as what was found by MACs."""
+    data = training_set(args)
+    for seed in OTHER_SEEDS:
+        train_one("latency", seed, args, TrainingImages(data, PLAIN))
 
 
 # -- the report ------------------------------------------------------------------------
@@ -316,6 +426,14 @@ def publish(args: argparse.Namespace) -> None:
         "the dense network as teacher. Test accuracy of the exported models: mean and "
         "spread over seeds."
     )
+    section.text(
+        "Random networks are of random logits whose likeliest network costs within "
+        f"{MOST_OFF:.0%} of the target; from there they are fitted to it as the "
+        "search's result is, by the same rule. The spreads differ in kind: as a search "
+        f"takes {kept_structure('found')['minutes']:.0f} min here, one of them serves "
+        "all seeds of what was found, whose spread is of trainings alone; each random "
+        "network has a structure of its own."
+    )
     section.table(
         ["network", "of the MACs", "seeds", "test accuracy", "spread"],
         [
@@ -338,8 +456,14 @@ def publish(args: argparse.Namespace) -> None:
             f"above {kind}: {won:+.2%} (at least {least:.1%})", passed=won >= least
         )
     write_search(section)
-    by_macs = [onnx_of(one) for one in networks["found"]]
-    compare_by_latency(section, "tas-latency", by_macs, inputs, test)
+    compare_by_latency(
+        section,
+        LATENCY,
+        [onnx_of(one) for one in networks["found"]],
+        inputs,
+        test,
+        again=[onnx_of(trained("latency", seed)) for seed in OTHER_SEEDS],
+    )
     section.publish()
 
 
@@ -351,22 +475,23 @@ def shares_told(networks: list[CifarResNet]) -> str:
 
 def write_search(section: Section) -> None:
     """How near the search ended, and what it took."""
-    content = json.loads((LOGS / "tas-search-found.json").read_text())
-    share = structure("found", 0).mac_count / WHOLE.mac_count
-    off = abs(share / TARGET_SHARE - 1)
+    content = kept_structure("found")
+    fitted = structure("found", SEEDS[0]).mac_count / WHOLE.mac_count
+    off = abs(content["searched_share"] / TARGET_SHARE - 1)
     section.bar(
-        f"the network found: {share:.2%} of the MACs, {off:.1%} off (at most "
-        f"{MOST_OFF:.0%}); the likeliest at the search's end: "
-        f"{content['searched_share']:.2%}",
+        f"the likeliest at the search's end: {content['searched_share']:.2%} of the "
+        f"MACs, {off:.1%} off the target (at most {MOST_OFF:.0%}); fitted to it, "
+        f"{fitted:.2%}",
         passed=off <= MOST_OFF,
     )
-    # Without a teacher, whose time is not the network's.
-    line = json.loads((LOGS / "resnet20-first.jsonl").read_text().splitlines()[-1])
-    each_s = line["elapsed_s"] / line["epoch"]
-    ratio = content["minutes"] * 60 / (each_s * SEARCH_EPOCHS)
+    seconds = json.loads((LOGS / "tas-search-epochs.json").read_text())
+    each_s = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = each_s["search"] / each_s["dense"]
     section.bar(
-        f"search: {content['minutes']:.0f} min, {ratio:.2f} × {SEARCH_EPOCHS} epochs "
-        f"of the dense network (at most {MOST_COST:g})",
+        f"an epoch of the search: {each_s['search']:.0f} s, {ratio:.2f} × the "
+        f"{each_s['dense']:.0f} s of the dense network (at most {MOST_COST:g}; medians "
+        f"of {TIMED_EPOCHS} each, in turn); the search of {SEARCH_EPOCHS} took "
+        f"{content['minutes']:.0f} min",
         passed=ratio <= MOST_COST,
     )
 
@@ -375,6 +500,7 @@ STAGES = {
     "search": search,
     "trained": train_all,
     "latency": shrink_by_latency,
+    "again": train_again,
     "report": publish,
 }
 

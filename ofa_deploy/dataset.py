@@ -92,8 +92,19 @@ class ImageSet:
         )
 
 
-def split_validation(data: ImageSet, *, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Training and validation parts; the last images of each class validate."""
+def split_validation(
+    data: ImageSet, *, fraction: float, purpose: str = "for validation"
+) -> tuple[ImageSet, ImageSet]:
+    """Training and validation parts; the last images of each class validate.
+
+    Args:
+        data: All images.
+        fraction: Of each class that is held out, 0..1.
+        purpose: What that is held out for, for people.
+
+    Raises:
+        DataError: A class has too few images to be in both.
+    """
     validates = np.zeros(len(data), dtype=bool)
     for label in range(len(data.class_names)):
         members = np.flatnonzero(data.labels == label)
@@ -101,7 +112,8 @@ def split_validation(data: ImageSet, *, fraction: float) -> tuple[ImageSet, Imag
         if held_out == 0 or held_out == len(members):
             raise DataError(
                 f"class {data.class_names[label]!r} has {len(members)} images: too few "
-                f"to hold out {fraction:.0%} for validation"
+                f"to hold out {fraction:.0%} {purpose}; give more images of it, or "
+                "hold out another share"
             )
         validates[members[-held_out:]] = True
     return data.take(~validates), data.take(validates)

@@ -34,6 +34,7 @@ class ShrinkHistory:
         finetune: Of every epoch afterwards.
         kept: Channels that each group has now; or weights.
         left_whole: Layers whose channels cannot all be removed.
+        too_narrow: Layers that have no more channels than go at a time.
         family: Networks that the same ranking leaves at other prices: price, counts,
             and loss before fine-tuning.
     """
@@ -47,6 +48,7 @@ class ShrinkHistory:
     finetune: Log
     kept: tuple[int, ...]
     left_whole: tuple[str, ...] = ()
+    too_narrow: tuple[str, ...] = ()
     family: Log = ()
 
     @property
@@ -111,18 +113,30 @@ def _course(history: ShrinkHistory) -> str:
     return plot(
         "Course of the search",
         f"Share of its {history.unit} that each {_part(history)} kept, epoch by epoch; "
-        f"the thick line is {of_all}.",
+        f"the thick line is {of_all}{_told_expected(history)}.",
         draw_course(history),
     )
 
 
-def _told_whole(history: ShrinkHistory) -> str:
-    if history.unit == "weights" or not history.left_whole:
+def _told_expected(history: ShrinkHistory) -> str:
+    if history.method != "tas":
         return ""
-    return (
-        "Not all channels of these can be removed, because of what reads them: "
-        f"{', '.join(history.left_whole)}."
-    )
+    return " if the likeliest is kept, the dashed one what is expected of all choices"
+
+
+def _told_whole(history: ShrinkHistory) -> str:
+    if history.unit == "weights":
+        return ""
+    reasons = {
+        "Not all channels of these can be removed, because of what is behind them": (
+            history.left_whole
+        ),
+        "These have no more channels than the runtime's kernels take at a time": (
+            history.too_narrow
+        ),
+    }
+    told = [f"{why}: {', '.join(names)}." for why, names in reasons.items() if names]
+    return " ".join(told)
 
 
 def _family(history: ShrinkHistory) -> list[str]:
@@ -283,6 +297,14 @@ def draw_course(history: ShrinkHistory) -> str:
         kind="price",
         tip=f"all together: {prices[-1]:.1f} % at the end",
     )
+    expected = [
+        100 * line["expected_share"]
+        for line in history.search
+        if "expected_share" in line
+    ]
+    if expected:
+        tip = f"expected: {expected[-1]:.1f} % at the end"
+        lines.line(epochs, expected, kind="expected", tip=tip)
     return lines.render()
 
 

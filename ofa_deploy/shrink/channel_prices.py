@@ -54,7 +54,12 @@ def side_grid(
 
 
 def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
-    """A layer between that many channels, as a block to be timed."""
+    """A layer between that many channels, as a block to be timed.
+
+    A grouped convolution as one that multiplies as often: it reads what a group reads.
+    """
+    if not layer.depthwise:
+        read //= layer.groups
     return BlockPlan(
         name=layer.name,
         in_channels=read,
@@ -85,8 +90,8 @@ def _timed_operation(layer: TracedLayer, *, read: int, written: int) -> Layer:
 def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
     """All layers at all points of their grids, by key.
 
-    Small linear layers are left out. So are layers that stay as they are: what every
-    network of the graph has is in the calibration's constant.
+    Small linear layers are left out. So are layers that stay as they are, and where
+    they are: what every network of the graph has is in the calibration's constant.
     """
     found: dict[str, BlockPlan] = {}
     for layer in graph.layers:
@@ -103,7 +108,7 @@ def _is_priced(graph: ChannelGraph, layer: TracedLayer) -> bool:
     cuts = graph.cuts_at(layer.name, "in") + graph.cuts_at(layer.name, "out")
     if layer.is_linear and layer.in_channels * layer.out_channels < TIMED_WEIGHTS:
         return False
-    return bool(cuts)
+    return bool(cuts) or layer.name in graph.removable
 
 
 def _grids(

@@ -18,6 +18,9 @@ from ofa_deploy.shrink.transformable import Distribution
 # A step of channels that costs so many times what the next one does makes projections
 # necessary.
 LEAP = 1.1
+# Share of a price below which what keeps it is widened: less than what is fitted to a
+# budget may be below it, so that a structure of which more is asked for becomes wider.
+FIT_TOLERANCE = 0.01
 ROUNDING = 1e-9
 
 
@@ -222,14 +225,12 @@ class LikeliestOrder:
         choices: Of each group, ascending.
         probabilities: Of these.
         step: Between choices counts are multiples of this.
-        tolerance: Share of a price below which a structure that keeps it is widened.
     """
 
     graph: ChannelGraph
     choices: Sequence[tuple[int, ...]]
     probabilities: Sequence[Tensor]
     step: int
-    tolerance: float
 
     @property
     def channels(self) -> list[int]:
@@ -261,7 +262,7 @@ class LikeliestOrder:
         counts = self.likeliest
         while cost(counts) > most:
             counts = self._narrowed(counts, cost)
-        if cost(counts) >= (1 - self.tolerance) * most:
+        if cost(counts) >= (1 - FIT_TOLERANCE) * most:
             return counts
         return self._widened(counts, cost, most)
 

@@ -102,12 +102,14 @@ class ChannelGraph:
         cuts: Where they are.
         layers: In the order in which they are called.
         code: The network's operations as text: what else decides how fast it is.
+        removable: Names of layers that may go with all that they are in.
     """
 
     groups: tuple[ChannelGroup, ...]
     cuts: tuple[Cut, ...]
     layers: tuple[TracedLayer, ...]
     code: str
+    removable: frozenset[str] = frozenset()
 
     def cuts_at(self, module: str, side: Side) -> tuple[Cut, ...]:
         """Of all groups, on one side of a module."""

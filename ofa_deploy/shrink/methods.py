@@ -31,15 +31,22 @@ from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.projecting import with_projections
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
-from ofa_deploy.shrink.searched import insert_distributions
-from ofa_deploy.shrink.stages import searchable_groups, shallower
-from ofa_deploy.shrink.tas import Preflight, TransformableSearch, preflight
+from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.stages import find_stages, searchable_groups, shallower
+from ofa_deploy.shrink.tas import (
+    Passes,
+    Preflight,
+    TransformableSearch,
+    preflight,
+)
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from profilers.files import write_atomically
 
 SEARCHING = "searching widths"
+# Of tas, for people.
+DECIDING_SETTING = "recipe.tas.deciding_share"
 FAMILY_FILE = "family.json"
 
 
@@ -126,11 +133,11 @@ class Search:
             ),
         )
 
-    def train(
+    def loop(
         self, module: nn.Module, images: TrainingImages, regulariser: Regulariser
-    ) -> None:
-        """Train a network while it is searched."""
-        TrainingLoop(
+    ) -> TrainingLoop:
+        """Training of a network while it is searched, at the step where it stopped."""
+        return TrainingLoop(
             module,
             images=images,
             recipe=self.recipe.search,
@@ -138,7 +145,11 @@ class Search:
             folder=self.folder,
             bf16=prefers_bf16(),
             regulariser=regulariser,
-        ).run(lambda progress: self.told(SEARCHING, progress))
+        )
+
+    def train(self, loop: TrainingLoop) -> None:
+        """Train a network to the end of its search."""
+        loop.run(lambda progress: self.told(SEARCHING, progress))
 
     def trained(
         self,
@@ -147,7 +158,7 @@ class Search:
         regulariser: Regulariser,
     ) -> Found:
         """What training with masks leaves."""
-        self.train(masked.module, images, regulariser)
+        self.train(self.loop(masked.module, images, regulariser))
         order = LatentOrder(
             latents=masked.latents(), step=self.step, floors=self.floors("pas")
         )
@@ -229,7 +240,7 @@ def _remembered_family(
 def searched_by_tas(
     own: OwnNetwork, *, step: int = 1, projects: bool = True
 ) -> OwnNetwork:
-    """The network with those groups alone whose widths tas can search.
+    """The network with those groups alone whose widths tas can search, and its stages.
 
     Args:
         own: The network.
@@ -258,7 +269,10 @@ def searched_by_tas(
             "written, and are not concatenated with others: nothing can be searched by "
             "tas; take pas, legr or autoprune"
         )
-    return replace(own, graph=own.graph.only(groups))
+    graph = own.graph.only(groups)
+    stages = find_stages(own.module, graph, own.image)
+    removable = {name for stage in stages for names in stage.layers for name in names}
+    return replace(own, graph=replace(graph, removable=frozenset(removable)))
 
 
 def _projecting(own: OwnNetwork) -> OwnNetwork:
@@ -287,7 +301,7 @@ def _apart(graph: ChannelGraph, groups: Sequence[int]) -> list[int]:
 def _tas(search: Search) -> Found:
     own, settings = search.own, search.recipe.tas
     of_weights, of_choices = search.images.for_recipe(search.recipe.search).parted(
-        settings.deciding_share
+        settings.deciding_share, setting=DECIDING_SETTING
     )
     torch.manual_seed(search.recipe.search.seed)
     searched = insert_distributions(
@@ -298,18 +312,43 @@ def _tas(search: Search) -> Found:
         searches_depth=settings.searches_depth,
         fresh=settings.fresh,
     )
-    deciding = Deciding.of(of_choices, search.recipe.search, resolution=own.resolution)
-    steps = search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch
     regulariser = TransformableSearch(
         searched,
         price=search.price,
         target_share=search.share,
         settings=settings,
-        deciding=deciding,
-        steps=steps,
+        deciding=Deciding.of(
+            of_choices, search.recipe.search, resolution=own.resolution
+        ),
+        steps=search.recipe.search.phases[0].epochs * of_weights.batches_per_epoch,
     )
-    search.announced(preflight(searched, deciding, steps=steps))
-    search.train(searched.module, of_weights, regulariser)
+    loop = search.loop(searched.module, of_weights, regulariser)
+    search.announced(_preflight(search, regulariser))
+    search.train(loop)
+    return likeliest(own, searched, step=search.step)
+
+
+def _preflight(search: Search, regulariser: TransformableSearch) -> Preflight:
+    """What is left of a search will take, and training what it finds."""
+    own, recipe = search.own, search.recipe.finetune_of("tas")
+    images = search.images.for_recipe(recipe)
+    training = Passes(
+        module=own.module,
+        deciding=Deciding.of(images, recipe, resolution=own.resolution),
+        count=recipe.phases[0].epochs * images.batches_per_epoch,
+    )
+    teaching = [replace(training, learns=False)] if search.recipe.distill else []
+    return preflight([regulariser.passes], [training, *teaching])
+
+
+def likeliest(own: OwnNetwork, searched: SearchedNetwork, *, step: int) -> Found:
+    """What is left of a network by what is likeliest in its searched form.
+
+    Args:
+        own: The network.
+        searched: Its form with distributions.
+        step: Widths are multiples of this.
+    """
     left = own.left_of(shallower(own.module, searched.stages, searched.depths()))
     widths = {
         group.name: distribution
@@ -324,8 +363,7 @@ def _tas(search: Search) -> Found:
             graph=left.graph,
             choices=[one.choices for one in chosen],
             probabilities=[one.probabilities.detach() for one in chosen],
-            step=search.step,
-            tolerance=settings.tolerance,
+            step=step,
         ),
         own=left,
         fresh=True,

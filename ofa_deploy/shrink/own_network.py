@@ -213,7 +213,8 @@ class OwnNetwork:
         graph = trace_channels(module, input_shape=shape)
         names = {group.name for group in self.graph.groups}
         still = [i for i, group in enumerate(graph.groups) if group.name in names]
-        return replace(self, module=module, graph=graph.only(still))
+        left = replace(graph.only(still), removable=self.graph.removable)
+        return replace(self, module=module, graph=left)
 
     @property
     def left_whole(self) -> tuple[str, ...]:

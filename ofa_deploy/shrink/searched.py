@@ -153,7 +153,7 @@ def insert_distributions(
             else [widths[one] for one in carried[group] or ()]
             for group in stage.groups
         ]
-        _join_blocks(copied, stage, depth, written)
+        _join_blocks(copied, stage, depth, written or [[]] * stage.blocks)
     module = SearchedModule(copied, widths, depths)
     return SearchedNetwork(module=module, graph=graph, stages=stages)
 

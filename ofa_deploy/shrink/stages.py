@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
 
 
@@ -22,7 +23,8 @@ class Stage:
         container: Path of the `nn.Sequential` that they are in.
         first: Index of the first one in it.
         layers: Names of the convolutions of each block.
-        groups: Index of the group that each block writes.
+        groups: Index of the group that each block writes; none where the width of what
+            they write is not searched.
     """
 
     container: str
@@ -55,7 +57,7 @@ def stage_read(stages: Sequence[Stage], layer: str, group: int) -> int | None:
         group: That it reads in the whole network.
     """
     for index, stage in enumerate(stages):
-        if group == stage.groups[-1] and not stage.has(layer):
+        if group in stage.groups[-1:] and not stage.has(layer):
             return index
     return None
 
@@ -159,14 +161,18 @@ def find_stages(
     """Runs of alike blocks in `nn.Sequential`s whose outputs are like their inputs.
 
     The first one of a run may change the shape; it is always kept. What has such a run
-    in it is no block of another.
+    in it is no block of another. Blocks may go even if no width of them is searched.
 
     Args:
-        network: Traced.
-        graph: Its channels.
+        network: Any.
+        graph: Those of its channels that are searched.
         image: Of the size of its inputs, `(1, 3, H, W)`.
     """
-    rank = {layer.name: place for place, layer in enumerate(graph.layers)}
+    _, depth, height, width = image.shape
+    whole = trace_channels(network, input_shape=(depth, height, width))
+    searched = {group.name: index for index, group in enumerate(graph.groups)}
+    group_of = [searched.get(group.name) for group in whole.groups]
+    rank = {layer.name: place for place, layer in enumerate(whole.layers)}
     keeping = _shape_keepers(network, image)
     stages: list[Stage] = []
     for container, module in reversed(list(network.named_modules())):  # innermost first
@@ -176,7 +182,9 @@ def find_stages(
         for child, block in module._modules.items():
             path = f"{container}.{child}".removeprefix(".")
             within = any(_is_in(f"{stage.container}.", path) for stage in stages)
-            found = _Block.of(graph, path, type(block), keeps_shape=path in keeping)
+            found = _Block.of(
+                whole, path, type(block), group_of, keeps_shape=path in keeping
+            )
             blocks.append(None if within else found)
         stages += [
             Stage(
@@ -185,7 +193,7 @@ def find_stages(
                 layers=tuple(
                     tuple(layer.name for layer in block.layers) for block in run
                 ),
-                groups=tuple(block.written for block in run),
+                groups=tuple(b.group for b in run if b.group is not None),
             )
             for first, run in _runs(blocks)
         ]
@@ -224,55 +232,65 @@ class _Block:
         kind: Its class.
         layers: In it.
         read: Groups that these read.
-        written: The group that they write and others read.
-        writes_alone: Whether nobody else writes that, or normalises it.
+        written: Groups that they write and others read.
+        group: The one of these whose width is searched, by its index among such.
+        writes_alone: Whether it writes any, and nobody else writes or normalises them.
         keeps_shape: Whether its output is of the shape of its input.
     """
 
     kind: type
     layers: tuple[TracedLayer, ...]
     read: frozenset[int]
-    written: int
+    written: frozenset[int]
+    group: int | None
     writes_alone: bool
     keeps_shape: bool
 
     @classmethod
     def of(
-        cls, graph: ChannelGraph, path: str, kind: type, *, keeps_shape: bool
+        cls,
+        graph: ChannelGraph,
+        path: str,
+        kind: type,
+        group_of: Sequence[int | None],
+        *,
+        keeps_shape: bool,
     ) -> _Block | None:
-        """None of what writes no single group, or is called several times."""
+        """None of what writes several searched groups, or is called several times."""
         layers = [layer for layer in graph.layers if _is_in(layer.name, path)]
         if not layers or any(layer.calls > 1 for layer in layers):
             return None
         cuts = [cut for cut in graph.cuts if _is_in(cut.module, path)]
         others = [cut for cut in graph.cuts if not _is_in(cut.module, path)]
-        leaving = {cut.group for cut in cuts if cut.side == "out"} & {
+        written = frozenset(cut.group for cut in cuts if cut.side == "out") & {
             cut.group for cut in others if cut.side == "in"
         }
-        if len(leaving) != 1:
+        searched = [index for one in written if (index := group_of[one]) is not None]
+        if len(searched) > 1:
             return None
-        (written,) = leaving
         return cls(
             kind=kind,
             layers=tuple(layers),
             read=frozenset(cut.group for cut in cuts if cut.side == "in"),
             written=written,
-            writes_alone=not any(
-                cut.group == written and cut.side == "out" for cut in others
-            ),
+            group=searched[0] if searched else None,
+            writes_alone=bool(written)
+            and not any(cut.group in written and cut.side == "out" for cut in others),
             keeps_shape=keeps_shape,
         )
 
     def goes_on(self, before: _Block) -> bool:
         """Whether it may be left out behind another: what follows reads that one.
 
-        What it writes is of the same group, or of one that ends with it.
+        What it writes is of the same groups, or of ones that end with it; or none of
+        it can go, before it and behind.
         """
         return (
             self.kind is before.kind
             and not self._operations - before._operations
-            and before.written in self.read
+            and before.written <= self.read
             and self.keeps_shape
+            and (self.group is None) == (before.group is None)
             and (self.written == before.written or self.writes_alone)
         )
 

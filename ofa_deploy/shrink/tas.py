@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.shrink.autoprune import Deciding, only_trained
@@ -94,46 +94,83 @@ class TasSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """What a search will take, by a few passes of it.
+    """What a call will take, by a few passes.
 
     Args:
-        seconds: Of the whole search.
+        seconds: Of the search, or the rest of it.
+        training_seconds: At most, of training what it finds: of the whole network.
         memory_mb: Growth of this process's memory by a pass; None where no system
             tells.
     """
 
     seconds: float
+    training_seconds: float
     memory_mb: float | None
 
     @property
     def told(self) -> str:
         """In words."""
-        minutes = self.seconds / 60
-        time_told = f"{minutes:.0f} min" if minutes >= 1 else f"{self.seconds:.0f} s"
-        if self.memory_mb is None:
-            return f"about {time_told}"
-        return f"about {time_told}, {self.memory_mb / 1000:.1f} GB"
+        memory = "" if self.memory_mb is None else f", {self.memory_mb / 1000:.1f} GB"
+        return (
+            f"about {_duration(self.seconds)}{memory}; then at most "
+            f"{_duration(self.training_seconds)} to train what is found"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Passes:
+    """Batches that a network is to be run on.
+
+    Args:
+        module: The network; not changed.
+        deciding: The images.
+        count: Of the batches.
+        learns: Whether gradients are taken, too.
+    """
+
+    module: nn.Module
+    deciding: Deciding
+    count: int
+    learns: bool = True
+
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """Time all of them will take, by that of a few on a copy of the network."""
+        probe = copy.deepcopy(self.module).train(self.learns)
+        began_s = 0.0
+        for step in range(PREFLIGHT_PASSES + 1):
+            if step == 1:  # the first one is slower
+                began_s = clock()
+            with torch.set_grad_enabled(self.learns):
+                loss = self.deciding.loss(probe, step)
+            if self.learns:
+                torch.autograd.backward(loss)
+        return self.count * (clock() - began_s) / PREFLIGHT_PASSES
 
 
 def preflight(
-    searched: SearchedNetwork, deciding: Deciding, *, steps: int
+    searching: Sequence[Passes],
+    training: Sequence[Passes],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Preflight:
-    """Time passes of a search on a copy of its network.
+    """Time some of the passes of a call, before they begin.
 
     Args:
-        searched: The network; not changed.
-        deciding: What distributions are trained with.
-        steps: Of the whole search, each of weights and of distributions.
+        searching: Passes of the search.
+        training: Of the training of what it finds.
+        clock: Seconds, monotonic.
     """
-    probe = copy.deepcopy(searched.module).train()
     gauge = MemoryGauge()
-    began_s = 0.0
-    for step in range(PREFLIGHT_PASSES + 1):
-        if step == 1:  # the first one is slower
-            began_s = time.perf_counter()
-        torch.autograd.backward(deciding.loss(probe, step))
-    seconds = (time.perf_counter() - began_s) / PREFLIGHT_PASSES
-    return Preflight(seconds=2 * steps * seconds, memory_mb=gauge.peak_growth_mb())
+    return Preflight(
+        seconds=sum(passes.seconds(clock) for passes in searching),
+        training_seconds=sum(passes.seconds(clock) for passes in training),
+        memory_mb=gauge.peak_growth_mb(),
+    )
 
 
 class TransformableSearch:
@@ -215,6 +252,15 @@ class TransformableSearch:
             self._optimizer.step()
         self._step += 1
         self._cool()
+
+    @property
+    def passes(self) -> Passes:
+        """Those that are left: a step is one of weights, and one of distributions."""
+        return Passes(
+            module=self.searched.module,
+            deciding=self.deciding,
+            count=2 * (self.steps - self._step),
+        )
 
     @property
     def settled_price(self) -> float:

@@ -30,7 +30,7 @@ from ofa_deploy.shrink.device_prices import (
     runtime_step,
 )
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.methods import searched_by_tas
+from ofa_deploy.shrink.methods import DECIDING_SETTING, searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import (
     METHODS,
@@ -113,7 +113,7 @@ def shrink(
     if known.startswith("autoprune"):
         images.parted(recipe.deciding_share)
     if known == "tas":
-        images.parted(recipe.tas.deciding_share)
+        images.parted(recipe.tas.deciding_share, setting=DECIDING_SETTING)
     ranked_on, evaluation = images.validation, images.validation
     if eval_data is not None:
         evaluation = _read(eval_data, reporter)
@@ -197,7 +197,7 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
         out: Folder of the bundle.
         prices_folder: Of the tables measured on this machine.
     """
-    step = _step(call, prices_folder)
+    step, left_whole = _step(call, prices_folder), call.own.left_whole
     if call.method == "tas":  # what leaves no choice in such steps stays whole
         own = searched_by_tas(call.own, step=step, projects=False)  # it has them
         call = replace(call, own=own)
@@ -211,7 +211,7 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
             call.evaluation.images,
             normalisation=call.own.normalisation,
         )
-        history = _history(call, source.sha256, shrunk)
+        history = _history(call, source.sha256, shrunk, left_whole=left_whole)
         call.reporter.begin("writing the bundle")
         return assemble_bundle(
             out,
@@ -258,8 +258,17 @@ def _prices(call: Shrinking, folder: Path, *, step: int) -> DevicePrices:
     )
 
 
-def _history(call: Shrinking, before_sha256: str, shrunk: Shrunk) -> ShrinkHistory:
-    """What happened, for the report and for whoever asks later."""
+def _history(
+    call: Shrinking, before_sha256: str, shrunk: Shrunk, *, left_whole: tuple[str, ...]
+) -> ShrinkHistory:
+    """What happened, for the report and for whoever asks later.
+
+    Args:
+        call: What was asked for.
+        before_sha256: Of the network's weights.
+        shrunk: What came of it.
+        left_whole: Layers that would be left whole in steps of one channel, too.
+    """
     logs = [_read_log(folder / LOG_FILE) for folder in shrunk.trainings]
     return ShrinkHistory(
         method=call.method,
@@ -270,7 +279,8 @@ def _history(call: Shrinking, before_sha256: str, shrunk: Shrunk) -> ShrinkHisto
         search=logs[0] if logs else (),
         finetune=tuple(line for log in logs[1:] for line in log),
         kept=shrunk.kept,
-        left_whole=call.own.left_whole,
+        left_whole=left_whole,
+        too_narrow=tuple(n for n in call.own.left_whole if n not in left_whole),
         family=tuple(asdict(member) for member in shrunk.family),
     )
 

@@ -242,7 +242,8 @@ class SearchedStage(nn.Module):
     Args:
         blocks: In order; the first may change the shape.
         depth: The distribution of their number.
-        written: Distributions of widths whose channels are in each block's output.
+        written: Distributions of widths whose channels are in each block's output; none
+            where that is as wide whatever is drawn.
     """
 
     def __init__(
@@ -269,7 +270,9 @@ class SearchedStage(nn.Module):
             for index, weight in zip(drawn.indices, drawn.weights, strict=True)
         }
         widths = {
-            count: max(one.widest_drawn for one in self._written[count - 1])
+            count: max(
+                (one.widest_drawn for one in self._written[count - 1]), default=0
+            )
             for count in weights
         }
         widest = max(widths.values())

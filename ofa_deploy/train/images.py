@@ -89,16 +89,22 @@ class TrainingImages:
         """Of everything random about their order."""
         return self._recipe.seed
 
-    def parted(self, share: float) -> tuple[TrainingImages, TrainingImages]:
+    def parted(
+        self, share: float, *, setting: str = "recipe.deciding_share"
+    ) -> tuple[TrainingImages, TrainingImages]:
         """The training images in two parts; both keep those that are held out.
 
         Args:
             share: Of the second part, of each class; 0..1.
+            setting: That says so, for people.
 
         Raises:
+            DataError: A class has too few images to be in both.
             TrainingError: A part has less than one batch.
         """
-        first, second = split_validation(self.training, fraction=share)
+        first, second = split_validation(
+            self.training, fraction=share, purpose=f"by {setting}"
+        )
         return self._with(first), self._with(second)
 
     def _with(self, training: ImageSet) -> TrainingImages:

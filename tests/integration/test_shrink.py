@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import lzma
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor
@@ -33,7 +34,7 @@ from ofa_deploy.nn.cifar_resnet import Block
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
 from ofa_deploy.report.page import REPORT_FILE
-from ofa_deploy.reporting import Silent
+from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.shrink import device_prices, fitting, to_budget
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
@@ -302,7 +303,12 @@ def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
 
 
 def shrunk(
-    network: nn.Module, method: Method, latency_ms: float, folder: Path
+    network: nn.Module,
+    method: Method,
+    latency_ms: float,
+    folder: Path,
+    *,
+    reporter: Reporter | None = None,
 ) -> Bundle:
     """A network shrunk on ONNX Runtime, in a folder of its own."""
     bundle = specialize(
@@ -314,6 +320,7 @@ def shrunk(
         method=method,
         recipe=recipe(),
         work=folder / "work",
+        reporter=reporter,
     )
     assert bundle.manifest.binding.met
     assert bundle.check().agrees
@@ -341,16 +348,17 @@ def priced_ms(own: OwnNetwork, caches: Path) -> float:
 
 
 class RowOfBlocks(nn.Module):
-    """Three blocks whose shortcuts are modules."""
+    """Three blocks whose shortcuts are modules, behind a layer of a few channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.few = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.stem, self.norm = nn.Conv2d(4, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.blocks = nn.Sequential(*(Block(16, 16, 16, 1) for _ in range(3)))
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        x = self.blocks(F.relu(self.norm(self.stem(self.few(x)))))
         return cast(Tensor, self.head(x.mean((2, 3))))
 
 
@@ -361,9 +369,27 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     network = train(RowOfBlocks())
     own = searched_by_tas(own_network(network), step=4)
     latency_ms = 0.7 * priced_ms(own, caches)
-    bundle = shrunk(network, "tas", latency_ms, tmp_path)
+    stages: list[str] = []
+
+    class Noting(Silent):
+        """Notes what begins."""
+
+        def begin(self, stage: str) -> None:
+            stages.append(stage)
+
+    bundle = shrunk(network, "tas", latency_ms, tmp_path, reporter=Noting())
+    (told,) = [one for one in stages if one.startswith(f"{SEARCHING}: ")]
+    assert re.fullmatch(
+        rf"{SEARCHING}: about \d+ (s|min)(, \d+\.\d GB)?; then at most \d+ (s|min) to "
+        "train what is found",
+        told,
+    )
     assert bundle.manifest.supernet_sha256 == own_network(network).sha256
+    page = (bundle.path / REPORT_FILE).read_text()
+    assert "Distributions" in page
+    assert "kernels take at a time: few.0." in page
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
+    assert (history["left_whole"], history["too_narrow"]) == ([], ["few.0"])
     assert history["groups"] == [
         "stem", *(f"blocks.{k}.{c}" for k in range(3) for c in ("first", "second")),
         "blocks[0:3], blocks",

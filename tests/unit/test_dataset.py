@@ -444,5 +444,6 @@ def test_a_class_too_small_to_split_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         split_validation(DATA, fraction=0.1)
     assert str(caught.value) == (
-        "class 'blue' has 3 images: too few to hold out 10% for validation"
+        "class 'blue' has 3 images: too few to hold out 10% for validation; give more "
+        "images of it, or hold out another share"
     )

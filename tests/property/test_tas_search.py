@@ -1,0 +1,316 @@
+"""Laws of a whole search by TAS: what it starts from, says, and leaves for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ofa_deploy.constraints import Constraints, Verdict
+from ofa_deploy.contract import EXPECTED_RATIO
+from ofa_deploy.errors import DataError
+from ofa_deploy.report.shrunk import (
+    ShrinkHistory,
+    _chances,
+    _course,
+    _told_whole,
+    draw_chances,
+)
+from ofa_deploy.reporting import Silent
+from ofa_deploy.shrink import methods
+from ofa_deploy.shrink.channel_prices import LatencyPrice
+from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.expected_price import LikeliestOrder
+from ofa_deploy.shrink.fitting import NEAR_BUDGET, Fitted, Fitting
+from ofa_deploy.shrink.methods import Found, Search, likeliest, searched_by_tas
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.recipe import ShrinkRecipe, default_shrink_recipe
+from ofa_deploy.shrink.tas import PREFLIGHT_PASSES, Preflight, TasSettings, preflight
+from ofa_deploy.target import Target
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LoopProgress
+from tests.support import own_networks, tiny, tiny_session
+from tests.support.searching import owned, resnet, scattered, searched
+
+SIZE = own_networks.SIZE
+EPOCHS, TUNED = 3, 5
+
+
+def own(seed: int = 0) -> OwnNetwork:
+    torch.manual_seed(seed)
+    row = nn.Sequential(*(own_networks.Residual(16, 16, 1) for _ in range(2)))
+    network = nn.Sequential(
+        own_networks.conv(3, 16), row, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+    return searched_by_tas(owned(network, resolution=SIZE, class_count=3))
+
+
+def recipe(*, fresh: bool) -> ShrinkRecipe:
+    found = default_shrink_recipe(
+        search_epochs=EPOCHS, finetune_epochs=TUNED, batch_size=18
+    )
+    return replace(
+        found,
+        search=replace(found.search, crop_padding=1),
+        finetune=replace(found.finetune, crop_padding=1),
+        tas=TasSettings(rate=0.05, fresh=fresh),
+    )
+
+
+def search(
+    network: OwnNetwork,
+    *,
+    fresh: bool = False,
+    folder: Path | None = None,
+    distill: bool = True,
+    told: Callable[[str, LoopProgress], None] = lambda stage, progress: None,
+    announced: Callable[[Preflight], None] = lambda found: None,
+) -> Found:
+    settings = replace(recipe(fresh=fresh), distill=distill)
+    images = TrainingImages(tiny.images(per_class=60, seed=4), settings.search)
+    return Search(
+        own=network,
+        price=MacPrice(network.graph),
+        share=0.5,
+        step=1,
+        recipe=settings,
+        images=images,
+        held_out=images.validation,
+        folder=folder,
+        told=told,
+        announced=announced,
+    ).run("tas")
+
+
+# -- what it starts from ---------------------------------------------------------------
+
+
+def learned(found: Found) -> list[Tensor]:
+    return list(cast(LikeliestOrder, found.order).probabilities)
+
+
+def test_a_fresh_search_is_the_same_whatever_weights_were_brought() -> None:
+    assert_alike = partial(torch.testing.assert_close, rtol=0, atol=0)
+    first, second = (search(own(seed), fresh=True) for seed in (0, 1))
+    assert first.depths == second.depths
+    for one, other in zip(learned(first), learned(second), strict=True):
+        assert_alike(one, other)
+    brought = [search(own(seed)) for seed in (0, 1)]
+    pairs = zip(*map(learned, brought), strict=False)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+# -- what it says before it begins -----------------------------------------------------
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which each pass that is timed takes a second."""
+    ticks = count(step=PREFLIGHT_PASSES)
+    clocked = partial(preflight, clock=lambda: float(next(ticks)))
+    monkeypatch.setattr(methods, "preflight", clocked)
+
+
+# Of 180 images a tenth is held out; the search has two halves of the others.
+SEARCH_STEPS, TUNE_STEPS = EPOCHS * 4, TUNED * 9
+
+
+def test_a_search_says_what_it_and_training_what_it_finds_will_take(
+    ticking: None,
+) -> None:
+    said: list[Preflight] = []
+    network = own()
+    before = {k: v.clone() for k, v in network.module.state_dict().items()}
+    for distill in (True, False):
+        search(network, distill=distill, announced=said.append)
+    # A step is one pass for weights, and one for distributions, or the teacher's.
+    assert [one.seconds for one in said] == [2 * SEARCH_STEPS] * 2
+    assert [one.training_seconds for one in said] == [2 * TUNE_STEPS, TUNE_STEPS]
+    for name, tensor in network.module.state_dict().items():
+        assert torch.equal(before[name], tensor)
+
+
+def test_a_search_that_goes_on_says_what_is_left(ticking: None, tmp_path: Path) -> None:
+    said: list[Preflight] = []
+
+    def stop(stage: str, progress: LoopProgress) -> None:
+        if progress.step >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(own(), folder=tmp_path, told=stop, announced=said.append)
+    search(own(), folder=tmp_path, announced=said.append)
+    search(own(), folder=tmp_path, announced=said.append)
+    assert [one.seconds for one in said] == [24, 16, 0]
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "told"),
+    [
+        (None, "about 2 min; then at most 30 s to train what is found"),
+        (1260.0, "about 2 min, 1.3 GB; then at most 30 s to train what is found"),
+    ],
+)
+def test_what_it_says_is_in_words(memory_mb: float | None, told: str) -> None:
+    found = Preflight(seconds=120, training_seconds=30, memory_mb=memory_mb)
+    assert found.told == told
+
+
+def test_a_class_that_is_too_small_for_two_halves_names_the_setting() -> None:
+    data = tiny.images(per_class=20)
+    few = torch.arange(len(data)).numpy()
+    few = few[(data.labels != 1) | (few < 6)]  # two of class 1
+    settings = recipe(fresh=False)
+    phase = replace(settings.search, validation_fraction=0.3, batch_size=2)
+    images = TrainingImages(data.take(few), phase)
+    network = own()
+    with pytest.raises(DataError) as caught:
+        Search(
+            own=network,
+            price=MacPrice(network.graph),
+            share=0.5,
+            step=1,
+            recipe=replace(settings, search=phase),
+            images=images,
+            held_out=images.validation,
+            folder=None,
+        ).run("tas")
+    assert str(caught.value) == (
+        f"class {tiny.CLASS_NAMES[1]!r} has 1 images: too few to hold out 50% by "
+        "recipe.tas.deciding_share; give more images of it, or hold out another share"
+    )
+
+
+# -- what it leaves for a budget -------------------------------------------------------
+
+
+class Stubbed(Fitting):
+    """A device on which everything takes `factor` times what it is priced at."""
+
+    factor = 1.0
+
+    def time(self, counts: list[int]) -> Fitted:  # type: ignore[override]
+        took_ms = self.factor * self.price_ms(counts)
+        return Fitted(
+            counts=tuple(counts),
+            kept=self.order.kept(counts),
+            name="stub",
+            predicted_ms=self.price_ms(counts),
+            measurement=tiny_session.fresh(took_ms),
+            bound_ms=took_ms,
+            binding=Verdict(
+                constraint="latency",
+                limit=self.budget_ms,
+                found=took_ms,
+                bound=took_ms,
+                evidence="measured",
+            ),
+        )
+
+
+@lru_cache(maxsize=1)
+def left() -> Found:
+    net = searched(resnet(20))
+    scattered(net, 0)
+    return likeliest(resnet(20), net, step=1)
+
+
+@pytest.mark.parametrize("used_share", [0.90, 0.93, 0.955, 1.0, 1.05])
+def test_a_likely_structure_is_widened_or_narrowed_until_it_is_near_the_budget(
+    used_share: float, tmp_path: Path
+) -> None:
+    found = left()
+    order = cast(LikeliestOrder, found.order)
+    price = cast(LatencyPrice, MacPrice(order.graph))
+    likely_ms = float(price(torch.tensor(order.likeliest, dtype=torch.float64)))
+    budget_ms = 1.005 * likely_ms * EXPECTED_RATIO
+    table = tiny.latency_table(
+        tiny.SPACE, networks=[], network_ms=lambda config: 1.0, origin="measured"
+    )
+    fitting = Stubbed(
+        own=found.own,
+        masked=found.masked,
+        order=order,
+        method="tas",
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        constraints=Constraints(latency_ms=budget_ms),
+        floors=[choices[0] for choices in order.choices],
+        prices=DevicePrices(price=price, table=table, step=1, residual_ratio=0.01),
+        reporter=Silent(),
+    )
+    fitting.factor = used_share * budget_ms / likely_ms
+    assert fitting.time(order.likeliest).used_share == pytest.approx(used_share)
+    low, high = NEAR_BUDGET
+    assert low <= fitting.widest(memory=tmp_path / "chosen").used_share <= high
+
+
+# -- what the page tells of it ---------------------------------------------------------
+
+
+def history(
+    *, left_whole: tuple[str, ...] = (), too_narrow: tuple[str, ...] = ()
+) -> ShrinkHistory:
+    lines = [
+        {
+            "epoch": epoch,
+            "kept": [8, 1],
+            "price_share": 0.6,
+            "expected_share": 0.75 - 0.05 * epoch,
+            "probabilities": [[0.5, 0.3, 0.2], [0.99, 0.01]],
+        }
+        for epoch in (1, 2)
+    ]
+    return ShrinkHistory(
+        method="tas",
+        recipe={},
+        weights_sha256="",
+        groups=("stem", "row[0:2], blocks"),
+        channels=(16, 2),
+        search=tuple(lines),
+        finetune=(),
+        kept=(8, 1),
+        left_whole=left_whole,
+        too_narrow=too_narrow,
+    )
+
+
+def test_all_probabilities_are_drawn_epoch_by_epoch() -> None:
+    (section,) = _chances(history())
+    assert "Distributions" in section
+    drawn_as = draw_chances(history())
+    assert drawn_as.count("<rect") == 2 * (3 + 2)  # epochs, choices
+    assert drawn_as.count("stem, choice 2 of 3: 30%") == 2
+    assert drawn_as.count("row[0:2], blocks, choice 1 of 2: 99%") == 2
+    assert 'class="chance6"' in drawn_as
+    assert _chances(replace(history(), method="pas")) == []
+
+
+def test_the_expected_price_is_drawn_beside_the_likeliest() -> None:
+    section = _course(history())
+    assert "expected: 65.0 % at the end" in section
+    assert "all together: 60.0 % at the end" in section
+    assert "the dashed one what is expected" in section
+    lines = tuple(
+        {k: v for k, v in line.items() if k != "expected_share"}
+        for line in history().search
+    )
+    other = _course(replace(history(), method="pas", search=lines))
+    assert "expected" not in other
+
+
+def test_layers_are_left_whole_for_the_reason_that_is_told() -> None:
+    assert _told_whole(history()) == ""
+    assert _told_whole(history(left_whole=("a", "b"), too_narrow=("c",))) == (
+        "Not all channels of these can be removed, because of what is behind them: "
+        "a, b. These have no more channels than the runtime's kernels take at a time: "
+        "c."
+    )
