@@ -39,6 +39,9 @@ MAX_CERTIFIED = 5
 # after this, if it took as long as the longest try before it: nobody waits longer for
 # the last percents.
 PATIENCE_S = 26.0
+# What has missed so far gets all the room there is if, after the next try, there is no
+# time for another that ends by then.
+LONGEST_CALL_S = 28.0
 # Times that networks are chosen and confirmed before one must do.
 MAX_LADDERS = 4
 # Steps of the ladder of candidates, in standard errors of the predictor.
@@ -49,9 +52,9 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
 # A bound in the quiet state is seldom further above what was found.
 USUAL_BOUND_RATIO = 1.03
-# Room that is left besides after one miss, two, and more. The third says that the
-# machine has slowed down: what it will be next is not known, and far better than the
-# fastest network, the last resort, is what has room for that.
+# Room that is left besides after one miss, two, and more, or where time is short. The
+# third says that the machine has slowed down: what it will be next is not known, and
+# far better than the fastest network, the last resort, is what has room for that.
 MISS_MARGINS = (0.0, 0.02, 0.15)
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.06
@@ -123,6 +126,7 @@ def fulfil(
     try:
         while len(loop.tried) < MAX_CERTIFIED:
             tried_s = clock_s()
+            loop.hurries = tried_s + 2 * longest_s > begun_s + LONGEST_CALL_S
             config = loop.next_config(better_than=best)
             if config is None:
                 break
@@ -167,6 +171,7 @@ class _Loop:
     failures: dict[str, RunFailed] = field(default_factory=dict)
     offered: set[str] = field(default_factory=set)
     ladders: int = 0
+    hurries: bool = False
 
     @property
     def tried(self) -> set[str]:
@@ -231,7 +236,9 @@ class _Loop:
         ratios = [self._excess_of(found) for found in self.certified]
         misses = sum(not found.verdict("latency").met for found in self.certified)
         if misses:
-            return max(ratios) * (1 + MISS_MARGINS[min(misses, len(MISS_MARGINS)) - 1])
+            last = len(MISS_MARGINS) - 1
+            margin = MISS_MARGINS[last if self.hurries else min(misses - 1, last)]
+            return max(ratios) * (1 + margin)
         if ratios:
             return median(ratios)
         return EXPECTED_RATIO if self._plain else EXPECTED_RATIO_OTHERWISE

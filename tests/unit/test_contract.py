@@ -17,6 +17,7 @@ from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import MEGABYTE, Constraints
 from ofa_deploy.contract import (
     LADDER,
+    LONGEST_CALL_S,
     MAX_CERTIFIED,
     MAX_LADDERS,
     PATIENCE_S,
@@ -402,6 +403,27 @@ def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
     fastest = tiny.SPACE.decode(chooser().predictors.fastest())
     assert found.config != fastest
     assert found.verdict("latency").used_share > 0.8
+
+
+@pytest.mark.parametrize(("try_s", "tries"), [(0.0, 3), (LONGEST_CALL_S / 2, 2)])
+def test_the_last_try_that_there_is_time_for_has_all_the_room(
+    try_s: float, tries: int
+) -> None:
+    # The device slows down by 4 % from try to try, three times.
+    device = bench(
+        Constraints(latency_ms=budget_at(0.6)),
+        certified=lambda count: 1.02 * 1.04 ** min(count, 3),
+    )
+    now_s = itertools.count(step=try_s * 1.01)  # asked before and after a try
+    found = fulfil(
+        device.constraints,
+        chooser=chooser(),
+        bench=device,
+        where="a made-up device",
+        clock_s=lambda: next(now_s),
+    )
+    assert found.met
+    assert (len(device.tried) <= 2) == (tries <= 2)
 
 
 def test_a_file_that_was_given_up_does_not_frighten_off_the_next() -> None:
