@@ -198,7 +198,8 @@ class _Loop:
             self.failures[config.id] = error
             return None
         self.certified.append(found)
-        if self._plain and self.known is not None:
+        limited = self.constraints.budget_ms is not None
+        if self.known is not None and limited and self._plain:
             self.known.note(self._excess_of(found))
         return found
 

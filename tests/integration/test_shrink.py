@@ -879,6 +879,14 @@ def test_the_command_shrinks_a_network_of_a_file(
     assert Bundle.open(tmp_path / "out").check().agrees
 
 
+@pytest.fixture(autouse=True)
+def _own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one name are other modules in every test."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for name in ("net", "of_mine", "beside"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 MINE = """
 from torch import nn
 from beside import WIDTH
@@ -895,11 +903,8 @@ class Mine(nn.Module):
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mine(tmp_path: Path) -> Path:
     """A file with a class of its own, and another one beside it."""
-    monkeypatch.setattr("sys.path", list(sys.path))
-    for name in ("of_mine", "beside"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "of_mine.py").write_text(MINE)
     (tmp_path / "beside.py").write_text("WIDTH = 40")
     return tmp_path / "of_mine.py"

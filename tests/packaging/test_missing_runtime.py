@@ -81,6 +81,7 @@ def test_the_base_dependencies_are_enough_for_onnx_runtime(
 ) -> None:
     supernet, table = write_inputs(tmp_path, backend="onnxruntime-cpu")
     command = ["specialize", "--device", "onnxruntime-cpu", "--latency-ms", "10000"]
+    command += ["--accept-drift"]  # the table is made up
     files = ["--supernet", str(supernet), "--table", str(table), "--out", "bundle"]
     done = run(base, "-m", "ofa_deploy", *command, *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
