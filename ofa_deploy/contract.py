@@ -30,7 +30,6 @@ from ofa_deploy.errors import (
     MeasurementError,
     RunFailed,
 )
-from ofa_deploy.known_ratio import KnownRatio
 from ofa_deploy.space import Genomes, SubnetConfig
 from ofa_deploy.verify import Candidate
 
@@ -47,7 +46,7 @@ LONGEST_CALL_S = 28.0
 MAX_LADDERS = 4
 # Steps of the ladder of candidates, in standard errors of the predictor.
 LADDER = (1.5, 0.5, -0.5, -1.5)
-# What a certified bound is expected to be of a confirmed latency, before any is known:
+# What a certified bound is expected to be of a confirmed latency, before it is known:
 # its own uncertainty, of something over half a percent, and, where the budget is of
 # slow runs or of another pace, what these usually add.
 EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
@@ -58,7 +57,7 @@ USUAL_BOUND_RATIO = 1.03
 # far better than the fastest network, the last resort, is what has room for that.
 MISS_MARGINS = (0.0, 0.02, 0.15)
 # More room than this is worth another try, as long as a better network may fit.
-WASTED_SHARE = 0.04
+WASTED_SHARE = 0.06
 # A predictor that is further off says nothing of the ladder's steps.
 MOST_RMS = 0.2
 # Of the planned memory of a network that took too much.
@@ -104,7 +103,6 @@ def fulfil(
     chooser: Chooser,
     bench: Bench,
     where: str,
-    known: KnownRatio | None = None,
     clock_s: Callable[[], float] = time.monotonic,
 ) -> VerifiedNetwork:
     """The best network that was shown to keep the constraints.
@@ -114,8 +112,6 @@ def fulfil(
         chooser: Finds networks by prediction.
         bench: Measures them.
         where: Names the device in messages.
-        known: What the calls before know of certifying there; gets what this one
-            learns. None for nothing.
         clock_s: Tells seconds, from any moment on.
 
     Raises:
@@ -124,13 +120,7 @@ def fulfil(
             them before.
         MeasurementError: Nothing could be measured, or the table is stale; likewise.
     """
-    loop = _Loop(
-        constraints=constraints,
-        chooser=chooser,
-        bench=bench,
-        where=where,
-        known=known,
-    )
+    loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
     begun_s, longest_s = clock_s(), 0.0
     best: VerifiedNetwork | None = None
     try:
@@ -176,7 +166,6 @@ class _Loop:
     chooser: Chooser
     bench: Bench
     where: str
-    known: KnownRatio | None = None
     confirmed: dict[str, Confirmed] = field(default_factory=dict)
     certified: list[VerifiedNetwork] = field(default_factory=list)
     # Networks that the runtime failed on only when it was to certify them.
@@ -198,9 +187,6 @@ class _Loop:
             self.failures[config.id] = error
             return None
         self.certified.append(found)
-        limited = self.constraints.budget_ms is not None
-        if self.known is not None and limited and self._plain:
-            self.known.note(self._excess_of(found))
         return found
 
     def candidates(self) -> tuple[Candidate, ...]:
@@ -256,10 +242,7 @@ class _Loop:
             return max(ratios) * (1 + margin)
         if ratios:
             return median(ratios)
-        if not self._plain:
-            return EXPECTED_RATIO_OTHERWISE
-        known = None if self.known is None else self.known.expected
-        return EXPECTED_RATIO if known is None else known
+        return EXPECTED_RATIO if self._plain else EXPECTED_RATIO_OTHERWISE
 
     def _excess_of(self, found: VerifiedNetwork) -> float:
         verdict = found.verdict("latency")

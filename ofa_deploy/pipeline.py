@@ -46,7 +46,6 @@ from ofa_deploy.feasibility import (
     reachable_range,
     require_satisfiable,
 )
-from ofa_deploy.known_ratio import KnownRatio
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.predict.sizes import network_sizes
 from ofa_deploy.profiling import (
@@ -55,7 +54,6 @@ from ofa_deploy.profiling import (
     measure_table,
     open_table,
     table_folders,
-    table_name,
 )
 from ofa_deploy.report.page import REPORT_FILE, bundle_report
 from ofa_deploy.reporting import Reporter, Silent
@@ -413,16 +411,10 @@ class Specializer:
                 chooser=self.chooser(seed=seed),
                 bench=bench,
                 where=self.target.backend,
-                known=self._known_ratio,
             )
         except InfeasibleBudget:
             bench.drift.check()  # a stale table has no say in what is impossible
             raise
-
-    @property
-    def _known_ratio(self) -> KnownRatio:
-        table = table_name(self.supernet.space, self.device, self.runtime)
-        return KnownRatio(path=self._cache / "certified" / table)
 
     def report(self, network: VerifiedNetwork) -> dict[str, bytes]:
         """The page to look at, by its file name."""

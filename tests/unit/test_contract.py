@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from ofa_deploy.errors import (
     UnstableMeasurement,
 )
 from ofa_deploy.feasibility import reachable_range
-from ofa_deploy.known_ratio import LEAST_KNOWN, KnownRatio
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import SubnetConfig
 from tests.support import made_up_bench, tiny
@@ -426,26 +424,6 @@ def test_the_last_try_that_there_is_time_for_has_all_the_room(
     )
     assert found.met
     assert (len(device.tried) <= 2) == (tries <= 2)
-
-
-def test_what_certifying_finds_is_known_to_the_next_call(tmp_path: Path) -> None:
-    # Files are five percent faster alone than beside others.
-    constraints = Constraints(latency_ms=budget_at(0.6))
-    tries, used = [], []
-    for _ in range(LEAST_KNOWN + 1):
-        device = bench(constraints, certified=lambda count: 0.95)
-        found = fulfil(
-            constraints,
-            chooser=chooser(),
-            bench=device,
-            where="a made-up device",
-            known=KnownRatio(path=tmp_path / "known.json"),
-        )
-        tries.append(len(device.tried))
-        used.append(found.verdict("latency").used_share)
-    assert all(share <= 1 for share in used)
-    assert tries[0] > tries[-1] == 1
-    assert used[-1] >= used[0]
 
 
 def test_a_file_that_was_given_up_does_not_frighten_off_the_next() -> None:
