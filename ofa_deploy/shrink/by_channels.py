@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,13 +20,12 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.expected_price import ROUNDING
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
-from ofa_deploy.shrink.methods import SEARCHING, Found, Search
+from ofa_deploy.shrink.methods import SEARCHING, Found, Search, remembered
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
 from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower
-from profilers.files import write_atomically
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3
@@ -165,14 +163,9 @@ class ByChannels:
         """
         call = self.call
         name = call.name(self.prices, self.prices.step, call.limits_name)
-        memory = call.work / f"asked-{name}.json"
-        if memory.is_file():
-            return float(json.loads(memory.read_text(encoding="utf-8")))
         used_share = binding(missed.verdicts).used_share
         share = math.floor(AIMED_SHARE / used_share / SHARE_STEP) * SHARE_STEP
-        call.work.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(share).encode())
-        return share
+        return float(remembered(call.work / f"asked-{name}.json", lambda: share))
 
     def _least_share(self, whole: Fitting) -> float:
         """Of the price, that the least form has.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -215,26 +215,38 @@ def _legr(search: Search) -> Found:
 
         with _executor(search.executor) as executor, _told_if_broken():
             best = ranking.run(executor, told)
-            family = _remembered_family(folder, lambda: ranking.family(best, executor))
+            # Judged once, however many budgets are cut from a ranking.
+            family = remembered(
+                None if folder is None else folder / FAMILY_FILE,
+                lambda: [asdict(one) for one in ranking.family(best, executor)],
+            )
     if folder is not None:
         _write_log(folder, ranking.population.history)
-    return Found(masked=own.masked(), order=ranking.order(best), own=own, family=family)
-
-
-def _remembered_family(
-    folder: Path | None, judge: Callable[[], tuple[Member, ...]]
-) -> tuple[Member, ...]:
-    """The family of a ranking; judged once, however many budgets are cut from it."""
-    if folder is None:
-        return judge()
-    path = folder / FAMILY_FILE
-    if not path.is_file():
-        content = [asdict(member) for member in judge()]
-        write_atomically(path, json.dumps(content).encode())
-    return tuple(
-        Member(price=one["price"], counts=tuple(one["counts"]), loss=one["loss"])
-        for one in json.loads(path.read_text(encoding="utf-8"))
+    return Found(
+        masked=own.masked(),
+        order=ranking.order(best),
+        own=own,
+        family=tuple(
+            Member(price=one["price"], counts=tuple(one["counts"]), loss=one["loss"])
+            for one in family
+        ),
     )
+
+
+def remembered(path: Path | None, find: Callable[[], Any]) -> Any:
+    """What a call that was killed had found, and otherwise what is found now.
+
+    Args:
+        path: Of the file that keeps it; None to keep nothing.
+        find: Gives what JSON can hold.
+    """
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    found = find()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found).encode())
+    return found
 
 
 def searched_by_tas(

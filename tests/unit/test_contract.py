@@ -68,9 +68,15 @@ def bench(
     )
 
 
-def run(device: MadeUpBench) -> VerifiedNetwork:
+def run(device: MadeUpBench, *, step_s: float = 0.0) -> VerifiedNetwork:
+    """What a call finds; `step_s` pass from each look at the clock to the next."""
+    now_s = itertools.count(step=step_s)
     return fulfil(
-        device.constraints, chooser=chooser(), bench=device, where="a made-up device"
+        device.constraints,
+        chooser=chooser(),
+        bench=device,
+        where="a made-up device",
+        clock_s=lambda: next(now_s),
     )
 
 
@@ -379,14 +385,7 @@ def test_nothing_better_is_begun_once_it_has_taken_long(
 ) -> None:
     # Half of the budget is left over, whatever is tried.
     device = bench(Constraints(latency_ms=budget_at(0.6)), certified=lambda count: 0.5)
-    now_s = itertools.count(step=call_s * 1.01)
-    found = fulfil(
-        device.constraints,
-        chooser=chooser(),
-        bench=device,
-        where="a made-up device",
-        clock_s=lambda: next(now_s),
-    )
+    found = run(device, step_s=call_s * 1.01)
     assert found.met
     assert (len(device.tried) >= 2) == (tries >= 2)
 
@@ -414,14 +413,7 @@ def test_the_last_try_that_there_is_time_for_has_all_the_room(
         Constraints(latency_ms=budget_at(0.6)),
         certified=lambda count: 1.02 * 1.04 ** min(count, 3),
     )
-    now_s = itertools.count(step=try_s * 1.01)  # asked before and after a try
-    found = fulfil(
-        device.constraints,
-        chooser=chooser(),
-        bench=device,
-        where="a made-up device",
-        clock_s=lambda: next(now_s),
-    )
+    found = run(device, step_s=try_s * 1.01)  # asked before and after a try
     assert found.met
     assert (len(device.tried) <= 2) == (tries <= 2)
 
@@ -443,14 +435,7 @@ def test_time_does_not_end_a_call_that_has_shown_nothing() -> None:
         Constraints(latency_ms=budget_at(0.6)),
         certified=lambda count: 1.2 if count < 2 else 1.0,
     )
-    now_s = itertools.count(step=PATIENCE_S)
-    found = fulfil(
-        device.constraints,
-        chooser=chooser(),
-        bench=device,
-        where="a made-up device",
-        clock_s=lambda: next(now_s),
-    )
+    found = run(device, step_s=PATIENCE_S)
     assert found.met
     assert len(device.tried) >= 2
 
