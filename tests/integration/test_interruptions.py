@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,8 @@ def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C goes to the whole group
+        # A shell lets what it runs in the background ignore Ctrl-C, and so would this.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # Written last before the certifying, which takes seconds; candidates' files are
