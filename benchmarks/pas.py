@@ -5,6 +5,7 @@ stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
     wide            a larger network, that teaches
+    wide-again      it once more, on images of other shapes and colours
     plain           the network that everything else is made from, without its branches
     taught          it once more, by both and the zoo's supernet together
     dense           it gets its branches, and is taught on
@@ -95,7 +96,7 @@ from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
-WIDE_EPOCHS = 40
+WIDE_EPOCHS, WIDE_AGAIN_EPOCHS = 40, 16
 PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 36
 # Of what teachers know. Five epochs of the plain network, taught by class probabilities
@@ -136,6 +137,14 @@ TAUGHT = one_cycle(
     temperature=TEMPERATURE,
 )
 WIDE = one_cycle("wide", epochs=WIDE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.75)
+# By then it knows 99.1 % of the training images, and 91.3 % of those held out.
+WIDE_AGAIN = one_cycle(
+    "wide-again",
+    epochs=WIDE_AGAIN_EPOCHS,
+    peak_learning_rate=0.05,
+    cutmix_share=0.5,
+    distortion=0.5,
+)
 
 
 def branched_recipe(name: str, *, epochs: int) -> Recipe:
@@ -216,9 +225,21 @@ def supernet_teacher(images: TrainingImages) -> FusedNet:
 def train_wide(args: argparse.Namespace) -> None:
     """A larger network, that teaches."""
     torch.manual_seed(0)
-    module, images = WideNet(), TrainingImages(training_set(args), WIDE)
-    folder = train(module, "wide", images=images, recipe=WIDE, work=args.work / "pas")
-    keep("pas-wide", arrays_of(module), {"": log_of(folder)})
+    train_teacher(WideNet(), "wide", WIDE, args)
+
+
+def train_wide_again(args: argparse.Namespace) -> None:
+    """It once more, on images of other shapes and colours."""
+    train_teacher(loaded(WideNet(), kept("pas-wide")), "wide-again", WIDE_AGAIN, args)
+
+
+def train_teacher(
+    module: nn.Module, stage: str, recipe: Recipe, args: argparse.Namespace
+) -> None:
+    """Train a module that is no network of a plan, and keep it."""
+    images = TrainingImages(training_set(args), recipe)
+    folder = train(module, stage, images=images, recipe=recipe, work=args.work / "pas")
+    keep(f"pas-{stage}", arrays_of(module), {"": log_of(folder)})
 
 
 def dense_teacher(images: TrainingImages) -> FusedNet:
@@ -596,6 +617,7 @@ def branch_ratios(dense: StaticNet) -> dict[str, float]:
 
 STAGES = {
     "wide": train_wide,
+    "wide-again": train_wide_again,
     "plain": train_plain,
     "taught": train_taught,
     "dense": train_dense,

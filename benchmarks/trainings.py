@@ -71,6 +71,7 @@ def one_cycle(
     epochs: int,
     peak_learning_rate: float,
     cutmix_share: float = 0.25,
+    distortion: float = 0.0,
     temperature: float | None = None,
 ) -> Recipe:
     """A recipe of one phase; with a temperature, if it is to have a teacher."""
@@ -83,6 +84,7 @@ def one_cycle(
         peak_learning_rate=peak_learning_rate,
         distill=False,
         cutmix_share=cutmix_share,
+        distortion=distortion,
     )
     return Recipe(phases=(phase,), temperature=temperature)
 

@@ -1,4 +1,4 @@
-"""Random crops, flips and mixtures of a whole batch at once."""
+"""Random crops, flips, distortions and mixtures of a whole batch at once."""
 
 from __future__ import annotations
 
@@ -36,6 +36,58 @@ def crop_and_flip(images: Tensor, *, padding: int, rng: np.random.Generator) -> 
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+def distort(images: Tensor, *, strength: float, rng: np.random.Generator) -> Tensor:
+    """Turn, stretch, shear and recolour each image by amounts of its own.
+
+    For trainings long enough to know every image by heart. Half of the images keep
+    their shape: what is resampled is blurred, too. After E. Cubuk et al.,
+    "RandAugment", NeurIPS 2020: random strengths below a given one, nothing learned;
+    here all at once, since one resampling costs less than several.
+
+    Args:
+        images: `(N, 3, H, W)`, grey values 0..255.
+        strength: 0..1; at 1 up to 30 degrees, a third of the size, and twice or half
+            the brightness, contrast and saturation.
+        rng: Source of all choices.
+
+    Returns:
+        `(N, 3, H, W)` float32, grey values 0..255.
+    """
+    x = images.to(torch.float32, copy=True)
+    turned = torch.from_numpy(np.flatnonzero(rng.random(len(x)) < 0.5))
+    if len(turned):
+        matrices = _affine_matrices(len(turned), strength, rng)
+        grid = F.affine_grid(matrices, list(x[turned].shape), align_corners=False)
+        x[turned] = F.grid_sample(
+            x[turned], grid, padding_mode="reflection", align_corners=False
+        )
+    return _recoloured(x, strength, rng)
+
+
+def _affine_matrices(count: int, strength: float, rng: np.random.Generator) -> Tensor:
+    """Turns, stretches and shears `(count, 2, 3)`."""
+    angle = np.pi / 6 * strength * rng.uniform(-1, 1, count)
+    stretch = np.exp(strength / 3 * rng.uniform(-1, 1, (2, count)))
+    shear = strength / 3 * rng.uniform(-1, 1, count)
+    sine, cosine, zero = np.sin(angle), np.cos(angle), np.zeros(count)
+    rows = [
+        [cosine * stretch[0], (cosine * shear - sine) * stretch[1], zero],
+        [sine * stretch[0], (sine * shear + cosine) * stretch[1], zero],
+    ]
+    return torch.from_numpy(np.array(rows).transpose(2, 0, 1).astype(np.float32))
+
+
+def _recoloured(x: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Images of other brightness, contrast and saturation, as far as 0..255 goes."""
+    factors = 2.0 ** (strength * rng.uniform(-1, 1, (3, len(x), 1, 1, 1)))
+    brightness, contrast, saturation = torch.from_numpy(factors.astype(np.float32))
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * saturation
+    mean = grey.mean((2, 3), keepdim=True)
+    recoloured: Tensor = (mean + (x - mean) * contrast) * brightness
+    return recoloured.clamp(0, 255)
 
 
 def cut_and_mix(

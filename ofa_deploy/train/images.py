@@ -13,7 +13,7 @@ from torch import Tensor
 from ofa_deploy.dataset import ImageSet, split_validation
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.preprocess import Normalisation, measure_normalisation
-from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, network_input
+from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, distort, network_input
 from ofa_deploy.train.recipe import Recipe
 
 _EVALUATION_BATCH = 250
@@ -141,7 +141,10 @@ class TrainingImages:
         )
         targets = F.one_hot(self._labels[index], len(self.training.class_names))
         targets = targets.float()
-        if rng.random() < self._recipe.phases[phase].cutmix_share:
+        changes = self._recipe.phases[phase]
+        if changes.distortion:
+            images = distort(images, strength=changes.distortion, rng=rng)
+        if rng.random() < changes.cutmix_share:
             images, targets = cut_and_mix(images, targets, rng=rng)
         inputs = network_input(
             images, resolution=resolution, normalisation=self.normalisation

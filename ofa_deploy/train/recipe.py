@@ -36,6 +36,8 @@ class Phase:
         teachers: Names of the phases whose full networks teach, by the mean of their
             class probabilities; empty for the first phase's alone.
         cutmix_share: Share of the batches whose images are mixed, 0..1.
+        distortion: Strength of random changes of shape and colour, 0..1; for long
+            trainings, that would learn the images by heart.
         sorted_expands: Sort channels before the phase, keeping the prefixes of this
             many of the largest expand ratios; None for no sorting.
     """
@@ -52,6 +54,7 @@ class Phase:
     distill: bool = True
     teachers: tuple[str, ...] = ()
     cutmix_share: float = 0.0
+    distortion: float = 0.0
     sorted_expands: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class Phase:
             raise TrainingError(
                 f"phase {self.name}: subnet_count={self.subnet_count}; a sandwich has "
                 "at least 2"
+            )
+        if not 0 <= self.distortion <= 1:
+            raise TrainingError(
+                f"phase {self.name}: distortion={self.distortion:g}; give 0 for none, "
+                "up to 1 for the strongest"
             )
 
 
@@ -135,8 +143,10 @@ class Recipe:
         if self.temperature is None:  # nor had they such a loss
             del content["temperature"], content["teacher_share"]
         for phase in content["phases"]:
-            if not phase["teachers"]:
-                del phase["teachers"]  # runs from before there were any stay the same
+            # Runs from before there were any stay the same.
+            for added in ("teachers", "distortion"):
+                if not phase[added]:
+                    del phase[added]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

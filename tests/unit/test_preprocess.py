@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ofa_deploy.errors import DataError, FormatError
@@ -16,7 +16,12 @@ from ofa_deploy.preprocess import (
     prepare,
     resize,
 )
-from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, network_input
+from ofa_deploy.train.augment import (
+    crop_and_flip,
+    cut_and_mix,
+    distort,
+    network_input,
+)
 from profilers.json_reader import JsonNode
 from tests.support import tiny
 
@@ -176,3 +181,61 @@ def test_mixing_leaves_its_arguments_alone() -> None:
     before = images.clone()
     cut_and_mix(images, torch.eye(4), rng=np.random.default_rng(0))
     assert torch.equal(images, before)
+
+
+# -- distortions -----------------------------------------------------------------------
+
+strengths = st.floats(0.05, 1)
+
+
+def pictures(count: int = 8, side: int = 12) -> torch.Tensor:
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+    return torch.from_numpy(pixels)
+
+
+def test_no_strength_distorts_nothing() -> None:
+    images = pictures()
+    found = distort(images, strength=0.0, rng=np.random.default_rng(0))
+    torch.testing.assert_close(found, images.float(), atol=0.01, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(strengths, st.integers(0, 1000), st.booleans())
+def test_distorted_images_stay_images(strength: float, seed: int, real: bool) -> None:
+    images = pictures().float() if real else pictures()
+    kept = images.clone()
+    found = distort(images, strength=strength, rng=np.random.default_rng(seed))
+    assert found.shape == images.shape
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 255
+    assert torch.equal(images, kept)
+    again = distort(images, strength=strength, rng=np.random.default_rng(seed))
+    assert torch.equal(found, again)
+
+
+@settings(max_examples=25, deadline=None)
+@given(strengths, st.integers(0, 1000))
+def test_distortion_adds_no_border(strength: float, seed: int) -> None:
+    """An image of one colour stays one, whatever its shape becomes."""
+    images = torch.tensor([10, 128, 250], dtype=torch.uint8)
+    images = images[None, :, None, None].expand(16, 3, 12, 12).clone()
+    found = distort(images, strength=strength, rng=np.random.default_rng(seed))
+    spread = found.amax((2, 3)) - found.amin((2, 3))
+    assert float(spread.max()) < 0.01
+
+
+def test_every_image_is_distorted_in_its_own_way() -> None:
+    images = pictures(1).expand(32, 3, 12, 12).clone()
+    found = distort(images, strength=0.5, rng=np.random.default_rng(0))
+    assert len(torch.unique(found.flatten(1), dim=0)) == len(found)
+
+
+def test_half_of_the_images_keep_their_shape() -> None:
+    """Recoloured alone, a pixel stays as bright beside others as it was."""
+    images = 100 + pictures(200) / 10
+    found = distort(images, strength=0.2, rng=np.random.default_rng(0))
+    before, after = images.mean(1).flatten(1), found.mean(1).flatten(1)
+    pairs = zip(before, after, strict=True)
+    likeness = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
+    assert 70 <= sum(one > 0.999 for one in likeness) <= 130
