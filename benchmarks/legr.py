@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from inputs import console
 from loky import ProcessPoolExecutor
-from pas import teachers
+from pas import later_teachers
 from report import Section
 from torch import nn
 from trainings import (
@@ -132,7 +132,7 @@ def train_dense(args: argparse.Namespace) -> None:
         images=images,
         recipe=DENSE,
         work=args.work / "legr",
-        teacher=teachers(images),
+        teacher=later_teachers(images),
     )
     keep("resnet20-dense", arrays_of(module), {"": log_of(folder)})
 
