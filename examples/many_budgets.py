@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from ofa_deploy import frontier
+from ofa_deploy.errors import DeployError
 
 
 def main() -> None:
@@ -46,4 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DeployError as error:
+        raise SystemExit(str(error)) from error

@@ -2,8 +2,7 @@
 
     python examples/shrink_your_own.py --out build/shrunk
 
-The network below, trained on generated images for a few seconds, stands for yours. The
-command line does the same for a network in a file:
+The network below stands for yours. The command line does the same for one in a file:
 
     ofa-deploy shrink --model net.py:build --weights net.safetensors --data images/ \
         --latency-ms 0.5 --out bundle
@@ -16,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import ofa_deploy
 from ofa_deploy.dataset import ImageSet
+from ofa_deploy.errors import DeployError
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
@@ -34,17 +33,15 @@ COLOURS = np.array([(60, 90, 200), (60, 180, 70), (200, 60, 50)])
 def coloured_images(count: int = 600, size: int = 16) -> ImageSet:
     """Noisy patches of three colours."""
     rng = np.random.default_rng(0)
-    labels = np.arange(count) % len(COLOURS)
+    labels = np.arange(count, dtype=np.int64) % len(COLOURS)
     pixels = COLOURS[labels][:, None, None] + rng.normal(0, 60, (count, size, size, 3))
     images = pixels.clip(0, 255).astype(np.uint8)
-    names = ("blue", "green", "red")
-    return ImageSet(images=images, labels=labels.astype(np.int64), class_names=names)
+    return ImageSet(images=images, labels=labels, class_names=("blue", "green", "red"))
 
 
 def trained_network(data: ImageSet) -> StaticNet:
     """A small network of branched convolutions."""
     space = replace(repvgg.small(class_count=3), resolutions=(16,))
-    torch.manual_seed(0)
     network = StaticNet(lower(space, space.smallest()))
     phase = Phase(name="dense", epochs=3, peak_learning_rate=0.05, distill=False)
     recipe = Recipe(phases=(phase,), batch_size=60)
@@ -76,4 +73,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DeployError as error:
+        raise SystemExit(str(error)) from error

@@ -28,9 +28,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(name: str, *words: str | Path, cache: Path) -> str:
-    """Run an example; what it prints."""
-    done = subprocess.run(
+def attempt(
+    name: str, *words: str | Path, cache: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run an example, whatever comes of it."""
+    return subprocess.run(
         [sys.executable, EXAMPLES / name, *words],
         cwd=cache,
         env={**os.environ, "XDG_CACHE_HOME": str(cache)},
@@ -38,6 +40,11 @@ def run(name: str, *words: str | Path, cache: Path) -> str:
         text=True,
         check=False,
     )
+
+
+def run(name: str, *words: str | Path, cache: Path) -> str:
+    """Run an example; what it prints."""
+    done = attempt(name, *words, cache=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -88,3 +95,8 @@ def test_a_network_of_ones_own_is_shrunk(cache: Path, tmp_path: Path) -> None:
     words = ("--out", tmp_path / "mine", "--latency-ms", "100")
     shown = run("shrink_your_own.py", *words, cache=cache)
     assert f"{tmp_path / 'mine'}: " in shown
+    # A second call leaves the bundle alone, and says so.
+    refused = attempt("shrink_your_own.py", *words, cache=cache)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert str(tmp_path / "mine") in refused.stderr
