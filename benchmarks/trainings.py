@@ -275,7 +275,8 @@ def shrink_to_latency_of(
     if not path.is_file():
         found = time_on("openvino-cpu", {"macs": by_macs})
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n")
+        text = json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n"
+        write_atomically(path, text.encode())
     if not out.exists():
         with StageBar(console) as bar:
             specialize(
@@ -413,7 +414,8 @@ class Lines:
             f"{stage}: epoch {done} of {progress.epochs}, loss "
             f"{progress.loss:.3f}, validation {progress.accuracy:.4f}, "
             f"{progress.images_per_s:.0f} images/s, {progress.eta_s / 60:.0f} min left "
-            f"{[count for count, _ in progress.kept.values()]}",
+            f"{[count for count, _ in progress.kept.values()]} "
+            + "; ".join(progress.remarks),
             flush=True,
         )
 

@@ -71,6 +71,8 @@ class ByChannels:
             if network.met:
                 return self._shrunk(network, self._channels, ())
             call.require_accuracy(network)
+            if self._least_share(whole) >= 1:
+                raise call.missed(network)
             share = self._asked_share(network)
         share = max(share, self._least_share(whole))
         teacher = self._teacher() if call.recipe.distill else None

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.projection import drop_needless
-from ofa_deploy.nn.static import FusedNet, PlannedNet
+from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.cost import MacPrice
@@ -84,7 +85,7 @@ class OwnNetwork:
         shape = (IMAGE_CHANNELS, resolution, resolution)
         graph = (
             planned_channels(module)
-            if isinstance(module, PlannedNet) and _is_chain(module)
+            if _is_chain(module)
             else trace_channels(module, input_shape=shape)
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
@@ -230,7 +231,7 @@ class OwnNetwork:
     @property
     def is_chain(self) -> bool:
         """Whether it becomes a plain chain of convolutions, which any writer writes."""
-        return isinstance(self.module, PlannedNet) and _is_chain(self.module)
+        return _is_chain(self.module)
 
     @property
     def sha256(self) -> str:
@@ -321,7 +322,7 @@ class OwnNetwork:
         return self._write(self._narrowed(kept), target, folder)
 
     def _narrowed(self, kept: Sequence[Tensor]) -> FusedNetwork | nn.Module:
-        if isinstance(self.module, PlannedNet) and self.is_chain:
+        if _is_chain(self.module):
             return extract_plan(self.module, self.graph, kept, name=_digest(kept))
         return extract_module(self.module, self.graph, kept).eval()
 
@@ -357,10 +358,11 @@ class OwnNetwork:
         )
 
 
-def _is_chain(network: PlannedNet) -> bool:
-    return all(
+def _is_chain(module: nn.Module) -> TypeGuard[StaticNet]:
+    # What was fused already has no branches left to merge, whatever its plan says.
+    return isinstance(module, StaticNet) and all(
         isinstance(layer, RepConvLayer | PoolLayer | LinearLayer)
-        for layer in network.plan.layers
+        for layer in module.plan.layers
     )
 
 

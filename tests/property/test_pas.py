@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
+from ofa_deploy.fuse import fuse
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
@@ -625,3 +626,28 @@ def test_images_of_another_shape_are_refused() -> None:
 def test_channels_of_grouped_convolutions_stay() -> None:
     names = [group.name for group in channels(own("gated")).groups]
     assert names == ["stem.0", "gate.reduce", "last.0"]
+
+
+# -- what was fused already ------------------------------------------------------------
+
+
+def test_a_fused_network_has_channels_to_remove_like_any_other() -> None:
+    """It has no branches left, whatever its plan says of them."""
+    network = branched()
+    fused = FusedNet(network.plan, fuse(network.weights(), network.plan)).eval()
+    brought = OwnNetwork.of(
+        fused,
+        resolution=12,
+        normalisation=Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        class_names=tuple("abcde"),
+    )
+    assert not brought.is_chain
+    masked = brought.masked()
+    kept = [torch.arange(0, group.channels, 2) for group in brought.graph.groups]
+    for mask, indices in zip(masked.masks, kept, strict=True):
+        mask.keep_only(indices)
+    x = torch.randn(2, 3, 12, 12)
+    narrow = brought.remainder(masked, kept).eval()
+    with torch.no_grad():
+        expected, found = masked.module.eval()(x), narrow(x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
