@@ -113,8 +113,19 @@ def _course(history: ShrinkHistory) -> str:
     return plot(
         "Course of the search",
         f"Share of its {history.unit} that each {_part(history)} kept, epoch by epoch; "
-        f"the thick line is {of_all}{_told_expected(history)}.",
+        f"the thick line is {of_all}{_told_expected(history)}."
+        f"{_told_collapses(history)}",
         draw_course(history),
+    )
+
+
+def _told_collapses(history: ShrinkHistory) -> str:
+    collapses = history.search[-1].get("collapses") if history.search else None
+    if not isinstance(collapses, list) or not collapses:
+        return ""
+    return (
+        f" {', '.join(map(str, collapses))} fell to nothing at once, and got back what "
+        "there was before: the pull was too strong, and was halved."
     )
 
 

@@ -307,6 +307,14 @@ def test_the_expected_price_is_drawn_beside_the_likeliest() -> None:
     assert "expected" not in other
 
 
+def test_what_collapsed_and_came_back_is_told() -> None:
+    plain = [{"kept": [8, 1], "price_share": 0.6, "collapses": []}]
+    fallen = [*plain, {**plain[0], "collapses": ["stem"]}]
+    searched = replace(history(), method="pas", search=tuple(fallen))
+    assert "stem fell to nothing at once" in _course(searched)
+    assert "fell to" not in _course(replace(searched, search=tuple(plain)))
+
+
 def test_layers_are_left_whole_for_the_reason_that_is_told() -> None:
     assert _told_whole(history()) == ""
     assert _told_whole(history(left_whole=("a", "b"), too_narrow=("c",))) == (
