@@ -308,7 +308,7 @@ def test_the_expected_price_is_drawn_beside_the_likeliest() -> None:
 
 
 def test_what_collapsed_and_came_back_is_told() -> None:
-    plain = [{"kept": [8, 1], "price_share": 0.6, "collapses": []}]
+    plain = [{"epoch": 1, "kept": [8, 1], "price_share": 0.6, "collapses": []}]
     fallen = [*plain, {**plain[0], "collapses": ["stem"]}]
     searched = replace(history(), method="pas", search=tuple(fallen))
     assert "stem fell to nothing at once" in _course(searched)
