@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from ofa_deploy.predict.latency import LatencyPredictor, Objective
 from ofa_deploy.predict.sizes import NetworkSizes
 from ofa_deploy.search.dominance import Promotion, promotion
 from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem
-from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2
+from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2, exhaustive_front
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
 
 Floats = NDArray[np.float64]
@@ -22,6 +24,8 @@ Progress = Callable[[int, int], None]
 
 # Columns of a front's costs.
 LATENCY_MS, ERROR, WEIGHT_BYTES = range(3)
+# Networks of a space that are all looked at, if the search may look at as many.
+MAX_LOOKED_AT = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,9 @@ def find_front(
 ) -> Front:
     """The front of latency, accuracy and size.
 
+    Of a small space all networks are looked at: where some fail on the runtime, one of
+    the front may have none of the others near it.
+
     Widths that cost no less time than a wider one cost less memory: none is left out.
 
     Args:
@@ -113,6 +120,8 @@ def find_front(
         ]
     )
     problem = FrontProblem(space=space, costs=predictors.costs, landmarks=landmarks)
+    if math.prod(space.choice_counts.tolist()) <= min(MAX_LOOKED_AT, search.polish):
+        return exhaustive_front(*problem.costed(enumerate_genomes(space)))
     return search.search(problem, np.random.default_rng(seed), progress=progress)
 
 
