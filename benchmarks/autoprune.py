@@ -21,6 +21,7 @@ from inputs import console
 from report import Section
 from torch import nn
 from trainings import (
+    DIGITS,
     RESOLUTION,
     Lines,
     accuracy_of,
@@ -228,7 +229,10 @@ def publish(args: argparse.Namespace) -> None:
         ],
     )
     section.table(["training", "epochs", "minutes"], trainings_of("vgg-"))
-    lost = {name: found["dense"] - found[name] for name in ("filters", "weights")}
+    lost = {
+        name: round(found["dense"] - found[name], DIGITS)
+        for name in ("filters", "weights")
+    }
     section.bar(
         f"filters: {lost['filters']:+.2%} lost (at most {MOST_LOST:.1%}) with "
         f"{left / full:.1%} of the MACs",

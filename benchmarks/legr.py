@@ -30,6 +30,7 @@ from pas import later_teachers
 from report import Section
 from torch import nn
 from trainings import (
+    DIGITS,
     LOGS,
     RESOLUTION,
     accuracy_of,
@@ -53,6 +54,7 @@ from trainings import (
     train,
     training_set,
     trainings_of,
+    wait_until_idle,
 )
 
 from ofa_deploy.cli.progress import StageBar
@@ -170,6 +172,7 @@ def learn_ranking(args: argparse.Namespace) -> None:
     """At the lowest budget; and what an evaluation costs at each."""
     images = TrainingImages(training_set(args), TUNE)
     own = owned(images)
+    wait_until_idle()
     start = digest(kept("resnet20-dense"), SETTINGS, BUDGETS)
     folder = args.work / "legr" / f"ranking-{start}"
     seconds_each = {}
@@ -314,6 +317,7 @@ def prune_by_latency(args: argparse.Namespace) -> None:
     recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
     shrink_to_latency_of(
         by_macs,
+        came_from=tuned_name("LeGR", 0.5, 0),
         name="legr-latency",
         model=network("resnet20-dense"),
         method="legr",
@@ -379,13 +383,16 @@ def publish(args: argparse.Namespace) -> None:
     section.bar(
         f"dense: {dense:.2%} (at least {LEAST_DENSE:.1%})", passed=dense >= LEAST_DENSE
     )
-    lost = dense - found["LeGR", 0.5]
+    lost = round(dense - found["LeGR", 0.5], DIGITS)
     section.bar(
         f"half of the MACs: {lost:+.2%} lost (at most {MOST_LOST:.1%})",
         passed=lost <= MOST_LOST,
     )
     for other in RANKINGS[1:]:
-        won = [found["LeGR", share] - found[other, share] for share in BUDGETS]
+        won = [
+            round(found["LeGR", share] - found[other, share], DIGITS)
+            for share in BUDGETS
+        ]
         told = ", ".join(
             f"{one:+.2%} at {share:.0%}"
             for one, share in zip(won, BUDGETS, strict=True)

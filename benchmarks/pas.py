@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
+    DIGITS,
     DRY_RUN,
     LOGS,
     RESOLUTION,
@@ -489,6 +490,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     fused, _ = pruned_by_macs(TrainingImages(data, shrink_recipe().search))
     shrink_to_latency_of(
         emit_network(fused.plan, fused.weights, form="fused"),
+        came_from="pas-macs",
         name="pas-milliseconds",
         model=StaticNet(dense_plan(), kept("pas-dense")),
         method="pas",
@@ -584,7 +586,8 @@ def write(
         f"{macs['dense'] / 1e6:.1f} MMACs (at most 80)",
         passed=accuracies["dense"] >= LEAST_DENSE and macs["dense"] <= 8e7,
     )
-    lost, won = accuracies["dense"] - by_macs, by_macs - uniform
+    lost = round(accuracies["dense"] - by_macs, DIGITS)
+    won = round(by_macs - uniform, DIGITS)
     section.bar(
         f"half of the MACs: {lost:+.2%} lost (at most {MOST_LOST:.1%})",
         passed=lost <= MOST_LOST,

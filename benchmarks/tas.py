@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from report import Section
 from torch import nn
 from trainings import (
+    DIGITS,
     LOGS,
     RESOLUTION,
     WEIGHTS,
@@ -386,6 +387,7 @@ def shrink_by_latency(args: argparse.Namespace) -> None:
     """The latency of the network found by MACs, as a budget."""
     shrink_to_latency_of(
         onnx_of(trained("found", 0)),
+        came_from="tas-found-0",
         name=LATENCY,
         model=teacher(),
         method="tas",
@@ -451,7 +453,7 @@ def publish(args: argparse.Namespace) -> None:
     section.table(["training", "epochs", "minutes"], rows)
     means = {kind: statistics.mean(values) for kind, values in accuracies.items()}
     for kind, least in LEAST_WON.items():
-        won = means["found"] - means[kind]
+        won = round(means["found"] - means[kind], DIGITS)
         section.bar(
             f"above {kind}: {won:+.2%} (at least {least:.1%})", passed=won >= least
         )

@@ -57,6 +57,9 @@ LOGS, WEIGHTS = (Path(DRY_RUN or HERE) / name for name in ("logs", "weights"))
 DRY_COUNT = 2_000
 RESOLUTION = 32
 SETTINGS = MeasureSettings.certify(seed=5)
+# Of a difference of accuracies: what is beyond is of the arithmetic, and would decide
+# where a bar is met exactly.
+DIGITS = 6
 # Of two latencies, that pass for one.
 SAME_LATENCY = 0.02
 # Of the last minute, above which nothing is timed; what came before fades slowly.
@@ -251,6 +254,7 @@ def is_kept(name: str, origin: str) -> bool:
 def shrink_to_latency_of(
     by_macs: bytes,
     *,
+    came_from: str,
     name: str,
     model: nn.Module,
     method: Method,
@@ -262,6 +266,8 @@ def shrink_to_latency_of(
 
     Args:
         by_macs: That form, as an ONNX model.
+        came_from: Name of the kept result that it is of; the model's own bytes tell of
+            the folder that it was exported in, too.
         name: Of the bundle that is kept.
         model: The network.
         method: That found both.
@@ -269,8 +275,8 @@ def shrink_to_latency_of(
         data: To train on.
         work: Folder of what is not kept.
     """
-    given = hashlib.sha256(by_macs).hexdigest()
-    folder = work / f"{name}-{digest(arrays_of(model), given, recipe)}"
+    start = digest(arrays_of(model), digest(kept(came_from)), recipe)
+    folder = work / f"{name}-{start}"
     path, out = folder / "budget.json", folder / "bundle"
     if not path.is_file():
         found = time_on("openvino-cpu", {"macs": by_macs})
@@ -342,8 +348,9 @@ def trainings_of(prefix: str) -> list[list[str]]:
     for path in sorted(LOGS.glob(f"{prefix}*.json")):  # of bundles
         history = json.loads(path.read_text())
         for part in ("search", "finetune"):
-            if history.get(part) and "epoch" in history[part][-1]:
-                lasts[f"{path.stem}-{part}"] = history[part][-1]
+            last = (history.get(part) or [None])[-1]
+            if isinstance(last, dict) and "epoch" in last:
+                lasts[f"{path.stem}-{part}"] = last
     return [
         [
             name.removeprefix(prefix).replace("-", ", "),
