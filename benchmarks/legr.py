@@ -15,7 +15,6 @@ measures and publishes. In this order:
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -31,7 +30,6 @@ from report import Section
 from torch import nn
 from trainings import (
     DIGITS,
-    LOGS,
     RESOLUTION,
     accuracy_of,
     arrays_of,
@@ -39,8 +37,10 @@ from trainings import (
     digest,
     is_kept,
     keep,
+    keep_facts,
     kept,
     kept_counts,
+    kept_facts,
     loaded,
     log_of,
     narrowed,
@@ -201,8 +201,7 @@ def learn_ranking(args: argparse.Namespace) -> None:
         "seconds": learned.population.seconds,
         "seconds_each": seconds_each,
     }
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    (LOGS / "legr-ranking.json").write_text(text)
+    keep_facts("legr-ranking", content)
 
 
 def seconds_of_one(
@@ -220,7 +219,7 @@ def seconds_of_one(
 
 def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
     """What each ranking leaves at a share of the MACs."""
-    learned = json.loads((LOGS / "legr-ranking.json").read_text())
+    learned = kept_facts("legr-ranking")
     if learned["network"] != own.sha256:
         raise SystemExit("the ranking is of another network; run the stage ranking")
     price = MacPrice(own.graph)
@@ -406,7 +405,7 @@ def publish(args: argparse.Namespace) -> None:
 
 def write_search(section: Section) -> None:
     """What one search costs, beside one a budget."""
-    learned = json.loads((LOGS / "legr-ranking.json").read_text())
+    learned = kept_facts("legr-ranking")
     each = learned["seconds_each"]
     rivals_s = SETTINGS.evaluations * sum(each.values())
     ratio = learned["seconds"] / rivals_s

@@ -26,7 +26,6 @@ While `scale`, `milliseconds` and `report` time networks, nothing else may run.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +42,6 @@ from torch import nn
 from trainings import (
     DIGITS,
     DRY_RUN,
-    LOGS,
     RESOLUTION,
     SAME_LATENCY,
     WEIGHTS,
@@ -55,7 +53,9 @@ from trainings import (
     arrays_of,
     digest,
     keep,
+    keep_facts,
     kept,
+    kept_facts,
     loaded,
     log_of,
     one_cycle,
@@ -98,7 +98,6 @@ from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from profilers.files import write_atomically
 
 WIDE_EPOCHS, WIDE_AGAIN_EPOCHS = 40, 16
 PLAIN_EPOCHS, TAUGHT_EPOCHS, AGAIN_EPOCHS, DENSE_EPOCHS = 80, 60, 60, 12
@@ -379,8 +378,8 @@ def pruned_by_macs(training: TrainingImages) -> tuple[FusedNetwork, MaskedNetwor
     graph = own_network(kept("pas-dense"), training).graph
     module = StaticNet(dense_plan(), arrays)
     masked = insert_masks(module, graph)
-    for index, mask in enumerate(masked.masks):
-        mask.keep_only(torch.from_numpy(arrays[f"kept.{index}"]))
+    count = len(masked.masks)
+    freeze(masked, [torch.from_numpy(arrays[f"kept.{k}"]) for k in range(count)])
     fused = extract_plan(module, graph, masked.kept(), name="pas-macs")
     return fused, masked
 
@@ -439,14 +438,13 @@ def choose_scale(args: argparse.Namespace) -> None:
         "uniform_ms": found[chosen],
         "all_ms": found,
     }
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    write_atomically(LOGS / "pas-scale.json", text.encode())
-    print(text)
+    keep_facts("pas-scale", content)
+    print(content)
 
 
 def uniform_plan() -> NetworkPlan:
     """The same family, scaled as the stage `scale` found."""
-    return scaled_plan(json.loads((LOGS / "pas-scale.json").read_text())["share"])
+    return scaled_plan(kept_facts("pas-scale")["share"])
 
 
 def train_uniform_plain(args: argparse.Namespace) -> None:
@@ -509,7 +507,7 @@ def publish(args: argparse.Namespace) -> None:
     test = test_set(args)
     dense = StaticNet(dense_plan(), kept("pas-dense")).eval()
     fused, _ = pruned_by_macs(training)
-    share = json.loads((LOGS / "pas-scale.json").read_text())["share"]
+    share = kept_facts("pas-scale")["share"]
     scaled = uniform_plan()
     bundle = Bundle.open(WEIGHTS / "pas-milliseconds")
     networks = {

@@ -43,7 +43,9 @@ from trainings import (
     digest,
     is_kept,
     keep,
+    keep_facts,
     kept,
+    kept_facts,
     loaded,
     log_of,
     one_cycle,
@@ -199,8 +201,7 @@ def structure(kind: str, seed: int) -> ResNetShape:
 
 def kept_structure(name: str) -> dict[str, Any]:
     """What the stage `search` left of one."""
-    content: dict[str, Any] = json.loads((LOGS / f"tas-search-{name}.json").read_text())
-    return content
+    return kept_facts(f"tas-search-{name}")
 
 
 def keep_structure(name: str, found: Found, **facts: float) -> None:
@@ -211,13 +212,12 @@ def keep_structure(name: str, found: Found, **facts: float) -> None:
         "depths": shape.kept_blocks,
         **facts,
     }
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    (LOGS / f"tas-search-{name}.json").write_text(text)
+    keep_facts(f"tas-search-{name}", content)
 
 
 def latency_shape() -> ResNetShape:
     """Of the bundle that the stage `latency` left."""
-    history = json.loads((LOGS / f"{LATENCY}.json").read_text())
+    history = kept_facts(LATENCY)
     counts = dict(zip(history["groups"], history["kept"], strict=True))
     depths = [
         counts.get(f"stages.{stage}[0:{WHOLE.blocks}], blocks", WHOLE.blocks)
@@ -291,8 +291,7 @@ def search(args: argparse.Namespace) -> None:
     for seed in SEEDS:
         found, share = random_network(own, seed)
         keep_structure(f"random-{seed}", found, searched_share=share)
-    text = json.dumps(timed_epochs(data), indent=1) + "\n"
-    (LOGS / "tas-search-epochs.json").write_text(text)
+    keep_facts("tas-search-epochs", timed_epochs(data))
 
 
 def start_of(recipe: ShrinkRecipe) -> str:
@@ -486,7 +485,7 @@ def write_search(section: Section) -> None:
         f"{fitted:.2%}",
         passed=off <= MOST_OFF,
     )
-    seconds = json.loads((LOGS / "tas-search-epochs.json").read_text())
+    seconds = kept_facts("tas-search-epochs")
     each_s = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = each_s["search"] / each_s["dense"]
     section.bar(

@@ -36,6 +36,7 @@ from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.fitting import AIMED_SHARE
+from ofa_deploy.shrink.methods import remembered
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
@@ -181,6 +182,18 @@ def kept(name: str) -> Weights:
     }
 
 
+def keep_facts(name: str, content: Mapping[str, Any]) -> None:
+    """Put what a stage found out where it is committed, as JSON."""
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    write_atomically(LOGS / f"{name}.json", text.encode())
+
+
+def kept_facts(name: str) -> dict[str, Any]:
+    """What `keep_facts` was given."""
+    content: dict[str, Any] = json.loads((LOGS / f"{name}.json").read_text())
+    return content
+
+
 def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
     """Parameters and statistics of a module."""
     return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
@@ -277,17 +290,16 @@ def shrink_to_latency_of(
     """
     start = digest(arrays_of(model), digest(kept(came_from)), recipe)
     folder = work / f"{name}-{start}"
-    path, out = folder / "budget.json", folder / "bundle"
-    if not path.is_file():
-        found = time_on("openvino-cpu", {"macs": by_macs})
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"budget_ms": found["macs"] / AIMED_SHARE}) + "\n"
-        write_atomically(path, text.encode())
+    budget_ms = remembered(
+        folder / "budget.json",
+        lambda: time_on("openvino-cpu", {"macs": by_macs})["macs"] / AIMED_SHARE,
+    )
+    out = folder / "bundle"
     if not out.exists():
         with StageBar(console) as bar:
             specialize(
                 "openvino-cpu",
-                latency_ms=json.loads(path.read_text())["budget_ms"],
+                latency_ms=budget_ms,
                 model=model,
                 method=method,
                 data=data,

@@ -71,10 +71,13 @@ class ByChannels:
             if network.met:
                 return self._shrunk(network, self._channels, ())
             call.require_accuracy(network)
-            if self._least_share(whole) >= 1:
+            least_share = self._least_share(whole)
+            if least_share >= 1:
                 raise call.missed(network)
             share = self._asked_share(network)
-        share = max(share, self._least_share(whole))
+        else:
+            least_share = self._least_share(whole)
+        share = max(share, least_share)
         teacher = self._teacher() if call.recipe.distill else None
         folder = call.work / self._name(share)
         call.reporter.begin(SEARCHING)

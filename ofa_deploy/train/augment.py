@@ -59,9 +59,10 @@ def distort(images: Tensor, *, strength: float, rng: np.random.Generator) -> Ten
     turned = torch.from_numpy(np.flatnonzero(rng.random(len(x)) < 0.5))
     if len(turned):
         matrices = _affine_matrices(len(turned), strength, rng)
-        grid = F.affine_grid(matrices, list(x[turned].shape), align_corners=False)
+        part = x[turned]
+        grid = F.affine_grid(matrices, list(part.shape), align_corners=False)
         x[turned] = F.grid_sample(
-            x[turned], grid, padding_mode="reflection", align_corners=False
+            part, grid, padding_mode="reflection", align_corners=False
         )
     return _recoloured(x, strength, rng)
 
