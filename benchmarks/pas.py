@@ -8,13 +8,11 @@ measures and publishes. In this order:
     wide-again      it once more, on images of other shapes and colours
     plain           the network that everything else is made from, without its branches
     taught          it once more, by both and the zoo's supernet together
-    taught-again    and once more, on images of other shapes and colours
     dense           it gets its branches, and is taught on
     macs            half of its MACs, by Pruning-as-Search
     scale           the uniform width that takes as long on OpenVINO as what came of it
     uniform-plain   that network, trained as the ones above: without branches first,
     uniform-taught  then taught,
-    uniform-again   and taught once more,
     uniform-branched  then with branches,
     uniform         then for as long as pruning and fine-tuning took, too
     milliseconds    Pruning-as-Search again, by OpenVINO's latency, through `specialize`
@@ -100,7 +98,7 @@ from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 WIDE_EPOCHS, WIDE_AGAIN_EPOCHS = 40, 16
-PLAIN_EPOCHS, TAUGHT_EPOCHS, AGAIN_EPOCHS, DENSE_EPOCHS = 80, 60, 60, 12
+PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 80, 60, 12
 SEARCH_EPOCHS, FINETUNE_EPOCHS = 8, 36
 # Of what teachers know. Five epochs of the plain network, taught by class probabilities
 # and labels alike: 90.1 % of the held-out images; at 2: 90.8; at 4: 90.6.
@@ -109,7 +107,6 @@ ALL_EPOCHS = sum(
     (
         PLAIN_EPOCHS,
         TAUGHT_EPOCHS,
-        AGAIN_EPOCHS,
         DENSE_EPOCHS,
         SEARCH_EPOCHS,
         FINETUNE_EPOCHS,
@@ -144,15 +141,6 @@ TAUGHT = one_cycle(
     epochs=TAUGHT_EPOCHS,
     peak_learning_rate=0.1,
     cutmix_share=0.75,
-    temperature=TEMPERATURE,
-)
-# What was taught knows 98.6 % of the training images, and 91.6 % of those held out.
-TAUGHT_AGAIN = one_cycle(
-    "taught-again",
-    epochs=AGAIN_EPOCHS,
-    peak_learning_rate=0.1,
-    cutmix_share=0.5,
-    distortion=0.5,
     temperature=TEMPERATURE,
 )
 WIDE = one_cycle("wide", epochs=WIDE_EPOCHS, peak_learning_rate=0.1, cutmix_share=0.75)
@@ -289,16 +277,10 @@ def train_taught(args: argparse.Namespace) -> None:
     train_whole(network, "taught", TAUGHT, args, first_teachers)
 
 
-def train_taught_again(args: argparse.Namespace) -> None:
-    """And once more, on images of other shapes and colours."""
-    network = StaticNet(plain_plan(dense_plan()), kept("pas-taught"))
-    train_whole(network, "taught-again", TAUGHT_AGAIN, args, later_teachers)
-
-
 def train_dense(args: argparse.Namespace) -> None:
     """It gets its branches, and is taught on."""
     recipe = branched_recipe("dense", epochs=DENSE_EPOCHS)
-    network = branched(dense_plan(), "pas-taught-again")
+    network = branched(dense_plan(), "pas-taught")
     train_whole(network, "dense", recipe, args, later_teachers)
 
 
@@ -459,16 +441,10 @@ def train_uniform_taught(args: argparse.Namespace) -> None:
     train_whole(network, "uniform-taught", TAUGHT, args, first_teachers)
 
 
-def train_uniform_again(args: argparse.Namespace) -> None:
-    """And once more."""
-    network = StaticNet(plain_plan(uniform_plan()), kept("pas-uniform-taught"))
-    train_whole(network, "uniform-again", TAUGHT_AGAIN, args, later_teachers)
-
-
 def train_uniform_branched(args: argparse.Namespace) -> None:
     """It gets its branches, as the dense network did."""
     recipe = branched_recipe("uniform-branched", epochs=DENSE_EPOCHS)
-    network = branched(uniform_plan(), "pas-uniform-again")
+    network = branched(uniform_plan(), "pas-uniform-taught")
     train_whole(network, "uniform-branched", recipe, args, later_teachers)
 
 
@@ -545,8 +521,7 @@ def write(
     """Tables and bars."""
     section.text(
         f"`repvgg-small`'s largest network at {RESOLUTION}×{RESOLUTION}, trained for "
-        f"{PLAIN_EPOCHS} epochs without its branches, {TAUGHT_EPOCHS} and "
-        f"{AGAIN_EPOCHS} more with "
+        f"{PLAIN_EPOCHS} epochs without its branches, {TAUGHT_EPOCHS} more with "
         "itself, a larger network and the zoo's supernet as teachers, and "
         f"{DENSE_EPOCHS} with branches; pruned for {SEARCH_EPOCHS} and fine-tuned for "
         f"{FINETUNE_EPOCHS} by the dense network; the uniform one trained from nothing "
@@ -671,13 +646,11 @@ STAGES = {
     "wide-again": train_wide_again,
     "plain": train_plain,
     "taught": train_taught,
-    "taught-again": train_taught_again,
     "dense": train_dense,
     "macs": prune_by_macs,
     "scale": choose_scale,
     "uniform-plain": train_uniform_plain,
     "uniform-taught": train_uniform_taught,
-    "uniform-again": train_uniform_again,
     "uniform-branched": train_uniform_branched,
     "uniform": train_uniform,
     "milliseconds": prune_by_milliseconds,

@@ -31,12 +31,15 @@ from ofa_deploy.api import specialize
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
+from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.preprocess import Normalisation, prepare
+from ofa_deploy.profiling import cache_folder
+from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.fitting import AIMED_SHARE
-from ofa_deploy.shrink.methods import remembered
+from ofa_deploy.shrink.methods import remembered, searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
@@ -46,10 +49,13 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.verify import judge_latency
 from profilers.backends import get_backend
 from profilers.files import write_atomically
+from profilers.fresh import measure_in_fresh_process
 from profilers.measure import measure_models
 from profilers.measurement import MeasureSettings, ModelUnderTest
+from profilers.timing import CERTIFY_PROCESSES
 
 HERE = Path(__file__).parent
 # A folder for what a try of all stages leaves, each of one epoch of a few images.
@@ -58,6 +64,7 @@ LOGS, WEIGHTS = (Path(DRY_RUN or HERE) / name for name in ("logs", "weights"))
 DRY_COUNT = 2_000
 RESOLUTION = 32
 SETTINGS = MeasureSettings.certify(seed=5)
+SHRUNK_FOR = Target(backend="openvino-cpu", threads=1)
 # Of a difference of accuracies: what is beyond is of the arithmetic, and would decide
 # where a bar is met exactly.
 DIGITS = 6
@@ -277,6 +284,8 @@ def shrink_to_latency_of(
 ) -> None:
     """Shrink a network to the latency that its form found by MACs has on OpenVINO.
 
+    Both are certified alike: in fresh processes, at the quiet level of one table.
+
     Args:
         by_macs: That form, as an ONNX model.
         came_from: Name of the kept result that it is of; the model's own bytes tell of
@@ -290,15 +299,21 @@ def shrink_to_latency_of(
     """
     start = digest(arrays_of(model), digest(kept(came_from)), recipe)
     folder = work / f"{name}-{start}"
-    budget_ms = remembered(
-        folder / "budget.json",
-        lambda: time_on("openvino-cpu", {"macs": by_macs})["macs"] / AIMED_SHARE,
-    )
     out = folder / "bundle"
     if not out.exists():
+        wait_until_idle()
         with StageBar(console) as bar:
+            budget_ms = remembered(
+                folder / "budget.json",
+                lambda: certified_ms(
+                    by_macs,
+                    prices_of(model, method=method, recipe=recipe, data=data, bar=bar),
+                    bar,
+                )
+                / AIMED_SHARE,
+            )
             specialize(
-                "openvino-cpu",
+                SHRUNK_FOR.backend,
                 latency_ms=budget_ms,
                 model=model,
                 method=method,
@@ -310,6 +325,56 @@ def shrink_to_latency_of(
                 training_told=Lines(bar),
             )
     keep_bundle(name, out)
+
+
+def prices_of(
+    model: nn.Module,
+    *,
+    method: Method,
+    recipe: ShrinkRecipe,
+    data: ImageSet,
+    bar: StageBar,
+) -> DevicePrices:
+    """What a network is priced by when it is shrunk; found again by that call."""
+    own = OwnNetwork.of(
+        model,
+        resolution=RESOLUTION,
+        normalisation=TrainingImages(data, recipe.search).normalisation,
+        class_names=data.class_names,
+    )
+    backend = get_backend(SHRUNK_FOR.backend)
+    step = recipe.step or runtime_step(
+        SHRUNK_FOR, backend=backend, folder=cache_folder(), reporter=bar
+    )
+    if method == "tas":
+        own = searched_by_tas(own, step=step, projects=recipe.tas.projects)
+    return measure_prices(
+        own,
+        target=SHRUNK_FOR,
+        backend=backend,
+        step=step,
+        folder=cache_folder(),
+        reporter=bar,
+    )
+
+
+def certified_ms(model: bytes, prices: DevicePrices, bar: StageBar) -> float:
+    """What a model's latency is certified to be below, held against such prices."""
+    bar.begin("certifying what was found by MACs")
+    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        measured = measure_in_fresh_process(
+            path,
+            backend_name=SHRUNK_FOR.backend,
+            threads=SHRUNK_FOR.threads,
+            settings=CERTIFY_SETTINGS,
+            processes=CERTIFY_PROCESSES,
+            beta=prices.table.beta,
+            anchor_reference_ns=prices.table.anchor_reference_ns,
+            progress=bar.advance,
+        )
+    return judge_latency(measured, budget_ms=measured.quiet_ms).bound
 
 
 def compare_by_latency(

@@ -62,7 +62,7 @@ def emit_network(
     value = INPUT_NAME
     for block in plan.blocks:
         value = graph.add_block(block, value)
-    graph.add("Identity", [value], OUTPUT_NAME)
+    graph.end_with(value)
     shape = [batch or "N", IMAGE_CHANNELS, plan.resolution, plan.resolution]
     return graph.serialise(
         name=plan.name,
@@ -85,7 +85,7 @@ def emit_block(block: BlockPlan, *, rng: np.random.Generator) -> bytes:
 
 def serialise_block(graph: OnnxGraph, block: BlockPlan, value: str) -> bytes:
     """A graph with nothing but one block, which begins at `value`."""
-    graph.add("Identity", [graph.add_block(block, value)], OUTPUT_NAME)
+    graph.end_with(graph.add_block(block, value))
     flat = isinstance(block.layers[-1], LinearLayer)
     spatial = [] if flat else [block.out_size, block.out_size]
     return graph.serialise(
@@ -132,6 +132,11 @@ class OnnxGraph(Emitter[str]):
         )
         self._nodes.append(node)
         return output
+
+    def end_with(self, value: str) -> None:
+        """Give the model's output its name, where it is written."""
+        (writer,) = (node for node in self._nodes if value in node.output)
+        writer.output[0] = OUTPUT_NAME
 
     def add_sum(self, block: BlockPlan, value: str, entered: str) -> str:
         """See `Emitter`."""

@@ -131,6 +131,7 @@ class Search:
                 floor=recipe.aligned_floor(self.step),
                 step=self.step,
             ),
+            steps=steps,
         )
 
     def loop(

@@ -40,6 +40,9 @@ REOPENED_MARGIN = 0.25
 # while it is this far above the target, each look raises the strength by this much.
 REACHED = 1.01
 STRENGTHENED = 1.15
+# Where the price's slope is looked at, between the whole network and the target: a
+# runtime that pads channels may have none at the top.
+SLOPE_POINTS = 9
 # Shares of the price: a target nearer than the first is not pulled at any harder for
 # that, and no strength makes up for less than the second.
 LEAST_DISTANCE, LEAST_EXCESS = 0.2, 0.02
@@ -91,12 +94,20 @@ class PruningAsSearch:
         masked: The network that is trained, with its masks.
         price: Of channel counts.
         settings: How.
+        steps: Of the whole search: after the last one, too, is looked whether a layer
+            collapsed; 0 where it is not known.
     """
 
     def __init__(
-        self, masked: MaskedNetwork, *, price: Price, settings: PasSettings
+        self,
+        masked: MaskedNetwork,
+        *,
+        price: Price,
+        settings: PasSettings,
+        steps: int = 0,
     ) -> None:
         self.masked = masked
+        self.steps = steps
         self.settings = settings
         self.price = price
         self.floors = [min(settings.floor, g.channels) for g in masked.graph.groups]
@@ -125,19 +136,27 @@ class PruningAsSearch:
         `r / (1 - m) * g` a step.
         """
         settings = self.settings
-        counts = full_counts(self.masked.graph).requires_grad_()
-        (slope,) = torch.autograd.grad(self.price(counts) / self.full_price, counts)
         distance = max(1 - settings.target_share, LEAST_DISTANCE)
         # Midway of the fall stands for all of it.
         height = torch.tensor((INITIAL_LATENT - THRESHOLD) / 2)
         estimator = self.masked.masks[0].estimator
-        steepest = float(slope.max()) * 2 * distance
+        steepest = self._steepest_slope() / self.full_price * 2 * distance
         steepest *= float(estimated_slope(height, estimator))
         if steepest <= 0:
             return 0.0
         per_step = settings.latent_rate / (1 - settings.momentum) * steepest
         fall = INITIAL_LATENT - THRESHOLD
         return fall / (per_step * settings.steps_to_flip)
+
+    def _steepest_slope(self) -> float:
+        """Of the price, by a channel of any group, as all are narrowed alike."""
+        full = full_counts(self.masked.graph).double()
+        slopes = []
+        for share in torch.linspace(1.0, self.settings.target_share, SLOPE_POINTS):
+            counts = (full * share).requires_grad_()
+            (slope,) = torch.autograd.grad(self.price(counts), counts)
+            slopes.append(float(slope.max()))
+        return max(slopes)
 
     # -- as a regulariser --------------------------------------------------------------
 
@@ -188,7 +207,7 @@ class PruningAsSearch:
                 self._fallen_to[index] = min(count, self._fallen_to[index])
                 _reopen(mask.latent.data, floor)
         self._steps += 1
-        if self._steps % COLLAPSE_WINDOW == 0:
+        if self._steps % COLLAPSE_WINDOW == 0 or self._steps == self.steps:
             self._look()
         self._removed.note()
 

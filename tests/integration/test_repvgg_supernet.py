@@ -100,4 +100,4 @@ def test_a_network_of_it_becomes_a_bundle_of_plain_convolutions(
     assert bundle.check().agrees
     assert "Where the milliseconds go" in (bundle.path / REPORT_FILE).read_text()
     kinds = {node.op_type for node in onnx.load(bundle.model_path).graph.node}
-    assert kinds == {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm", "Identity"}
+    assert kinds == {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}

@@ -249,7 +249,7 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
         return  # its file is no graph of operators that onnx reads
     nodes = onnx.load(bundle.path / "model.onnx").graph.node
     kinds = {node.op_type for node in nodes}
-    assert kinds == {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm", "Identity"}
+    assert kinds == {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 
 
 @pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu"])
@@ -739,6 +739,19 @@ def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
     with ExitStack() as stack:
         shrinking = ByChannels(call=call, method="pas", prices=prices, stack=stack)
         with pytest.raises(InfeasibleBudget, match=told):
+            shrinking.run()
+    assert not list(tmp_path.glob("*/search"))
+
+
+def test_floors_that_leave_nothing_to_remove_refuse_what_the_whole_misses(
+    dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, prices = call_of(dense, tmp_path, budget_share=1.1)
+    call = replace(call, recipe=replace(call.recipe, floor=1000))
+    measured_as(monkeypatch, factor=1.3)
+    with ExitStack() as stack:
+        shrinking = ByChannels(call=call, method="pas", prices=prices, stack=stack)
+        with pytest.raises(InfeasibleBudget, match="does not keep all limits"):
             shrinking.run()
     assert not list(tmp_path.glob("*/search"))
 

@@ -378,9 +378,16 @@ class Chain(nn.Sequential):
 
 
 def regularised(
-    *, jitter: float, steps: int = 3000, floor: int = 1
+    *, jitter: float, steps: int = 3000, floor: int = 1, watched: bool = False
 ) -> tuple[PruningAsSearch, list[Tensor]]:
-    """Latents pulled by the regulariser alone; also what they were after each step."""
+    """Latents pulled by the regulariser alone; also what they were after each step.
+
+    Args:
+        jitter: Standard deviation of the latents at first.
+        steps: Of the optimiser.
+        floor: Of the layers.
+        watched: Whether floors are kept, and collapses looked for.
+    """
     torch.manual_seed(0)
     net = masked(Chain())
     for mask in net.masks:
@@ -395,6 +402,8 @@ def regularised(
         optimizer.zero_grad()
         torch.autograd.backward(search.loss())
         optimizer.step()
+        if watched:
+            search.after_step()
         seen.append(torch.stack([mask.latent.detach().clone() for mask in net.masks]))
     return search, seen
 
@@ -408,6 +417,18 @@ def test_without_a_task_the_channels_of_a_layer_fall_together() -> None:
 def test_latents_that_differ_settle_at_the_target() -> None:
     search, _ = regularised(jitter=0.2)
     assert abs(search.current_share() - 0.5) < 0.02
+
+
+def test_what_is_watched_settles_at_the_target_too() -> None:
+    search, seen = regularised(jitter=0.2, floor=4, watched=True)
+    assert abs(search.current_share() - 0.5) < 0.02
+    assert all((step > 0.5).sum(1).min() >= 4 for step in seen)
+
+
+def test_what_falls_together_is_opened_again_by_whom_watches() -> None:
+    search, seen = regularised(jitter=0.0, steps=600, watched=True)
+    assert search.collapses
+    assert all((step > 0.5).any(1).all() for step in seen)
 
 
 def test_a_layer_between_two_empty_ones_feels_no_pull() -> None:
@@ -454,6 +475,44 @@ def test_a_collapsed_layer_is_opened_again_and_told_of() -> None:
     order = net.masks[1].latent.detach().argsort()
     assert order.tolist() == list(range(16))
     assert search.strength == strength / 2
+
+
+def test_a_layer_that_collapses_in_a_searchs_last_steps_is_opened_again() -> None:
+    net = masked(Chain())
+    search = PruningAsSearch(
+        net,
+        price=MacPrice(net.graph),
+        settings=PasSettings(target_share=0.5, floor=8, step=4),
+        steps=COLLAPSE_WINDOW + 3,
+    )
+    for _ in range(COLLAPSE_WINDOW):
+        search.after_step()
+    net.masks[1].latent.data = torch.linspace(0.1, 0.4, 16)
+    for _ in range(3):
+        search.after_step()
+    assert search.collapses == [net.graph.groups[1].name]
+    assert len(net.masks[1].kept()) == 16
+
+
+class FlatAtTheTop(MacPrice):
+    """Of a runtime that pads the last channels of every layer."""
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        return super().__call__(counts.clamp(max=13))
+
+
+def test_a_price_that_is_flat_at_the_top_pulls_further_down() -> None:
+    """What a channel does not cost there, it costs below: the strength is of that."""
+    net = masked(Chain())
+    settings = PasSettings(target_share=0.3, floor=1, step=1)
+    padded = PruningAsSearch(net, price=FlatAtTheTop(net.graph), settings=settings)
+    assert padded.strength > 0
+    net = masked(Chain())
+    for mask in net.masks:
+        mask.latent.data[:4] = 0.0
+    pulled = PruningAsSearch(net, price=FlatAtTheTop(net.graph), settings=settings)
+    gradients = torch.autograd.grad(pulled.loss(), [m.latent for m in net.masks])
+    assert all((gradient > 0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("step", [4, 8, 16])
