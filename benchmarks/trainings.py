@@ -305,12 +305,16 @@ def shrink_to_latency_of(
         with StageBar(console) as bar:
             budget_ms = remembered(
                 folder / "budget.json",
-                lambda: certified_ms(
-                    by_macs,
-                    prices_of(model, method=method, recipe=recipe, data=data, bar=bar),
-                    bar,
-                )
-                / AIMED_SHARE,
+                lambda: (
+                    certified_ms(
+                        by_macs,
+                        prices_of(
+                            model, method=method, recipe=recipe, data=data, bar=bar
+                        ),
+                        bar,
+                    )
+                    / AIMED_SHARE
+                ),
             )
             specialize(
                 SHRUNK_FOR.backend,
