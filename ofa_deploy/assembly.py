@@ -261,6 +261,7 @@ def measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:
         memory_mb=measurement.memory_mb,
         beta=measurement.beta,
         anchor_reference_ns=measurement.anchor_reference_ns,
+        anchor_model_ms=measurement.anchor_model_ms,
         indicative=measurement.indicative,
         instability=measurement.stability.reasons,
         conditions=measurement.conditions,

@@ -141,6 +141,11 @@ class Constraints:
         return Pace(rate_hz=self.rate_hz, sustained_s=self.sustained_s)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the latency, if any is asked for, is that of the quiet state."""
+        return self.percentile == 50 and self.pace is None
+
+    @property
     def latency_label(self) -> str:
         """What the budget speaks of, in words."""
         parts = ["latency" if self.percentile == 50 else f"p{self.percentile} latency"]

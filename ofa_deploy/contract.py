@@ -43,13 +43,16 @@ PATIENCE_S = 26.0
 # time for another that ends by then.
 LONGEST_CALL_S = 28.0
 # Times that networks are chosen and confirmed before one must do.
-MAX_LADDERS = 4
+MAX_LADDERS = 6
 # Steps of the ladder of candidates, in standard errors of the predictor.
 LADDER = (1.5, 0.5, -0.5, -1.5)
+# The same as shares of the limit, where those have led to nothing: far below it is still
+# better than the fastest network of all.
+WIDE_LADDER = (0.97, 0.9, 0.8, 0.6)
 # What a certified bound is expected to be of a confirmed latency, before it is known:
-# its own uncertainty, of something over half a percent, and, where the budget is of
-# slow runs or of another pace, what these usually add.
-EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.01, 1.1
+# its own uncertainty, of a percent, and that of both; and, where the budget is of slow
+# runs or of another pace, what these usually add.
+EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.02, 1.1
 # A bound in the quiet state is seldom further above what was found.
 USUAL_BOUND_RATIO = 1.03
 # Room that is left besides after one miss, two, and more, or where time is short. The
@@ -59,6 +62,8 @@ USUAL_BOUND_RATIO = 1.03
 MISS_MARGINS = (0.0, 0.03, 0.05)
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.06
+# Of a latency: what is expected to leave more gives way to a look for one between.
+ROOM_SHARE = 0.04
 # A predictor that is further off says nothing of the ladder's steps.
 MOST_RMS = 0.2
 # Of the planned memory of a network that took too much.
@@ -257,7 +262,7 @@ class _Loop:
     @property
     def _plain(self) -> bool:
         """Whether the budget is of the quiet state."""
-        return self.constraints.percentile == 50 and self.constraints.rate_hz is None
+        return self.constraints.is_plain
 
     @property
     def limits(self) -> PredictedLimits:
@@ -379,13 +384,25 @@ class _Loop:
         return self._next_ready(better_than)
 
     def _next_ready(self, better_than: VerifiedNetwork | None) -> SubnetConfig | None:
+        looked = False
         while True:
             ready = self._ready(better_than)
-            if ready:
+            enough = looked or self.hurries or self.ladders >= MAX_LADDERS
+            if ready and (enough or not self._leaves_room(ready[0])):
                 return ready[0]
+            looked = bool(ready)
             if self.ladders >= MAX_LADDERS or not self._confirm_more(better_than):
                 break
+        if ready:
+            return ready[0]
         return None if better_than is not None else self._last_resort()
+
+    def _leaves_room(self, config: SubnetConfig) -> bool:
+        """Whether a confirmed network is expected to leave much of a latency."""
+        budget_ms, found = self.constraints.budget_ms, self.confirmed[config.id]
+        if budget_ms is None or not self._only_latency:
+            return False
+        return self.excess * found.quiet_ms < (1 - ROOM_SHARE) * budget_ms
 
     def _ready(self, better_than: VerifiedNetwork | None) -> list[SubnetConfig]:
         """Confirmed networks expected to keep everything, the best first."""
@@ -414,22 +431,35 @@ class _Loop:
         measure: it may.
         """
         self.ladders += 1
-        rms = min(MOST_RMS, self.chooser.predictors.latency.residual_ratio)
         try:
-            configs = ladder(
-                self.chooser,
-                self.limits,
-                steps=tuple(1 + step * rms for step in LADDER),
-                without=self._failed,
-            )
+            new = self._new_configs(better_than)
         except InfeasibleBudget:
             if self.offered or self._only_latency:
                 return False
-            configs = self._hopeful()
-        if better_than is not None:
-            configs = self._more_accurate(configs, better_than)
-        new = [config for config in configs if config.id not in self.offered]
+            new = self._hopeful()
         return self._confirm(new)
+
+    def _new_configs(
+        self, better_than: VerifiedNetwork | None
+    ) -> Sequence[SubnetConfig]:
+        """Networks at the steps of a ladder that were not offered before.
+
+        Where all were and none of them fits, or for the last time, of a wide one.
+
+        Raises:
+            InfeasibleBudget: There is none at any step.
+        """
+        rms = min(MOST_RMS, self.chooser.predictors.latency.residual_ratio)
+        ladders = [tuple(1 + step * rms for step in LADDER)]
+        if not self._ready(better_than):
+            ladders.append(WIDE_LADDER)
+        for steps in ladders[-1:] if self.ladders == MAX_LADDERS else ladders:
+            found = ladder(self.chooser, self.limits, steps=steps, without=self._failed)
+            if better_than is not None:
+                found = self._more_accurate(found, better_than)
+            if new := [config for config in found if config.id not in self.offered]:
+                return new
+        return []
 
     @property
     def _failed(self) -> frozenset[str]:

@@ -22,6 +22,7 @@ from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.target import Target
 from profilers.device import read_conditions
 from profilers.execute import OrderResult, execute
+from profilers.fresh import AnchorModel
 from profilers.journal import Journal
 from profilers.measurement import Measurement, MeasureSettings
 from profilers.order import WorkOrder
@@ -98,7 +99,45 @@ class DriftCheck:
                 self._compare(anchor_ms, result.measurements[_ANCHOR])
             elif self.max_drift_ratio is not None:
                 raise self._untimed(result.failures[_ANCHOR])
-        return quiet_ms
+        level_ms = self._level_ms
+        if anchor_ms is None or level_ms is None:
+            return quiet_ms
+        return {name: ms * level_ms / anchor_ms for name, ms in quiet_ms.items()}
+
+    def anchor_model(self, folder: Path) -> AnchorModel | None:
+        """The anchor model, to be timed beside a file and say how slow memory is.
+
+        Args:
+            folder: Gets its file.
+
+        Returns:
+            None where it says nothing: on a machine of one's own, which is as slow as
+            it is; before it was timed; or where bundles could not tell which network
+            it was.
+        """
+        level_ms = self._level_ms
+        if level_ms is None or self._anchor != anchor_network(self.space):
+            return None
+        path = write_anchor_model(self.space, self.target, folder)
+        return AnchorModel(path=path, quiet_ms=level_ms)
+
+    @property
+    def _level_ms(self) -> float | None:
+        """Latency of the anchor model that all others are held against.
+
+        On a shared host others' work is what it is slower by from moment to moment,
+        and the table tells its quiet latency. Where the table is of another machine,
+        which was accepted, it is what this call found first.
+        """
+        ratio = self.anchor_ratio
+        if ratio is None or not read_conditions().shared_host:
+            return None
+        holds = abs(ratio - 1) <= MAX_DRIFT_RATIO
+        return self._table_anchor_ms * (1.0 if holds else ratio)
+
+    @property
+    def _table_anchor_ms(self) -> float:
+        return self.table.networks[self._anchor].quiet_ms
 
     @property
     def _anchor(self) -> str:
@@ -113,12 +152,7 @@ class DriftCheck:
         return by_latency[len(by_latency) // 2]
 
     def _anchor_file(self, folder: Path) -> Path:
-        model = timed_network(
-            lower(self.space, SubnetConfig.from_id(self._anchor)),
-            backend_name=self.target.backend,
-            rng=np.random.default_rng(0),
-        )
-        return write_timed(folder, _ANCHOR, model, backend_name=self.target.backend)
+        return _write_network(self.space, self._anchor, self.target, folder)
 
     def _time(self, files: Mapping[str, Path]) -> OrderResult:
         """Files and the anchor model, in a process of their own."""
@@ -153,7 +187,7 @@ class DriftCheck:
         }
 
     def _compare(self, anchor_ms: float, anchor: Measurement) -> None:
-        ratio = anchor_ms / self.table.networks[self._anchor].quiet_ms
+        ratio = anchor_ms / self._table_anchor_ms
         self.anchor_ratio = ratio
         if not read_conditions().shared_host:
             # Nobody else slows this machine down: a slower anchor is a slower machine.
@@ -187,3 +221,25 @@ class DriftCheck:
             "is timed is not",
             ratio=ratio,
         )
+
+
+def write_anchor_model(space: SearchSpace, target: Target, folder: Path) -> Path:
+    """Write the anchor model of a space; its weights are random, and always the same.
+
+    Args:
+        space: Any.
+        target: What the file is for.
+        folder: Gets it.
+    """
+    return _write_network(space, anchor_network(space), target, folder)
+
+
+def _write_network(
+    space: SearchSpace, config_id: str, target: Target, folder: Path
+) -> Path:
+    model = timed_network(
+        lower(space, SubnetConfig.from_id(config_id)),
+        backend_name=target.backend,
+        rng=np.random.default_rng(0),
+    )
+    return write_timed(folder, _ANCHOR, model, backend_name=target.backend)

@@ -29,7 +29,7 @@ from profilers.codec import (
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
 from profilers.json_reader import JsonNode, read_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 # More than any machine has; a runtime starts as many as it is told to.
 MAX_THREADS = 1_024
@@ -64,6 +64,8 @@ class MeasuredLatency:
             in 10^6 bytes; None where the system does not tell.
         beta: Share of the anchor's slowdown that the model has.
         anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
+        anchor_model_ms: Latency of the supernet's anchor model, where that was timed
+            beside this one and `quiet_ms` is measured against it; None elsewhere.
         indicative: The host is shared: the figures are good for choosing, not for
             certifying.
         instability: Why the measurement is not stable; empty where it is.
@@ -84,6 +86,7 @@ class MeasuredLatency:
     memory_mb: float | None
     beta: float
     anchor_reference_ns: float
+    anchor_model_ms: float | None
     indicative: bool
     instability: tuple[str, ...]
     conditions: Conditions
@@ -246,6 +249,7 @@ def _decode_measured(node: JsonNode) -> MeasuredLatency:
         memory_mb=entries["memory_mb"].optional(lambda node: node.number(minimum=0)),
         beta=entries["beta"].number(minimum=0),
         anchor_reference_ns=entries["anchor_reference_ns"].positive(),
+        anchor_model_ms=entries["anchor_model_ms"].optional(JsonNode.positive),
         indicative=entries["indicative"].boolean(),
         instability=tuple(item.text() for item in entries["instability"].items()),
         conditions=decode_conditions(entries["conditions"]),

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.constraints import Constraints, Verdict
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
+from ofa_deploy.drift import write_anchor_model
+from ofa_deploy.manifest import Manifest
 from ofa_deploy.reporting import Reporter, Silent
+from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs, judge_latency
+from ofa_deploy.zoo import find_in_zoo
 from profilers.backends import get_backend
 from profilers.device import differing_fields, this_device
-from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.fresh import (
+    AnchorModel,
+    FreshMeasurement,
+    measure_in_fresh_process,
+)
 from profilers.timing import CERTIFY_PROCESSES
 
 
@@ -40,7 +50,8 @@ def rebench(
 ) -> Rebench:
     """Time a bundle's model in fresh processes, at the pace it was certified at.
 
-    On the machine of the manifest latencies speak of the same quiet level as there.
+    On the machine of the manifest latencies speak of the same quiet level as there; if
+    that was an anchor model's, and the supernet is in the zoo, by that model again.
 
     Args:
         bundle: Open.
@@ -59,17 +70,22 @@ def rebench(
     elsewhere = differences(bundle)
     known = manifest.measured if not elsewhere else None
     reporter.begin("timing the bundle's model")
-    measurement = measure_in_fresh_process(
-        bundle.model_path,
-        backend_name=manifest.runtime.backend,
-        threads=manifest.runtime.threads,
-        settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
-        processes=CERTIFY_PROCESSES,
-        beta=None if known is None else known.beta,
-        anchor_reference_ns=None if known is None else known.anchor_reference_ns,
-        pace=asked.pace,
-        progress=reporter.advance,
-    )
+    with TemporaryDirectory(prefix="ofa-deploy-") as folder:
+        anchor_model = None
+        if known is not None and asked.is_plain:
+            anchor_model = _anchor_model(manifest, Path(folder))
+        measurement = measure_in_fresh_process(
+            bundle.model_path,
+            backend_name=manifest.runtime.backend,
+            threads=manifest.runtime.threads,
+            settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
+            processes=CERTIFY_PROCESSES,
+            beta=None if known is None else known.beta,
+            anchor_reference_ns=None if known is None else known.anchor_reference_ns,
+            anchor_model=anchor_model,
+            pace=asked.pace,
+            progress=reporter.advance,
+        )
     verdict = None
     if asked.budget_ms is not None:
         verdict = judge_latency(
@@ -79,6 +95,18 @@ def rebench(
             paced=asked.pace is not None,
         )
     return Rebench(measurement=measurement, elsewhere=elsewhere, verdict=verdict)
+
+
+def _anchor_model(manifest: Manifest, folder: Path) -> AnchorModel | None:
+    """What the model was certified beside, if that can be written here."""
+    quiet_ms = manifest.measured.anchor_model_ms
+    supernet = find_in_zoo(manifest.supernet_sha256)
+    if quiet_ms is None or supernet is None:
+        return None
+    runtime = manifest.runtime
+    target = Target(backend=runtime.backend, threads=runtime.threads)
+    path = write_anchor_model(supernet.space, target, folder)
+    return AnchorModel(path=path, quiet_ms=quiet_ms)
 
 
 def differences(bundle: Bundle) -> tuple[str, ...]:

@@ -120,6 +120,11 @@ def read_supernet(folder: Path) -> StoredSupernet:
     )
 
 
+def description_digest(folder: Path) -> str:
+    """Of a supernet's description, by which bundles name it."""
+    return hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest()
+
+
 def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
     entries = node.fields(
         "format_version", "space", "normalisation", "class_names", "files"
@@ -156,7 +161,7 @@ def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
             )
         ),
         samples=None if samples is None else _samples(space, samples),
-        sha256=hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest(),
+        sha256=description_digest(folder),
         source=str(folder),
     )
 

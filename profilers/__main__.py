@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--backend", required=True)
     measure.add_argument("--threads", type=_count, required=True)
     measure.add_argument("--settings", required=True, help="MeasureSettings as JSON")
+    measure.add_argument(
+        "--beside", type=Path, metavar="MODEL", help="anchor model to time with it"
+    )
     measure.add_argument("--rate", type=_rate, metavar="HZ", help="runs per second")
     measure.add_argument(
         "--sustained",
@@ -96,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backend_name=parsed.backend,
             threads=parsed.threads,
             settings_text=parsed.settings,
+            beside=parsed.beside,
             pace=Pace(rate_hz=parsed.rate, sustained_s=parsed.sustained),
         )
     except (DeployError, OSError) as error:
@@ -143,7 +147,13 @@ def _paced(text: str, field: str) -> float:
 
 
 def _measure(
-    model: Path, *, backend_name: str, threads: int, settings_text: str, pace: Pace
+    model: Path,
+    *,
+    backend_name: str,
+    threads: int,
+    settings_text: str,
+    beside: Path | None,
+    pace: Pace,
 ) -> ProcessReport:
     settings = decode_settings(parse_json(settings_text))
     rng = np.random.default_rng(settings.seed)
@@ -160,8 +170,11 @@ def _measure(
         done_ns = time.perf_counter_ns()
         session.run(inputs)
         memory_mb = gauge.peak_growth_mb()
+    models = [ModelUnderTest(name=model.name, model=model)]
+    if beside is not None:
+        models.append(ModelUnderTest(name=f"beside {model.name}", model=beside))
     run = measure_models(
-        [ModelUnderTest(name=model.name, model=model)],
+        models,
         backend=backend,
         threads=threads,
         settings=settings,

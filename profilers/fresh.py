@@ -34,9 +34,15 @@ from profilers.measurement import (
 )
 from profilers.pace import Pace
 from profilers.process import run_for_line
+from profilers.quiet import QuietStateFit
 from profilers.summary import fit_visits, summarize_model
 
-__all__ = ["FreshMeasurement", "ProcessReport", "measure_in_fresh_process"]
+__all__ = [
+    "AnchorModel",
+    "FreshMeasurement",
+    "ProcessReport",
+    "measure_in_fresh_process",
+]
 
 # Beside the measuring itself: starting an interpreter, importing, compiling.
 STARTUP_ALLOWANCE_S = 120.0
@@ -60,8 +66,27 @@ T_95_MANY = 1.645
 # from what its processes found before it was killed.
 KEPT_S = 3600.0
 
+# A standard error above this is not precise, even where none was asked of a process.
+MOST_ERROR_RATIO = 0.02
+
 # A spread above this says that processes differ, whatever each one says of itself.
 MAX_PROCESS_SPREAD_RATIO = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorModel:
+    """A model of known latency, timed beside another one in the same processes.
+
+    Neighbours on a shared host take memory bandwidth and caches, too, which the
+    anchor's kernel does not feel. Two models of one runtime feel it alike.
+
+    Attributes:
+        path: Its file.
+        quiet_ms: Its latency in the state that latencies are to speak of.
+    """
+
+    path: Path
+    quiet_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +98,8 @@ class ProcessReport:
         first_inference_ms: The first run after it.
         memory_mb: Growth of the process's memory by loading and running, at its peak,
             in 10^6 bytes; None where the system does not tell.
-        run: Everything after that; one measurement.
+        run: Everything after that; the model's measurement, and that of an anchor
+            model if there was one beside it.
     """
 
     load_ms: float
@@ -86,10 +112,10 @@ class ProcessReport:
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field}={value}; give a finite number above 0")
-        if len(self.run.measurements) != 1:
+        if len(self.run.measurements) not in (1, 2):
             raise ValueError(
                 f"run has {len(self.run.measurements)} measurements; a process "
-                "measures one model"
+                "measures one model, and at most an anchor model beside it"
             )
 
     def to_json(self) -> str:
@@ -145,6 +171,8 @@ class FreshMeasurement:
         memory_mb: The most of any process, as `ProcessReport` counts it.
         beta: Share of the anchor's slowdown that the model has, given or fitted.
         anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
+        anchor_model_ms: Latency of the anchor model where `quiet_ms` is measured
+            against that; None where no model was timed beside this one.
         conditions: As the last process read them.
         indicative: The device is shared.
         stability: Whether the precision asked for was reached.
@@ -163,6 +191,7 @@ class FreshMeasurement:
     memory_mb: float | None
     beta: float
     anchor_reference_ns: float
+    anchor_model_ms: float | None
     conditions: Conditions
     indicative: bool
     stability: Stability
@@ -190,6 +219,7 @@ def measure_in_fresh_process(
     processes: int,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
+    anchor_model: AnchorModel | None = None,
     pace: Pace | None = None,
     timeout_s: float | None = None,
     interpreter: str | None = None,
@@ -208,6 +238,9 @@ def measure_in_fresh_process(
         beta: Of the table that the budget was chosen by; None fits it here.
         anchor_reference_ns: Of that table. Without it, a machine that is slow all
             along makes the model look slow.
+        anchor_model: Timed beside the model, which is held against it: the slopes and
+            levels above then hardly matter. Runs are not those of a process that has
+            nothing else to do: percentiles and paces have no use for one.
         pace: Of the runs; None for one after the other. The load before them is that
             of the first process that is started: the others begin while the device is
             still under it.
@@ -228,7 +261,13 @@ def measure_in_fresh_process(
     before = _KeptReports.of(
         kept,
         model_path,
-        subject=[backend_name, threads, encode_flat(settings), asdict(pace or Pace())],
+        subject=[
+            backend_name,
+            threads,
+            encode_flat(settings),
+            asdict(pace or Pace()),
+            None if anchor_model is None else digest_of(anchor_model.path),
+        ],
         fresh_s=KEPT_S + longest_s,
     )
     reports: list[ProcessReport] = []
@@ -241,6 +280,7 @@ def measure_in_fresh_process(
                 threads=threads,
                 settings=settings,
                 number=number,
+                beside=None if anchor_model is None else anchor_model.path,
                 pace=pace,
                 timeout_s=timeout_s,
                 interpreter=interpreter,
@@ -257,6 +297,7 @@ def measure_in_fresh_process(
             settings=settings,
             beta=beta,
             anchor_reference_ns=anchor_reference_ns,
+            anchor_model_ms=None if anchor_model is None else anchor_model.quiet_ms,
         )
         if len(reports) == processes or (give_up is not None and give_up(pooled)):
             break
@@ -282,9 +323,7 @@ class _KeptReports:
     ) -> _KeptReports:
         digest = hashlib.sha256(json.dumps(subject, sort_keys=True).encode())
         if texts is not None:
-            # A model may be several files of one stem, such as .xml and .bin.
-            for path in sorted(model_path.parent.glob(f"{model_path.stem}.*")):
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(digest_of(model_path).encode())
         return cls(texts=texts, digest=digest.hexdigest()[:32], fresh_s=fresh_s)
 
     def read(self, number: int) -> ProcessReport | None:
@@ -304,6 +343,14 @@ class _KeptReports:
         return f"{self.digest}-{number}.json"
 
 
+def digest_of(model_path: Path) -> str:
+    """Of a model's content, which may be several files of one stem: .xml and .bin."""
+    digest = hashlib.sha256()
+    for path in sorted(model_path.parent.glob(f"{model_path.stem}.*")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def _limit_s(settings: MeasureSettings, pace: Pace) -> float:
     """What a process may take.
 
@@ -320,6 +367,7 @@ def report_of_fresh_process(
     threads: int,
     settings: MeasureSettings,
     number: int,
+    beside: Path | None = None,
     pace: Pace | None = None,
     timeout_s: float | None = None,
     interpreter: str | None = None,
@@ -332,6 +380,7 @@ def report_of_fresh_process(
         threads: Threads of one inference.
         settings: How carefully.
         number: Of the process, from 0 on; changes the seed.
+        beside: An anchor model, timed in the same process.
         pace: Of the runs; None for one after the other.
         timeout_s: For the process; None allows for `settings`, `pace` and the start.
         interpreter: Python to run; None takes this one.
@@ -348,6 +397,7 @@ def report_of_fresh_process(
         [
             *("measure", str(model_path), "--backend", backend_name),
             *("--threads", str(threads), "--settings", json.dumps(seeded)),
+            *(("--beside", str(beside)) if beside else ()),
             *(("--rate", repr(pace.rate_hz)) if pace.rate_hz else ()),
             *(("--sustained", repr(pace.sustained_s)) if pace.sustained_s else ()),
         ],
@@ -366,10 +416,20 @@ def report_of_fresh_process(
         ) from error
 
 
-def visits_by_process(reports: Sequence[ProcessReport]) -> list[list[Visit]]:
-    """The visits of each process, a session of its own."""
+def visits_by_process(
+    reports: Sequence[ProcessReport], *, place: int = 0
+) -> list[list[Visit]]:
+    """The visits of each process, a session of its own.
+
+    Args:
+        reports: Of the processes.
+        place: 0 for the model, 1 for the anchor model beside it.
+    """
     return [
-        [replace(visit, session=number) for visit in report.run.measurements[0].visits]
+        [
+            replace(visit, session=number)
+            for visit in report.run.measurements[place].visits
+        ]
         for number, report in enumerate(reports)
     ]
 
@@ -380,6 +440,7 @@ def pool_reports(
     settings: MeasureSettings,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
+    anchor_model_ms: float | None = None,
 ) -> FreshMeasurement:
     """Combine what several processes measured of one model.
 
@@ -388,26 +449,33 @@ def pool_reports(
         settings: What was to be reached.
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
+        anchor_model_ms: Latency of the anchor model that was timed beside the model;
+            None where there was none.
     """
     by_process = visits_by_process(reports)
     visits = tuple(visit for process in by_process for visit in process)
     pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
-    # With the pooled slope: a single process hardly sees the anchor vary.
-    effects = fit_visits(
-        by_process,
-        beta=pooled.beta,
-        anchor_reference_ns=math.exp(pooled.reference_log_anchor),
-    ).effect_log
+    own = _fit_processes(by_process, pooled)
+    effects, effect_log = own.effect_log, float(pooled.effect_log[0])
+    error_log = float(pooled.standard_error_log[0])
+    if anchor_model_ms is not None:
+        beside = _fit_processes(visits_by_process(reports, place=1), pooled)
+        effects = effects - beside.effect_log + math.log(anchor_model_ms * 1e6)
+        effect_log = float(effects.mean())
+        error_log = math.hypot(_error_within(own), _error_within(beside))
     spread = math.expm1(float(effects.max() - effects.min()))
     # One process is one draw of memory layout and placement, and one phase of the
     # machine: its visits say little of the others.
-    error_log = max(float(pooled.standard_error_log[0]), _error_between(effects))
+    error_log = max(error_log, _error_between(effects))
     summary = summarize_model(
         reports[0].run.measurements[0].name,
         visits,
-        effect_log=float(pooled.effect_log[0]),
+        effect_log=effect_log,
         standard_error_log=error_log,
-        settings=settings,
+        settings=replace(
+            settings,
+            target_relative_error=min(settings.target_relative_error, MOST_ERROR_RATIO),
+        ),
     )
     reasons = summary.stability.reasons
     if spread > MAX_PROCESS_SPREAD_RATIO:
@@ -430,12 +498,33 @@ def pool_reports(
         memory_mb=_most(report.memory_mb for report in reports),
         beta=pooled.beta,
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
+        anchor_model_ms=anchor_model_ms,
         conditions=reports[-1].run.conditions,
         indicative=any(report.run.indicative for report in reports),
         stability=Stability(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),
     )
+
+
+def _fit_processes(
+    by_process: Sequence[Sequence[Visit]], pooled: QuietStateFit
+) -> QuietStateFit:
+    """Of each process by itself.
+
+    With the pooled slope: a single process hardly sees the anchor vary.
+    """
+    return fit_visits(
+        by_process,
+        beta=pooled.beta,
+        anchor_reference_ns=math.exp(pooled.reference_log_anchor),
+    )
+
+
+def _error_within(fit: QuietStateFit) -> float:
+    """Standard error of the processes' mean by what visits of each one differ by."""
+    errors = fit.standard_error_log
+    return float(np.sqrt((errors**2).sum())) / len(errors)
 
 
 def _error_between(effects: NDArray[np.float64]) -> float:

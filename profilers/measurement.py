@@ -28,6 +28,10 @@ DISTURBED_ANCHOR_RATIO = 0.05
 Verdict = Literal["stable", "unstable"]
 
 
+# Of a relative error: any is precise enough.
+NO_TARGET = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureSettings:
     """How carefully to measure.
@@ -41,7 +45,8 @@ class MeasureSettings:
         anchor_repeats: Repeats of the anchor's kernel for one reading.
         seed: Seed of inputs and order, where the caller makes the generator from it.
         target_relative_error: Standard error at which a latency is precise enough,
-            as a share of the latency; above it the model gets extra visits.
+            as a share of the latency; above it the model gets extra visits. From
+            `NO_TARGET` on the planned visits are all there are.
         max_seconds: End of visiting, counted from the first visit: loading comes on
             top. Two visits of each model are always made. Of a work order, whose
             planned visits are all made, the time for extra ones of every 64 models.

@@ -10,7 +10,14 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from profilers.measurement import Drift, Measurement, MeasureSettings, Stability, Visit
+from profilers.measurement import (
+    NO_TARGET,
+    Drift,
+    Measurement,
+    MeasureSettings,
+    Stability,
+    Visit,
+)
 from profilers.quiet import TRIMMED_SHARE, QuietStateFit, quiet_state
 
 __all__ = [
@@ -103,14 +110,17 @@ def need_visits(
 ) -> list[int]:
     """Which models most need another visit, those with the largest errors first.
 
-    They are not precise enough, too many of their visits were disturbed, or too few
-    count; and the most that a model can have are not made.
+    None where no precision is asked for (`NO_TARGET`). Else those that are not precise
+    enough, of which too many visits were disturbed or too few count, and that have not
+    the most that a model can have.
 
     Args:
         visits: `visits[m]` are those of model `m`.
         fit: To these visits.
         settings: What is to be reached.
     """
+    if settings.target_relative_error >= NO_TARGET:
+        return []
     target_log = math.log1p(settings.target_relative_error)
     most = settings.visits * MAX_VISITS_FACTOR
     counted = _counted(visits, fit)

@@ -6,9 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ofa_deploy.errors import DeployError
-from ofa_deploy.stored import DESCRIPTION_FILE, StoredSupernet, read_supernet
+from ofa_deploy.stored import (
+    DESCRIPTION_FILE,
+    StoredSupernet,
+    description_digest,
+    read_supernet,
+)
 
-__all__ = ["open_supernet", "open_zoo", "zoo_names"]
+__all__ = ["find_in_zoo", "open_supernet", "open_zoo", "zoo_names"]
 
 _FOLDER = Path(__file__).parent
 
@@ -31,6 +36,14 @@ def open_zoo(name: str) -> StoredSupernet:
             f"{', '.join(zoo_names()) or 'none'}"
         )
     return replace(read_supernet(_FOLDER / name), source=name)
+
+
+def find_in_zoo(sha256: str) -> StoredSupernet | None:
+    """The supernet whose description has that digest, if it is in the zoo."""
+    for name in zoo_names():
+        if description_digest(_FOLDER / name) == sha256:
+            return open_zoo(name)
+    return None
 
 
 def open_supernet(name_or_folder: str | Path) -> StoredSupernet:

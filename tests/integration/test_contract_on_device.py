@@ -37,7 +37,7 @@ from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.search.pareto import exhaustive_front
 from ofa_deploy.space import SubnetConfig
-from ofa_deploy.stored import write_supernet
+from ofa_deploy.stored import read_supernet, write_supernet
 from profilers import LatencyTable, fresh
 from profilers.backends import get_backend
 from profilers.device import available_cores, this_device
@@ -461,6 +461,27 @@ def test_a_bundle_is_timed_again_where_it_was_made(everything: Bundle) -> None:
     assert found.measurement.anchor_reference_ns == pytest.approx(
         everything.manifest.measured.anchor_reference_ns
     )
+
+
+def test_a_bundle_that_was_certified_beside_an_anchor_model_is_timed_beside_it(
+    everything: Bundle, supernet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = everything.manifest
+    measured = replace(manifest.measured, anchor_model_ms=7.0)
+    asked = Constraints(latency_ms=24.0)
+    bundle = Bundle(
+        everything.path, replace(manifest, measured=measured, constraints=asked)
+    )
+    assert rebench.rebench(bundle).measurement.anchor_model_ms is None
+    stored = read_supernet(supernet)
+    monkeypatch.setattr(
+        rebench, "find_in_zoo", {manifest.supernet_sha256: stored}.__getitem__
+    )
+    assert rebench.rebench(bundle).measurement.anchor_model_ms == 7.0
+    # Single runs beside another model's are not those of the model alone.
+    slow = rebench.rebench(bundle, latency_ms=1e3, percentile=90)
+    assert slow.measurement.anchor_model_ms is None
+    assert rebench.rebench(moved(bundle)).measurement.anchor_model_ms is None
 
 
 def moved(bundle: Bundle) -> Bundle:

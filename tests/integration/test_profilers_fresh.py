@@ -19,9 +19,15 @@ from profilers import (
     measure_in_fresh_process,
 )
 from profilers.errors import FormatError, RunFailed
-from profilers.fresh import FreshMeasurement, ProcessReport, pool_reports
+from profilers.fresh import (
+    AnchorModel,
+    FreshMeasurement,
+    ProcessReport,
+    pool_reports,
+)
 from profilers.kept import FORGOTTEN_S, KeptTexts
 from profilers.measurement import (
+    NO_TARGET,
     Measurement,
     MeasurementRun,
     Stability,
@@ -186,29 +192,21 @@ def test_an_interpreter_that_is_not_there_is_a_failed_run(model_path: Path) -> N
         )
 
 
-def report(latency_ns: int, *, slowdown: float = 1.0) -> ProcessReport:
-    """A process that saw the same latency at each visit."""
-    visit = Visit(
-        time_ns=0,
-        anchor_before_ns=round(250_000 * slowdown),
-        anchor_after_ns=round(250_000 * slowdown),
-        inner_loops=1,
-        samples_ns=(round(latency_ns * slowdown),) * 25,
-    )
+def report(*latencies_ns: int, slowdown: float = 1.0) -> ProcessReport:
+    """A process that saw the same latency at each visit.
+
+    Args:
+        latencies_ns: Of the model, and of the anchor model if there is one.
+        slowdown: Of these, and of the anchor.
+    """
     return ProcessReport(
         load_ms=10.0,
         first_inference_ms=2.0,
         memory_mb=None,
         run=MeasurementRun(
-            measurements=(
-                Measurement(
-                    name="net",
-                    visits=(visit,) * 3,
-                    quiet_ms=latency_ns / 1e6,
-                    standard_error_ratio=0.0,
-                    median_ms=latency_ns / 1e6,
-                    stability=Stability(verdict="stable"),
-                ),
+            measurements=tuple(
+                seen(f"net {place}", latency_ns, slowdown=slowdown)
+                for place, latency_ns in enumerate(latencies_ns)
             ),
             beta=0.0,
             anchor_reference_ns=250_000.0,
@@ -219,12 +217,39 @@ def report(latency_ns: int, *, slowdown: float = 1.0) -> ProcessReport:
     )
 
 
-def test_a_report_survives_its_line() -> None:
-    text = report(1000).to_json()
+def seen(name: str, latency_ns: int, *, slowdown: float) -> Measurement:
+    visit = Visit(
+        time_ns=0,
+        anchor_before_ns=round(250_000 * slowdown),
+        anchor_after_ns=round(250_000 * slowdown),
+        inner_loops=1,
+        samples_ns=(round(latency_ns * slowdown),) * 25,
+    )
+    return Measurement(
+        name=name,
+        visits=(visit,) * 3,
+        quiet_ms=latency_ns / 1e6,
+        standard_error_ratio=0.0,
+        median_ms=latency_ns / 1e6,
+        stability=Stability(verdict="stable"),
+    )
+
+
+@pytest.mark.parametrize("latencies_ns", [(1000,), (1000, 2000)])
+def test_a_report_survives_its_line(latencies_ns: tuple[int, ...]) -> None:
+    text = report(*latencies_ns).to_json()
     assert "\n" not in text
-    assert ProcessReport.from_json(text) == report(1000)
+    assert ProcessReport.from_json(text) == report(*latencies_ns)
     with pytest.raises(FormatError, match="'load_ms' is missing"):
         ProcessReport.from_json(text.replace("load_ms", "surprise", 1))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_report_of_other_models_than_one_and_its_anchor_is_refused(
+    count: int,
+) -> None:
+    with pytest.raises(ValueError, match=f"run has {count} measurements"):
+        report(*[1000] * count)
 
 
 class Killed(BaseException):
@@ -263,6 +288,7 @@ def kept_call(
     pace: Pace | None = PACE,
     settings: MeasureSettings = SETTINGS,
     subject: str = "a call",
+    anchor_model: AnchorModel | None = None,
 ) -> tuple[FreshMeasurement | None, list[tuple[int, float]]]:
     """What a call found, unless it was killed, and the processes that it started."""
     processes = Processes(killed_at=killed_at)
@@ -276,6 +302,7 @@ def kept_call(
             threads=1,
             settings=settings,
             processes=4,
+            anchor_model=anchor_model,
             pace=pace,
             kept=kept,
         )
@@ -304,6 +331,7 @@ def test_only_the_same_model_measured_in_the_same_way_is_gone_on_with(
         {"pace": replace(PACE, rate_hz=50.0)},
         {"settings": replace(SETTINGS, visits=9)},
         {"subject": "another call"},
+        {"anchor_model": AnchorModel(path=model_path, quiet_ms=1.0)},
     ]
     for change in changes:
         _, started = kept_call(model_path, monkeypatch, killed_at=1, **change)
@@ -357,12 +385,60 @@ def test_the_spread_between_processes_makes_a_figure_unstable() -> None:
     assert apart.stability.reasons == ("processes differ by 10.0%, more than 3%",)
 
 
+def test_an_error_is_told_of_where_no_process_was_asked_for_precision() -> None:
+    settings = replace(SETTINGS, target_relative_error=NO_TARGET)
+    found = pool_reports([report(100_000), report(108_000)], settings=settings)
+    assert any("target 2.0%" in reason for reason in found.stability.reasons)
+
+
 def test_a_process_in_a_slow_phase_is_no_spread() -> None:
     pooled = pool_reports(
         [report(100_000), report(100_000, slowdown=1.5)], settings=SETTINGS
     )
     assert pooled.quiet_ms == pytest.approx(0.1, rel=1e-3)
     assert pooled.process_spread_ratio == pytest.approx(0.0, abs=1e-3)
+
+
+def test_what_slows_down_the_anchor_model_too_is_no_latency_of_the_model() -> None:
+    """Memory that neighbours use, which the anchor's kernel does not feel."""
+    reports = [
+        report(round(100_000 * busy), round(300_000 * busy)) for busy in (1.0, 1.2, 1.4)
+    ]
+    alone = pool_reports(reports, settings=SETTINGS)
+    assert alone.process_spread_ratio == pytest.approx(0.4)
+    assert alone.anchor_model_ms is None
+    beside = pool_reports(reports, settings=SETTINGS, anchor_model_ms=0.3)
+    assert beside.quiet_ms == pytest.approx(0.1, rel=1e-4)
+    assert beside.process_spread_ratio == pytest.approx(0.0, abs=1e-4)
+    assert beside.standard_error_ratio < alone.standard_error_ratio / 100
+    assert beside.anchor_model_ms == 0.3
+    # All runs are the model's own.
+    assert beside.samples_ns == alone.samples_ns
+    assert beside.median_ms == alone.median_ms
+
+
+def test_a_model_that_is_slower_than_its_anchor_model_says_is_slower() -> None:
+    reports = [report(110_000, 300_000), report(113_000, 300_000)]
+    beside = pool_reports(reports, settings=SETTINGS, anchor_model_ms=0.3)
+    assert beside.quiet_ms == pytest.approx(0.1115, rel=1e-3)
+    assert beside.process_spread_ratio == pytest.approx(0.0273, abs=1e-3)
+
+
+def test_a_file_is_timed_beside_an_anchor_model(model_path: Path) -> None:
+    anchor_path = model_path.with_name("anchor.onnx")
+    anchor_path.write_bytes(conv_model())
+    fresh = measure_in_fresh_process(
+        model_path,
+        backend_name="onnxruntime-cpu",
+        threads=1,
+        settings=replace(SETTINGS, visits=20, runs_per_visit=20),
+        processes=3,
+        anchor_model=AnchorModel(path=anchor_path, quiet_ms=5.0),
+    )
+    # They are the same model.
+    assert fresh.quiet_ms == pytest.approx(5.0, rel=0.3)
+    assert fresh.anchor_model_ms == 5.0
+    assert fresh.median_ms < 4.0
 
 
 def test_percentiles_are_given_from_their_floors_on() -> None:

@@ -19,7 +19,7 @@ from ofa_deploy.profiling import table_name
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import WEIGHTS_FILE
-from ofa_deploy.zoo import open_zoo, zoo_names
+from ofa_deploy.zoo import find_in_zoo, open_zoo, zoo_names
 from profilers import LatencyTable, merge_tables
 
 ZOO = Path(zoo.__file__).parent
@@ -48,6 +48,14 @@ def known_spaces() -> list[SearchSpace]:
 
 def test_the_default_supernet_is_in_the_zoo() -> None:
     assert DEFAULT_SUPERNET in zoo_names()
+
+
+@each_supernet
+def test_a_bundle_finds_its_supernet_by_the_digest(name: str) -> None:
+    found = find_in_zoo(open_zoo(name).sha256)
+    assert found is not None
+    assert found.source == name
+    assert find_in_zoo("0" * 64) is None
 
 
 @each_supernet

@@ -89,6 +89,7 @@ def write_bundle(
                 memory_mb=12.0,
                 beta=0.9,
                 anchor_reference_ns=160_000.0,
+                anchor_model_ms=None,
                 indicative=True,
                 instability=("the host is shared",),
                 conditions=CONDITIONS,

@@ -68,6 +68,7 @@ def fresh(quiet_ms: float, *, error_ratio: float = 0.0) -> FreshMeasurement:
         memory_mb=1.0,
         beta=1.0,
         anchor_reference_ns=250_000.0,
+        anchor_model_ms=None,
         conditions=CONDITIONS,
         indicative=True,
         stability=Stability(verdict="stable"),

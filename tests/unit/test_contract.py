@@ -16,6 +16,7 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import MEGABYTE, Constraints
 from ofa_deploy.contract import (
+    EXPECTED_RATIO,
     LADDER,
     LONGEST_CALL_S,
     MAX_CERTIFIED,
@@ -102,8 +103,10 @@ def test_a_device_as_predicted_gives_the_best_network_within_the_budget(
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
-def test_a_device_as_predicted_takes_one_certified_network(place: float) -> None:
-    device = bench(Constraints(latency_ms=budget_at(place)))
+def test_a_device_as_expected_takes_one_certified_network(place: float) -> None:
+    device = bench(
+        Constraints(latency_ms=budget_at(place)), certified=lambda count: EXPECTED_RATIO
+    )
     run(device)
     assert len(device.tried) == 1
 
@@ -394,7 +397,7 @@ def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
     # Whatever is certified comes out at 4 % above the last one's ratio, three times.
     device = bench(
         Constraints(latency_ms=budget_at(0.6)),
-        certified=lambda count: 1.02 * 1.04 ** min(count, 3),
+        certified=lambda count: 1.04 ** min(count + 1, 4),
     )
     found = run(device)
     assert found.met
@@ -404,6 +407,23 @@ def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
     assert found.verdict("latency").used_share > 0.8
 
 
+def test_a_ladder_that_offers_nothing_new_is_put_further_down() -> None:
+    budget_ms = budget_at(0.8)
+    device = bench(Constraints(latency_ms=budget_ms))
+
+    def quiet(config: SubnetConfig) -> float:
+        # As if whatever is near the budget happened to be timed in a slow moment.
+        predicted = predicted_ms(config)
+        near = predicted > 0.8 * budget_ms
+        return max(predicted, 1.001 * budget_ms) if near else predicted
+
+    device.quiet = quiet
+    found = run(device)
+    latency = chooser().predictors.latency.predict_ms(ALL)
+    best = accuracies()[latency <= 0.7 * budget_ms].max()
+    assert found.accuracy.value >= best - 1e-6
+
+
 @pytest.mark.parametrize(("try_s", "tries"), [(0.0, 3), (LONGEST_CALL_S / 2, 2)])
 def test_the_last_try_that_there_is_time_for_has_all_the_room(
     try_s: float, tries: int
@@ -411,7 +431,7 @@ def test_the_last_try_that_there_is_time_for_has_all_the_room(
     # The device slows down by 4 % from try to try, three times.
     device = bench(
         Constraints(latency_ms=budget_at(0.6)),
-        certified=lambda count: 1.02 * 1.04 ** min(count, 3),
+        certified=lambda count: 1.04 ** min(count + 1, 4),
     )
     found = run(device, step_s=try_s * 1.01)  # asked before and after a try
     assert found.met

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,60 @@ def test_the_anchor_model_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert check.anchor_ratio == pytest.approx(1.0)
     with pytest.raises(StaleTable):
         slower.check()
+
+
+def confirmed_ms(monkeypatch: pytest.MonkeyPatch, check: DriftCheck) -> float:
+    """What a network is told to take that takes three times the anchor model."""
+    result = check._time({})
+    (anchor,) = result.measurements.values()
+    net = tiny.measurement("net", 3 * anchor.quiet_ms)
+    visit = replace(anchor.visits[0], samples_ns=(3 * anchor.visits[0].samples_ns[0],))
+    both = {"net": replace(net, visits=(visit,)), **result.measurements}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            DriftCheck, "_time", lambda *_: replace(result, measurements=both)
+        )
+        return check.time_with({"net": Path("net.onnx")})["net"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("off", [-0.04, 0.04, 0.2])
+def test_others_work_is_taken_off_by_the_anchor_model_on_shared_hosts_alone(
+    off: float, shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = checking(
+        monkeypatch,
+        anchor_ms=ANCHOR_MS * (1 + off),
+        shared=shared,
+        max_drift_ratio=None,
+    )
+    found_ms = confirmed_ms(monkeypatch, check)
+    anchor_model = check.anchor_model(tmp_path)
+    # A machine of one's own is slower; so is another one than the table's.
+    level_ms = ANCHOR_MS * (1.0 if shared and off < 0.05 else 1 + off)
+    assert found_ms == pytest.approx(3 * level_ms)
+    if not shared:
+        assert anchor_model is None
+        return
+    assert anchor_model is not None
+    assert anchor_model.quiet_ms == pytest.approx(level_ms)
+    assert anchor_model.path.stat().st_size > 1000
+    # Once a call: what comes later is others' work.
+    later = checking(monkeypatch, anchor_ms=1.3 * ANCHOR_MS)
+    later.anchor_ratio = check.anchor_ratio
+    assert confirmed_ms(monkeypatch, later) == pytest.approx(3 * level_ms)
+
+
+def test_before_it_was_timed_the_anchor_model_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = checking(monkeypatch, anchor_ms=ANCHOR_MS)
+    assert check.anchor_model(tmp_path) is None
+
+
+def test_a_network_in_the_anchor_models_place_is_not_timed_beside_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = checking(monkeypatch, anchor_ms=ANCHOR_MS, anchored=False)
+    check.check()
+    assert check.anchor_model(tmp_path) is None
