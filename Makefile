@@ -14,6 +14,11 @@ DEMO_STAMP := $(DEMO)/ofa-deploy.stamp
 DEV_STAMP := $(DEV)/ofa-deploy.stamp
 ORACLE_STAMP := $(ORACLE)/ofa-deploy.stamp
 
+# What only computes is tested on all cores, a thread each: more would wait for each other.
+# What measures has the machine for itself.
+COMPUTE_TESTS := tests/unit tests/property tests/packaging
+MEASURE_TESTS := tests/contract tests/integration
+
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test oracle check lint types pytest clean distclean
@@ -56,7 +61,8 @@ types: $(DEV_STAMP)
 	$(DEV)/bin/mypy
 
 pytest: $(DEV_STAMP)
-	$(DEV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile $(COMPUTE_TESTS)
+	$(DEV)/bin/python -m pytest $(MEASURE_TESTS)
 
 # Updated in place, as torch is large: `make distclean` first for a new one.
 $(DEV_STAMP): pyproject.toml constraints.txt

@@ -46,8 +46,8 @@ LONGEST_CALL_S = 28.0
 MAX_LADDERS = 6
 # Steps of the ladder of candidates, in standard errors of the predictor.
 LADDER = (1.5, 0.5, -0.5, -1.5)
-# The same as shares of the limit, where those have led to nothing: far below it is still
-# better than the fastest network of all.
+# The same as shares of the limit, where those have led to nothing: what is far below it
+# is still better than the fastest network of all.
 WIDE_LADDER = (0.97, 0.9, 0.8, 0.6)
 # What a certified bound is expected to be of a confirmed latency, before it is known:
 # its own uncertainty, of a percent, and that of both; and, where the budget is of slow

@@ -25,6 +25,7 @@ from profilers.errors import FormatError, RunFailed
 from profilers.json_reader import parse_json
 from profilers.kept import KeptTexts
 from profilers.measurement import (
+    NO_TARGET,
     MeasurementRun,
     MeasureSettings,
     Stability,
@@ -66,7 +67,7 @@ T_95_MANY = 1.645
 # from what its processes found before it was killed.
 KEPT_S = 3600.0
 
-# A standard error above this is not precise, even where none was asked of a process.
+# Standard error of all processes that is precise enough where none was asked of each.
 MOST_ERROR_RATIO = 0.02
 
 # A spread above this says that processes differ, whatever each one says of itself.
@@ -472,9 +473,10 @@ def pool_reports(
         visits,
         effect_log=effect_log,
         standard_error_log=error_log,
-        settings=replace(
-            settings,
-            target_relative_error=min(settings.target_relative_error, MOST_ERROR_RATIO),
+        settings=(
+            settings
+            if settings.target_relative_error < NO_TARGET
+            else replace(settings, target_relative_error=MOST_ERROR_RATIO)
         ),
     )
     reasons = summary.stability.reasons

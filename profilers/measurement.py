@@ -28,8 +28,8 @@ DISTURBED_ANCHOR_RATIO = 0.05
 Verdict = Literal["stable", "unstable"]
 
 
-# Of a relative error: any is precise enough.
-NO_TARGET = 1.0
+# Of a relative error: nothing is to be reached.
+NO_TARGET = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevi
 from profilers.errors import DeviceUnfit, MeasurementError
 from profilers.measure import measure_models
 from profilers.measurement import (
+    NO_TARGET,
     MeasurementRun,
     MeasureSettings,
     ModelUnderTest,
@@ -248,6 +249,20 @@ def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
         assert measurement.stability.reasons == (
             "the machine changed its speed during 12 of 12 visits",
         )
+
+
+def test_where_nothing_is_to_be_reached_the_planned_visits_are_all() -> None:
+    clock = FakeClock()
+    run = measure_models(
+        models(2),
+        backend=FakeBackend(clock, latency_ns=latency_ns),
+        threads=1,
+        settings=replace(SETTINGS, visits=3, target_relative_error=NO_TARGET),
+        clock=clock,
+        anchor=JumpingAnchor(),
+        rng=np.random.default_rng(0),
+    )
+    assert [len(found.visits) for found in run.measurements] == [3, 3]
 
 
 def test_a_known_anchor_level_corrects_a_run_that_was_slow_all_along() -> None:
