@@ -135,7 +135,7 @@ class OnnxGraph(Emitter[str]):
 
     def end_with(self, value: str) -> None:
         """Give the model's output its name, where it is written."""
-        (writer,) = (node for node in self._nodes if value in node.output)
+        writer = next(node for node in reversed(self._nodes) if value in node.output)
         writer.output[0] = OUTPUT_NAME
 
     def add_sum(self, block: BlockPlan, value: str, entered: str) -> str:
