@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -36,8 +36,11 @@ from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
 from profilers.backends import get_backend
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
+from profilers.measurement import Visit
 
 SAMPLES_FILE = "latency_samples.json"
+# Of the anchor model that was timed beside it, if one was.
+ANCHOR_SAMPLES_FILE = "anchor_samples.json"
 VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime", "pillow")
 NO_PREDICTOR = (
     "the supernet has no accuracy predictor; finish its training with "
@@ -143,8 +146,9 @@ def assemble_bundle(
             shutil.copyfile(file, folder / file.name)
         for name, content in extra_files.items():
             (folder / name).write_bytes(content)
-        visits = [asdict(visit) for visit in network.measurement.visits]
-        (folder / SAMPLES_FILE).write_text(json.dumps(visits) + "\n")
+        _write_visits(folder / SAMPLES_FILE, network.measurement.visits)
+        if anchor_visits := network.measurement.anchor_visits:
+            _write_visits(folder / ANCHOR_SAMPLES_FILE, anchor_visits)
         manifest = Manifest(
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             config_id=facts.name,
@@ -242,6 +246,11 @@ def measured_accuracy(
         high=min(1.0, value + margin),
         image_count=len(inputs),
     )
+
+
+def _write_visits(path: Path, visits: Sequence[Visit]) -> None:
+    """Raw data, as JSON."""
+    path.write_text(json.dumps([asdict(visit) for visit in visits]) + "\n")
 
 
 def measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:

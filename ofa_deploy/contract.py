@@ -391,7 +391,14 @@ class _Loop:
             if ready and (enough or not self._leaves_room(ready[0])):
                 return ready[0]
             looked = bool(ready)
-            if self.ladders >= MAX_LADDERS or not self._confirm_more(better_than):
+            if self.ladders >= MAX_LADDERS:
+                break
+            try:
+                if not self._confirm_more(better_than):
+                    break
+            except (BackendError, MeasurementError):
+                if not ready:  # else there is one that was confirmed
+                    raise
                 break
         if ready:
             return ready[0]

@@ -176,7 +176,7 @@ class DeviceBench:
         """What the file is timed beside; nothing where single runs are asked about."""
         if not self.constraints.is_plain:
             return None
-        return self.drift.anchor_model(self._folder())
+        return self.drift.anchor_model(self._folder)
 
     def _is_far_off(self, found: FreshMeasurement) -> bool:
         """Whether a quiet latency is so far above its budget that no process helps."""

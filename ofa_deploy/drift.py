@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,11 +104,11 @@ class DriftCheck:
             return quiet_ms
         return {name: ms * level_ms / anchor_ms for name, ms in quiet_ms.items()}
 
-    def anchor_model(self, folder: Path) -> AnchorModel | None:
+    def anchor_model(self, new_folder: Callable[[], Path]) -> AnchorModel | None:
         """The anchor model, to be timed beside a file and say how slow memory is.
 
         Args:
-            folder: Gets its file.
+            new_folder: Gives one that gets its file.
 
         Returns:
             None where it says nothing: on a machine of one's own, which is as slow as
@@ -118,7 +118,7 @@ class DriftCheck:
         level_ms = self._level_ms
         if level_ms is None or self._anchor != anchor_network(self.space):
             return None
-        path = write_anchor_model(self.space, self.target, folder)
+        path = write_anchor_model(self.space, self.target, new_folder())
         return AnchorModel(path=path, quiet_ms=level_ms)
 
     @property

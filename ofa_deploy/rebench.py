@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.constraints import Constraints, Verdict
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
-from ofa_deploy.drift import write_anchor_model
+from ofa_deploy.drift import MAX_DRIFT_RATIO, write_anchor_model
 from ofa_deploy.manifest import Manifest
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.target import Target
@@ -31,6 +31,8 @@ class Rebench:
 
     Args:
         measurement: Now.
+        certified_beside_ms: Latency of the anchor model that the manifest's timing was
+            held against; None where it was not, or was taken elsewhere.
         elsewhere: In what this machine differs from the one of the manifest, in words;
             empty where it does not. Latencies then compare machines, not times.
         verdict: Against the latency that was held to; None if none was.
@@ -39,6 +41,29 @@ class Rebench:
     measurement: FreshMeasurement
     elsewhere: tuple[str, ...]
     verdict: Verdict | None
+    certified_beside_ms: float | None
+
+    @property
+    def level_told(self) -> str:
+        """What became of the level that was certified at, in words; empty if nothing.
+
+        A latency that is held against another level is not the same quantity.
+        """
+        then_ms, now_ms = self.certified_beside_ms, self.measurement.anchor_found_ms
+        if then_ms is None:
+            return ""
+        if now_ms is None:
+            return (
+                "certified beside an anchor model, and timed alone now: its supernet "
+                "is not in the zoo, or single runs are asked about"
+            )
+        off = f"the anchor model takes {now_ms / then_ms - 1:+.1%} now"
+        if self.measurement.anchor_model_ms is None:
+            return (
+                f"{off}, over {MAX_DRIFT_RATIO:.0%}: this machine is not what it was, "
+                "and the model is timed as it is"
+            )
+        return f"{off}; the model is held against it"
 
 
 def rebench(
@@ -51,7 +76,8 @@ def rebench(
     """Time a bundle's model in fresh processes, at the pace it was certified at.
 
     On the machine of the manifest latencies speak of the same quiet level as there; if
-    that was an anchor model's, and the supernet is in the zoo, by that model again.
+    that was an anchor model's, and the supernet is in the zoo, by that model again,
+    unless it takes over 5 % more or less by now.
 
     Args:
         bundle: Open.
@@ -94,7 +120,12 @@ def rebench(
             percentile=asked.percentile,
             paced=asked.pace is not None,
         )
-    return Rebench(measurement=measurement, elsewhere=elsewhere, verdict=verdict)
+    return Rebench(
+        measurement=measurement,
+        elsewhere=elsewhere,
+        verdict=verdict,
+        certified_beside_ms=None if known is None else known.anchor_model_ms,
+    )
 
 
 def _anchor_model(manifest: Manifest, folder: Path) -> AnchorModel | None:
@@ -106,7 +137,7 @@ def _anchor_model(manifest: Manifest, folder: Path) -> AnchorModel | None:
     runtime = manifest.runtime
     target = Target(backend=runtime.backend, threads=runtime.threads)
     path = write_anchor_model(supernet.space, target, folder)
-    return AnchorModel(path=path, quiet_ms=quiet_ms)
+    return AnchorModel(path=path, quiet_ms=quiet_ms, max_off_ratio=MAX_DRIFT_RATIO)
 
 
 def differences(bundle: Bundle) -> tuple[str, ...]:

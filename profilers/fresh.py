@@ -84,10 +84,14 @@ class AnchorModel:
     Attributes:
         path: Its file.
         quiet_ms: Its latency in the state that latencies are to speak of.
+        max_off_ratio: Further off than this share of it, the machine is not that one
+            any more, and the other model's latency is what it is now; None holds it
+            against the anchor model in any case.
     """
 
     path: Path
     quiet_ms: float
+    max_off_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +177,10 @@ class FreshMeasurement:
         beta: Share of the anchor's slowdown that the model has, given or fitted.
         anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
         anchor_model_ms: Latency of the anchor model where `quiet_ms` is measured
-            against that; None where no model was timed beside this one.
+            against that; None where no model was timed beside this one, or was too far
+            off.
+        anchor_visits: Raw data of the anchor model, if there was one.
+        anchor_found_ms: What it took, as far as the anchor's kernel tells.
         conditions: As the last process read them.
         indicative: The device is shared.
         stability: Whether the precision asked for was reached.
@@ -193,6 +200,8 @@ class FreshMeasurement:
     beta: float
     anchor_reference_ns: float
     anchor_model_ms: float | None
+    anchor_visits: tuple[Visit, ...]
+    anchor_found_ms: float | None
     conditions: Conditions
     indicative: bool
     stability: Stability
@@ -298,7 +307,7 @@ def measure_in_fresh_process(
             settings=settings,
             beta=beta,
             anchor_reference_ns=anchor_reference_ns,
-            anchor_model_ms=None if anchor_model is None else anchor_model.quiet_ms,
+            anchor_model=anchor_model,
         )
         if len(reports) == processes or (give_up is not None and give_up(pooled)):
             break
@@ -441,7 +450,7 @@ def pool_reports(
     settings: MeasureSettings,
     beta: float | None = None,
     anchor_reference_ns: float | None = None,
-    anchor_model_ms: float | None = None,
+    anchor_model: AnchorModel | None = None,
 ) -> FreshMeasurement:
     """Combine what several processes measured of one model.
 
@@ -450,8 +459,7 @@ def pool_reports(
         settings: What was to be reached.
         beta: None fits it.
         anchor_reference_ns: None takes it from the visits.
-        anchor_model_ms: Latency of the anchor model that was timed beside the model;
-            None where there was none.
+        anchor_model: That was timed beside the model.
     """
     by_process = visits_by_process(reports)
     visits = tuple(visit for process in by_process for visit in process)
@@ -459,11 +467,20 @@ def pool_reports(
     own = _fit_processes(by_process, pooled)
     effects, effect_log = own.effect_log, float(pooled.effect_log[0])
     error_log = float(pooled.standard_error_log[0])
-    if anchor_model_ms is not None:
-        beside = _fit_processes(visits_by_process(reports, place=1), pooled)
-        effects = effects - beside.effect_log + math.log(anchor_model_ms * 1e6)
-        effect_log = float(effects.mean())
-        error_log = math.hypot(_error_within(own), _error_within(beside))
+    level_ms: float | None = None
+    found_ms: float | None = None
+    anchor_visits: tuple[Visit, ...] = ()
+    if anchor_model is not None:
+        by_anchor = visits_by_process(reports, place=1)
+        anchor_visits = tuple(visit for process in by_anchor for visit in process)
+        beside = _fit_processes(by_anchor, pooled)
+        found_ms = math.exp(float(beside.effect_log.mean())) / 1e6
+        most = anchor_model.max_off_ratio
+        if most is None or abs(found_ms / anchor_model.quiet_ms - 1) <= most:
+            level_ms = anchor_model.quiet_ms
+            effects = effects - beside.effect_log + math.log(level_ms * 1e6)
+            effect_log = float(effects.mean())
+            error_log = math.hypot(_error_within(own), _error_within(beside))
     spread = math.expm1(float(effects.max() - effects.min()))
     # One process is one draw of memory layout and placement, and one phase of the
     # machine: its visits say little of the others.
@@ -500,7 +517,9 @@ def pool_reports(
         memory_mb=_most(report.memory_mb for report in reports),
         beta=pooled.beta,
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
-        anchor_model_ms=anchor_model_ms,
+        anchor_model_ms=level_ms,
+        anchor_visits=anchor_visits,
+        anchor_found_ms=found_ms,
         conditions=reports[-1].run.conditions,
         indicative=any(report.run.indicative for report in reports),
         stability=Stability(

@@ -116,6 +116,8 @@ def _tell(console: Console, found: Rebench) -> None:
         console.print(f"not stable: {reason}")
     if found.measurement.indicative:
         console.print("shared host: the figures are indicative")
+    if found.level_told:
+        console.print(found.level_told)
     verdict = found.verdict
     if verdict is not None:
         console.print(
@@ -132,6 +134,8 @@ def _as_json(bundle: Bundle, found: Rebench) -> dict[str, object]:
         "then": asdict(bundle.manifest.measured),
         "now": {
             "quiet_ms": now.quiet_ms,
+            "anchor_model_ms": now.anchor_model_ms,
+            "anchor_found_ms": now.anchor_found_ms,
             "standard_error_ratio": now.standard_error_ratio,
             "median_ms": now.median_ms,
             "p90_ms": now.p90_ms,

@@ -34,6 +34,8 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
     manifest = bundle.manifest
     measured, accuracy = manifest.measured, manifest.accuracy
     note = " (shared host: indicative)" if measured.indicative else ""
+    if measured.anchor_model_ms is not None:
+        note = " (shared host: indicative, held against the anchor model)"
     rows = [
         ("bundle", str(bundle.path)),
         ("model", f"{manifest.config_id}  ({manifest.model_file})"),

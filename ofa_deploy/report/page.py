@@ -29,6 +29,7 @@ from ofa_deploy.report.facts import (
 )
 from ofa_deploy.search.pareto import Front
 from profilers.device import Conditions
+from profilers.fresh import FreshMeasurement
 from profilers.table import LatencyTable
 
 REPORT_FILE = "report.html"
@@ -156,6 +157,7 @@ def measured_sections(network: VerifiedNetwork, table: LatencyTable) -> list[str
                     "quiet state",
                     f"{measured.quiet_ms:.4g} ms ± {measured.standard_error_ratio:.1%}",
                 ),
+                *_level(measured),
                 ("median of all runs", f"{measured.median_ms:.4g} ms"),
                 *(
                     (f"p{percentile}", f"{value:.4g} ms")
@@ -298,6 +300,17 @@ def _device(table: LatencyTable) -> Rows:
             f"more than 2 %, {table.drift.largest_ratio:.1%} at most",
         ),
     ]
+
+
+def _level(measured: FreshMeasurement) -> list[tuple[str, str]]:
+    """What the quiet latency is held against, if a model was timed beside it."""
+    if measured.anchor_model_ms is None or measured.anchor_found_ms is None:
+        return []
+    told = (
+        f"the anchor model at {measured.anchor_model_ms:.4g} ms; beside the file it "
+        f"took {measured.anchor_found_ms:.4g} ms"
+    )
+    return [("held against", told)]
 
 
 def _megabytes(value: float | None) -> str:

@@ -399,6 +399,9 @@ def test_a_process_in_a_slow_phase_is_no_spread() -> None:
     assert pooled.process_spread_ratio == pytest.approx(0.0, abs=1e-3)
 
 
+ANCHOR_MODEL = AnchorModel(path=Path("anchor.onnx"), quiet_ms=0.3)
+
+
 def test_what_slows_down_the_anchor_model_too_is_no_latency_of_the_model() -> None:
     """Memory that neighbours use, which the anchor's kernel does not feel."""
     reports = [
@@ -407,7 +410,7 @@ def test_what_slows_down_the_anchor_model_too_is_no_latency_of_the_model() -> No
     alone = pool_reports(reports, settings=SETTINGS)
     assert alone.process_spread_ratio == pytest.approx(0.4)
     assert alone.anchor_model_ms is None
-    beside = pool_reports(reports, settings=SETTINGS, anchor_model_ms=0.3)
+    beside = pool_reports(reports, settings=SETTINGS, anchor_model=ANCHOR_MODEL)
     assert beside.quiet_ms == pytest.approx(0.1, rel=1e-4)
     assert beside.process_spread_ratio == pytest.approx(0.0, abs=1e-4)
     assert beside.standard_error_ratio < alone.standard_error_ratio / 100
@@ -417,9 +420,26 @@ def test_what_slows_down_the_anchor_model_too_is_no_latency_of_the_model() -> No
     assert beside.median_ms == alone.median_ms
 
 
+@pytest.mark.parametrize(("slower", "level_ms"), [(1.04, 0.3), (1.06, None)])
+def test_a_machine_that_is_another_one_now_is_not_held_against_what_it_was(
+    slower: float, level_ms: float | None
+) -> None:
+    reports = [report(round(100_000 * slower), round(300_000 * slower))] * 2
+    found = pool_reports(
+        reports,
+        settings=SETTINGS,
+        anchor_model=replace(ANCHOR_MODEL, max_off_ratio=0.05),
+    )
+    assert found.anchor_found_ms == pytest.approx(0.3 * slower)
+    assert found.anchor_model_ms == level_ms
+    now_ms = 0.1 if level_ms else 0.1 * slower
+    assert found.quiet_ms == pytest.approx(now_ms, rel=1e-4)
+    assert len(found.anchor_visits) == len(found.visits)
+
+
 def test_a_model_that_is_slower_than_its_anchor_model_says_is_slower() -> None:
     reports = [report(110_000, 300_000), report(113_000, 300_000)]
-    beside = pool_reports(reports, settings=SETTINGS, anchor_model_ms=0.3)
+    beside = pool_reports(reports, settings=SETTINGS, anchor_model=ANCHOR_MODEL)
     assert beside.quiet_ms == pytest.approx(0.1115, rel=1e-3)
     assert beside.process_spread_ratio == pytest.approx(0.0273, abs=1e-3)
 

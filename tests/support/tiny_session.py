@@ -69,6 +69,8 @@ def fresh(quiet_ms: float, *, error_ratio: float = 0.0) -> FreshMeasurement:
         beta=1.0,
         anchor_reference_ns=250_000.0,
         anchor_model_ms=None,
+        anchor_visits=(),
+        anchor_found_ms=None,
         conditions=CONDITIONS,
         indicative=True,
         stability=Stability(verdict="stable"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ from ofa_deploy.contract import (
     MAX_CERTIFIED,
     MAX_LADDERS,
     PATIENCE_S,
+    Confirmed,
     fulfil,
 )
 from ofa_deploy.errors import (
@@ -405,6 +406,25 @@ def test_networks_that_miss_by_a_hair_give_way_to_one_with_room() -> None:
     fastest = tiny.SPACE.decode(chooser().predictors.fastest())
     assert found.config != fastest
     assert found.verdict("latency").used_share > 0.8
+
+
+def test_what_fits_is_taken_if_nothing_between_can_be_timed() -> None:
+    budget_ms = budget_at(0.6)
+    device = bench(Constraints(latency_ms=budget_ms), factor=0.6)
+    confirm = device.confirm
+    calls: list[int] = []
+
+    def once(configs: Sequence[SubnetConfig]) -> Mapping[str, Confirmed]:
+        calls.append(len(configs))
+        if len(calls) > 1:
+            raise RunFailed("crashed")
+        return confirm(configs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MadeUpBench, "confirm", lambda self, configs: once(configs))
+        found = run(device)
+    assert found.met
+    assert len(calls) == 2
 
 
 def test_a_ladder_that_offers_nothing_new_is_put_further_down() -> None:

@@ -165,7 +165,7 @@ def test_others_work_is_taken_off_by_the_anchor_model_on_shared_hosts_alone(
         max_drift_ratio=None,
     )
     found_ms = confirmed_ms(monkeypatch, check)
-    anchor_model = check.anchor_model(tmp_path)
+    anchor_model = check.anchor_model(lambda: tmp_path)
     # A machine of one's own is slower; so is another one than the table's.
     level_ms = ANCHOR_MS * (1.0 if shared and off < 0.05 else 1 + off)
     assert found_ms == pytest.approx(3 * level_ms)
@@ -185,7 +185,7 @@ def test_before_it_was_timed_the_anchor_model_says_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     check = checking(monkeypatch, anchor_ms=ANCHOR_MS)
-    assert check.anchor_model(tmp_path) is None
+    assert check.anchor_model(lambda: tmp_path) is None
 
 
 def test_a_network_in_the_anchor_models_place_is_not_timed_beside_files(
@@ -193,4 +193,4 @@ def test_a_network_in_the_anchor_models_place_is_not_timed_beside_files(
 ) -> None:
     check = checking(monkeypatch, anchor_ms=ANCHOR_MS, anchored=False)
     check.check()
-    assert check.anchor_model(tmp_path) is None
+    assert check.anchor_model(lambda: tmp_path) is None
