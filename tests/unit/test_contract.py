@@ -424,7 +424,7 @@ def test_what_fits_is_taken_if_nothing_between_can_be_timed() -> None:
         patch.setattr(MadeUpBench, "confirm", lambda self, configs: once(configs))
         found = run(device)
     assert found.met
-    assert len(calls) == 2
+    assert len(calls) > 1
 
 
 def test_a_ladder_that_offers_nothing_new_is_put_further_down() -> None:
