@@ -42,6 +42,7 @@ ORDER = (
     "small_geometry",
     "latency_predictor",
     "repeatability",
+    "anchor_model",
 )
 PACKAGES = ("ofa-deploy", "numpy", "onnxruntime", "openvino")
 PASSED, MISSED = "- **passed**: ", "- **missed**: "
