@@ -136,7 +136,7 @@ class DeviceBench:
             ),
             processes=CERTIFY_PROCESSES,
             beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
+            anchor_reference_ns=self.drift.reference_ns,
             anchor_model=self._anchor_model(),
             pace=constraints.pace,
             progress=self.reporter.advance,

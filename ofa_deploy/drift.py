@@ -53,6 +53,8 @@ class DriftCheck:
         reporter: Told of progress.
         max_drift_ratio: Of the anchor model against the table; None to accept any.
         anchor_ratio: Its latency over that of the table, once it was timed.
+        is_other_machine: Whether a machine of one's own was then found to be faster or
+            slower than its table, and that was accepted.
     """
 
     space: SearchSpace
@@ -62,6 +64,7 @@ class DriftCheck:
     reporter: Reporter
     max_drift_ratio: float | None
     anchor_ratio: float | None = None
+    is_other_machine: bool = False
 
     def check(self) -> None:
         """Time the anchor model alone, unless it was timed already, or any would do.
@@ -88,18 +91,18 @@ class DriftCheck:
         """
         result = self._time(files)
         quiet_ms = self._quiet_ms(result)
-        anchor_ms = quiet_ms.pop(_ANCHOR, None)
-        if files and not quiet_ms:
+        if files and not quiet_ms.keys() - {_ANCHOR}:
             raise RunFailed(
                 f"{self.target.backend} failed on all of {len(files)} networks: "
                 f"{next(iter(result.failures.values()))}"
             )
         if self.anchor_ratio is None:  # once a call: later it can only be noise
-            if anchor_ms is not None:
-                self._compare(anchor_ms, result.measurements[_ANCHOR])
+            if _ANCHOR in quiet_ms:
+                self._compare(quiet_ms[_ANCHOR], result.measurements[_ANCHOR])
+                quiet_ms = self._quiet_ms(result)  # at the level that was found
             elif self.max_drift_ratio is not None:
                 raise self._untimed(result.failures[_ANCHOR])
-        level_ms = self._level_ms
+        anchor_ms, level_ms = quiet_ms.pop(_ANCHOR, None), self._level_ms
         if anchor_ms is None or level_ms is None:
             return quiet_ms
         return {name: ms * level_ms / anchor_ms for name, ms in quiet_ms.items()}
@@ -120,6 +123,15 @@ class DriftCheck:
             return None
         path = write_anchor_model(self.space, self.target, new_folder())
         return AnchorModel(path=path, quiet_ms=level_ms)
+
+    @property
+    def reference_ns(self) -> float | None:
+        """Level of the anchor's kernel that latencies speak of: the table's.
+
+        None for that of each run, where the machine is another one by now: what its
+        clock has lost is no phase that passes.
+        """
+        return None if self.is_other_machine else self.table.anchor_reference_ns
 
     @property
     def _level_ms(self) -> float | None:
@@ -175,11 +187,11 @@ class DriftCheck:
             )
 
     def _quiet_ms(self, result: OrderResult) -> dict[str, float]:
-        """Latencies at the quiet level that the table speaks of."""
+        """Latencies at the quiet level that is spoken of."""
         fit = fit_visits(
             [found.visits for found in result.measurements.values()],
             beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
+            anchor_reference_ns=self.reference_ns,
         )
         return {
             name: math.exp(effect) / 1e6
@@ -197,6 +209,7 @@ class DriftCheck:
             ratio *= (float(kernel_ns) / self.table.anchor_reference_ns) ** (
                 self.table.beta
             )
+            self.is_other_machine = abs(ratio - 1) > MAX_DRIFT_RATIO
         limit = self.max_drift_ratio
         if limit is not None and abs(ratio - 1) > limit:
             raise self._stale(

@@ -68,7 +68,7 @@ T_95_MANY = 1.645
 KEPT_S = 3600.0
 
 # Standard error of all processes that is precise enough where none was asked of each.
-MOST_ERROR_RATIO = 0.02
+MOST_ERROR_RATIO = 0.01
 
 # A spread above this says that processes differ, whatever each one says of itself.
 MAX_PROCESS_SPREAD_RATIO = 0.03

@@ -388,7 +388,7 @@ def test_the_spread_between_processes_makes_a_figure_unstable() -> None:
 def test_an_error_is_told_of_where_no_process_was_asked_for_precision() -> None:
     settings = replace(SETTINGS, target_relative_error=NO_TARGET)
     found = pool_reports([report(100_000), report(108_000)], settings=settings)
-    assert any("target 2.0%" in reason for reason in found.stability.reasons)
+    assert any("target 1.0%" in reason for reason in found.stability.reasons)
 
 
 def test_a_process_in_a_slow_phase_is_no_spread() -> None:

@@ -181,6 +181,30 @@ def test_others_work_is_taken_off_by_the_anchor_model_on_shared_hosts_alone(
     assert confirmed_ms(monkeypatch, later) == pytest.approx(3 * level_ms)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("slower", [1.04, 1.2])
+def test_a_machine_of_ones_own_that_has_become_slower_is_as_slow_as_it_is(
+    slower: float, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel is, too; on a shared host both are others' work."""
+    check = checking(
+        monkeypatch,
+        anchor_ms=slower * ANCHOR_MS,
+        kernel_ns=round(slower * REFERENCE_NS),
+        shared=shared,
+        max_drift_ratio=None,
+    )
+    beta = check.table.beta
+    found_ms = confirmed_ms(monkeypatch, check)
+    if shared or slower < 1.05:
+        assert check.reference_ns == REFERENCE_NS
+        level = 1.0 if shared else slower ** (1 - beta)
+        assert found_ms == pytest.approx(3 * ANCHOR_MS * level, rel=1e-3)
+    else:
+        assert check.reference_ns is None
+        assert found_ms == pytest.approx(3 * ANCHOR_MS * slower, rel=1e-3)
+
+
 def test_before_it_was_timed_the_anchor_model_says_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
