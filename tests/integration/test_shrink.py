@@ -7,9 +7,9 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -194,6 +194,20 @@ def test_a_network_that_keeps_its_budget_is_shown_to_and_left_as_it_is(
     assert "Nothing was trained" in (bundle.path / REPORT_FILE).read_text()
 
 
+def at_a_steady_time(attempt: Callable[[int], Bundle], caches: Path) -> Bundle:
+    """What a call gives whose prices still hold when its file is certified.
+
+    The networks take 20 µs: a shared host that slows down in between has them refused,
+    as it should. Then everything is measured anew, twice at most.
+    """
+    for number in range(2):
+        with suppress(InfeasibleBudget):
+            return attempt(number)
+        for table in caches.glob("own-*.json"):
+            table.unlink()
+    return attempt(2)
+
+
 # On OpenVINO so small a network takes as long with a third of its channels.
 @pytest.mark.parametrize(
     ("backend", "method"),
@@ -209,28 +223,23 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
 ) -> None:
     if backend == "litert-cpu":
         pytest.importorskip("ai_edge_litert")
-    own = own_network(dense)
-    prices = device_prices.measure_prices(
-        own,
-        target=Target(backend=backend, threads=1),
-        backend=get_backend(backend),
-        step=4,
-        folder=caches,
-        reporter=Silent(),
-    )
-    full_ms = float(prices.price(full_counts(own.graph)))
     seen: list[LoopProgress] = []
     before = dense.weights()
-    bundle = specialize(
-        backend,
-        model=dense,
-        data=data(),
-        out=tmp_path / "out",
-        latency_ms=0.85 * full_ms,
-        method=method,
-        recipe=recipe(),
-        training_told=lambda stage, progress: seen.append(progress),
-    )
+
+    def attempt(number: int) -> Bundle:
+        seen.clear()
+        return specialize(
+            backend,
+            model=dense,
+            data=data(),
+            out=tmp_path / f"out-{number}",
+            latency_ms=0.85 * priced_ms(own_network(dense), caches, backend=backend),
+            method=method,
+            recipe=recipe(),
+            training_told=lambda stage, progress: seen.append(progress),
+        )
+
+    bundle = at_a_steady_time(attempt, caches)
     manifest = bundle.manifest
     assert manifest.binding.met
     assert manifest.accuracy.kind == "measured"
@@ -334,12 +343,14 @@ def trained_weights(bundle: Bundle, folder: Path) -> Mapping[str, Tensor]:
     return read_checkpoint(checkpoint).weights
 
 
-def priced_ms(own: OwnNetwork, caches: Path) -> float:
-    """A whole network's price on ONNX Runtime, in channels by the four."""
+def priced_ms(
+    own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
+) -> float:
+    """A whole network's price on a device, in channels by the four."""
     prices = device_prices.measure_prices(
         own,
-        target=Target(backend="onnxruntime-cpu", threads=1),
-        backend=get_backend("onnxruntime-cpu"),
+        target=Target(backend=backend, threads=1),
+        backend=get_backend(backend),
         step=4,
         folder=caches,
         reporter=Silent(),
