@@ -248,21 +248,16 @@ class _Loop:
             return max(ratios) * (1 + margin)
         if ratios:
             return median(ratios)
-        return EXPECTED_RATIO if self._plain else EXPECTED_RATIO_OTHERWISE
+        return EXPECTED_RATIO if self.constraints.is_plain else EXPECTED_RATIO_OTHERWISE
 
     def _excess_of(self, found: VerifiedNetwork) -> float:
         verdict = found.verdict("latency")
         bound = verdict.bound
-        if self._plain:
+        if self.constraints.is_plain:
             # Of a file that two processes were enough to give up, the bound is far
             # above what was found, and says nothing of the next file.
             bound = min(bound, USUAL_BOUND_RATIO * verdict.found)
         return bound / self.confirmed[found.config.id].quiet_ms
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the budget is of the quiet state."""
-        return self.constraints.is_plain
 
     @property
     def limits(self) -> PredictedLimits:
@@ -387,14 +382,12 @@ class _Loop:
         looked = False
         while True:
             ready = self._ready(better_than)
-            enough = looked or self.hurries or self.ladders >= MAX_LADDERS
+            enough = looked or self.hurries
             if ready and (enough or not self._leaves_room(ready[0])):
-                return ready[0]
-            looked = bool(ready)
-            if self.ladders >= MAX_LADDERS:
                 break
+            looked = bool(ready)
             try:
-                if not self._confirm_more(better_than):
+                if self.ladders >= MAX_LADDERS or not self._confirm_more(better_than):
                     break
             except (BackendError, MeasurementError):
                 if not ready:  # else there is one that was confirmed

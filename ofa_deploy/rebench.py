@@ -131,8 +131,10 @@ def rebench(
 def _anchor_model(manifest: Manifest, folder: Path) -> AnchorModel | None:
     """What the model was certified beside, if that can be written here."""
     quiet_ms = manifest.measured.anchor_model_ms
+    if quiet_ms is None:
+        return None
     supernet = find_in_zoo(manifest.supernet_sha256)
-    if quiet_ms is None or supernet is None:
+    if supernet is None:
         return None
     runtime = manifest.runtime
     target = Target(backend=runtime.backend, threads=runtime.threads)

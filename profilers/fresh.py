@@ -545,7 +545,7 @@ def _fit_processes(
 def _error_within(fit: QuietStateFit) -> float:
     """Standard error of the processes' mean by what visits of each one differ by."""
     errors = fit.standard_error_log
-    return float(np.sqrt((errors**2).sum())) / len(errors)
+    return float(np.linalg.norm(errors)) / len(errors)
 
 
 def _error_between(effects: NDArray[np.float64]) -> float:

@@ -33,9 +33,9 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
     """A bundle's figures, one a line."""
     manifest = bundle.manifest
     measured, accuracy = manifest.measured, manifest.accuracy
-    note = " (shared host: indicative)" if measured.indicative else ""
+    notes = ["shared host: indicative"] if measured.indicative else []
     if measured.anchor_model_ms is not None:
-        note = " (shared host: indicative, held against the anchor model)"
+        notes.append("held against the anchor model")
     rows = [
         ("bundle", str(bundle.path)),
         ("model", f"{manifest.config_id}  ({manifest.model_file})"),
@@ -51,7 +51,7 @@ def show_bundle(console: Console, bundle: Bundle) -> None:
         (
             "measured",
             f"{measured.quiet_ms:.4g} ms ± {measured.standard_error_ratio:.1%} in the "
-            f"quiet state{note}",
+            "quiet state" + (f" ({', '.join(notes)})" if notes else ""),
         ),
         ("", _percentiles(bundle)),
         (

@@ -448,6 +448,14 @@ def test_a_layer_between_two_empty_ones_feels_no_pull() -> None:
 # -- floors and collapse ---------------------------------------------------------------
 
 
+def halving(net: MaskedNetwork, *, step: int = 4, steps: int = 0) -> PruningAsSearch:
+    """A search for half of the MACs, with a floor of eight channels."""
+    settings = PasSettings(target_share=0.5, floor=8, step=step)
+    return PruningAsSearch(
+        net, price=MacPrice(net.graph), settings=settings, steps=steps
+    )
+
+
 def test_a_layer_keeps_its_floor() -> None:
     net = masked(Chain())
     search = PruningAsSearch(
@@ -460,11 +468,7 @@ def test_a_layer_keeps_its_floor() -> None:
 
 def test_a_collapsed_layer_is_opened_again_and_told_of() -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
-        net,
-        price=MacPrice(net.graph),
-        settings=PasSettings(target_share=0.5, floor=8, step=4),
-    )
+    search = halving(net)
     strength = search.strength
     net.masks[1].latent.data = torch.linspace(0.1, 0.4, 16)
     for _ in range(COLLAPSE_WINDOW):
@@ -479,12 +483,7 @@ def test_a_collapsed_layer_is_opened_again_and_told_of() -> None:
 
 def test_a_layer_that_collapses_in_a_searchs_last_steps_is_opened_again() -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
-        net,
-        price=MacPrice(net.graph),
-        settings=PasSettings(target_share=0.5, floor=8, step=4),
-        steps=COLLAPSE_WINDOW + 3,
-    )
+    search = halving(net, steps=COLLAPSE_WINDOW + 3)
     for _ in range(COLLAPSE_WINDOW):
         search.after_step()
     net.masks[1].latent.data = torch.linspace(0.1, 0.4, 16)
@@ -518,11 +517,7 @@ def test_a_price_that_is_flat_at_the_top_pulls_further_down() -> None:
 @pytest.mark.parametrize("step", [4, 8, 16])
 def test_a_narrow_layer_that_falls_to_nothing_has_collapsed(step: int) -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
-        net,
-        price=MacPrice(net.graph),
-        settings=PasSettings(target_share=0.5, floor=8, step=step),
-    )
+    search = halving(net, step=step)
     net.masks[1].latent.data = torch.linspace(0.1, 0.4, 16)
     net.masks[2].latent.data = torch.linspace(0.4, 0.9, 16)  # most stay
     for _ in range(COLLAPSE_WINDOW):
@@ -534,11 +529,7 @@ def test_a_narrow_layer_that_falls_to_nothing_has_collapsed(step: int) -> None:
 
 def test_several_layers_that_collapse_at_once_halve_the_pull_once() -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
-        net,
-        price=MacPrice(net.graph),
-        settings=PasSettings(target_share=0.5, floor=8, step=4),
-    )
+    search = halving(net)
     strength = search.strength
     for index in (0, 2):
         net.masks[index].latent.data = torch.linspace(0.1, 0.4, 16)

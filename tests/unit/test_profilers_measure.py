@@ -231,10 +231,10 @@ class JumpingAnchor:
         return 1_000 + 500 * (self.count % 2)
 
 
-def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
+def measure_disturbed(settings: MeasureSettings) -> MeasurementRun:
+    """Two models, no visit of which is without a change of the machine's speed."""
     clock = FakeClock()
-    settings = replace(SETTINGS, visits=3, target_relative_error=10.0)
-    run = measure_models(
+    return measure_models(
         models(2),
         backend=FakeBackend(clock, latency_ns=latency_ns),
         threads=1,
@@ -243,6 +243,11 @@ def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
         anchor=JumpingAnchor(),
         rng=np.random.default_rng(0),
     )
+
+
+def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
+    settings = replace(SETTINGS, visits=3, target_relative_error=10.0)
+    run = measure_disturbed(settings)
     for measurement in run.measurements:
         assert all(visit.disturbed for visit in measurement.visits)
         assert len(measurement.visits) == 4 * settings.visits
@@ -252,15 +257,8 @@ def test_models_whose_visits_were_disturbed_get_more_and_are_told_of() -> None:
 
 
 def test_where_nothing_is_to_be_reached_the_planned_visits_are_all() -> None:
-    clock = FakeClock()
-    run = measure_models(
-        models(2),
-        backend=FakeBackend(clock, latency_ns=latency_ns),
-        threads=1,
-        settings=replace(SETTINGS, visits=3, target_relative_error=NO_TARGET),
-        clock=clock,
-        anchor=JumpingAnchor(),
-        rng=np.random.default_rng(0),
+    run = measure_disturbed(
+        replace(SETTINGS, visits=3, target_relative_error=NO_TARGET)
     )
     assert [len(found.visits) for found in run.measurements] == [3, 3]
 
