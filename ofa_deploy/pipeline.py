@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -158,7 +157,7 @@ class Specializer:
             reporter=self.reporter,
         )
         # What an earlier call had left in the journal may be out of date already.
-        if datetime.fromisoformat(table.created_at).timestamp() >= began_s:
+        if table.created_s >= began_s:
             self._measured_s = time.monotonic()
         return table
 

@@ -60,15 +60,34 @@ Progress = Callable[[int, int], None]
 _BLOCK, _NETWORK = "block:", "network:"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationNetworks:
+    """Different networks to calibrate a predictor by.
+
+    Args:
+        drawn: At random from the space; only these show how far a prediction for a
+            network of the space is likely to be off, as the others are unlike most.
+        chosen: For what they tell of the prices.
+    """
+
+    drawn: tuple[SubnetConfig, ...]
+    chosen: tuple[SubnetConfig, ...]
+
+    @property
+    def every(self) -> tuple[SubnetConfig, ...]:
+        """All of them."""
+        return (*self.chosen, *self.drawn)
+
+
 def calibration_networks(
     space: SearchSpace, costs: BlockCosts, *, count: int, rng: np.random.Generator
-) -> list[SubnetConfig]:
-    """Networks that calibrate a predictor: landmarks, a spread, the informative.
+) -> CalibrationNetworks:
+    """Networks that calibrate a predictor: landmarks, random ones, the informative.
 
     The landmarks are the smallest, the largest and the middle one, which is the anchor
-    model. Uniform sampling crowds around the middle, so a third of them is a large
-    sample ordered by its expected latency and thinned evenly; the rest are those whose
-    prediction would be the least certain otherwise.
+    model. A third are drawn at random. They crowd around the middle, so a sixth is a
+    large sample ordered by its expected latency and thinned evenly; the rest are those
+    whose prediction would be the least certain otherwise.
 
     Args:
         space: Where they are from.
@@ -85,18 +104,26 @@ def calibration_networks(
     pool = np.concatenate([landmarks, drawn])
     pool = pool[first_of_each(pool)]
     if not len(pool):
-        return []
+        return CalibrationNetworks(drawn=(), chosen=())
     matrix = features(space, costs, pool)
     expected_ms = matrix[:, 1 : 2 + len(space.stages)].sum(axis=1)
     count = min(count, len(pool))
-    places = np.linspace(0, len(pool) - 1, max(2, count // 3)).astype(int)
+    # The pool's first rows; those after them are in the order in which they were drawn.
+    begun = np.arange(min(len(landmarks), count))
+    drawn_count = min(count // 3, count - len(begun))
+    random = len(landmarks) + np.arange(drawn_count)
+    places = np.linspace(0, len(pool) - 1, max(2, count // 6)).astype(int)
     spread = np.argsort(expected_ms, kind="stable")[places]
-    begun = np.arange(len(landmarks))  # the pool's first rows
-    taken = np.concatenate([begun, spread[spread >= len(begun)]])[:count]
+    spread = np.setdiff1d(spread, np.concatenate([begun, random]))
+    taken = np.concatenate([begun, random, spread])[:count]
     informative = choose_informative(
         matrix / expected_ms[:, None], count=count - len(taken), taken=taken
     )
-    return [space.decode(row) for row in pool[np.concatenate([taken, informative])]]
+    chosen = np.setdiff1d(np.concatenate([taken, informative]), random)
+    return CalibrationNetworks(
+        drawn=tuple(space.decode(row) for row in pool[random]),
+        chosen=tuple(space.decode(row) for row in pool[chosen]),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -263,7 +290,7 @@ def profile_space(
     )
     coming = (network_count - 1) * settings.visits
     with Journal(journal_path, subject=subject) as journal:
-        _forget_if_old(journal, journal_path)
+        forget_if_old(journal, journal_path)
         journal.retry_failures()  # their cause may be gone since the last call
         blocks = execute(
             block_order,
@@ -272,14 +299,17 @@ def profile_space(
             progress=_shifted(progress, later=coming),
         )
         visited = sum(journal.count_of(name) for name in models.block_names)
-        configs = networks or calibration_networks(
-            space,
-            look_up_blocks(space, _planned_latencies(models, journal, settings)),
-            count=network_count,
-            rng=np.random.default_rng(settings.seed),
-        )
-        _require_runnable(configs, blocks)
-        plans = {config.id: lower(space, config) for config in configs}
+        if networks is not None:
+            wanted = CalibrationNetworks(drawn=(), chosen=tuple(networks))
+        else:
+            wanted = calibration_networks(
+                space,
+                look_up_blocks(space, _planned_latencies(models, journal, settings)),
+                count=network_count,
+                rng=np.random.default_rng(settings.seed),
+            )
+        _require_runnable(wanted.every, blocks)
+        plans = {config.id: lower(space, config) for config in wanted.every}
         models = replace(models, networks={**models.networks, **plans})
         result = execute(
             replace(block_order, names=models.network_names, group_size=GROUP_SIZE),
@@ -296,6 +326,7 @@ def profile_space(
             anchor_model_ms=_anchor_ms(result, models.network_names[0]),
         )
         began = datetime.datetime.fromtimestamp(journal.began_s, datetime.timezone.utc)
+    measured = _measured(result, _NETWORK)
     return LatencyTable(
         origin="measured",
         space_name=space.name,
@@ -310,7 +341,8 @@ def profile_space(
         anchor_reference_ns=result.anchor_reference_ns,
         created_at=began.isoformat(),
         blocks=_measured(blocks, _BLOCK),
-        networks=_measured(result, _NETWORK),
+        networks=measured,
+        random_networks=tuple(c.id for c in wanted.drawn if c.id in measured),
         failures={
             name.removeprefix(_NETWORK).removeprefix(_BLOCK): reason
             for name, reason in {**blocks.failures, **result.failures}.items()
@@ -318,7 +350,8 @@ def profile_space(
     )
 
 
-def _forget_if_old(journal: Journal, path: Path) -> None:
+def forget_if_old(journal: Journal, path: Path) -> None:
+    """Have measured anew what was begun more than a day ago, and say so."""
     age_h = (time.time() - journal.began_s) / 3600
     # Ahead of now, a clock was wrong, and how old it is, is not known.
     if abs(age_h) <= KEPT_H:

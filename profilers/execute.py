@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -219,8 +220,23 @@ class _Run:
             )
 
     def visit(self, names: Sequence[str], *, passes: int) -> None:
-        """Start a worker on some models and the anchor model; keep what it tells."""
-        anchor = self.order.anchor_name
+        """Start a worker on some models and the anchor model; keep what it tells.
+
+        One that the system kills had too many open, as a rule: which of them it was at
+        says nothing. Each half has a worker of its own then, down to a single model.
+        """
+        targets = {name: self.journal.count_of(name) + passes for name in names}
+        fits = self._visit_at_once(names, passes=passes)
+        if fits or len(names) == 1:
+            return
+        for half in (names[::2], names[1::2]):
+            left = max(targets[name] - self.journal.count_of(name) for name in half)
+            if left > 0:
+                self.visit(half, passes=left)
+
+    def _visit_at_once(self, names: Sequence[str], *, passes: int) -> bool:
+        """The same with one worker; whether the system let it be."""
+        alone, anchor = len(names) == 1, self.order.anchor_name
         if anchor is not None and anchor not in {*names, *self.journal.failures}:
             names = [*names, anchor]
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
@@ -234,7 +250,7 @@ class _Run:
                 + sum(self.journal.count_of(name) for name in self.order.names),
                 models=self._write_models(names, Path(folder)),
             )
-            self._do(assignment)
+            return self._do(assignment, alone=alone)
 
     def _write_models(self, names: Sequence[str], folder: Path) -> dict[str, Path]:
         try:
@@ -246,7 +262,7 @@ class _Run:
                 "this again"
             ) from error
 
-    def _do(self, assignment: Assignment) -> None:
+    def _do(self, assignment: Assignment, *, alone: bool) -> bool:
         session = self.journal.next_session
         self.journal.add(
             SessionBegan(conditions=read_conditions(), began_s=time.time())
@@ -266,14 +282,17 @@ class _Run:
                         worker.go_on()
                     self._tell()
                     if not left:
-                        return  # a crash on the way out costs nobody anything
+                        return True  # a crash on the way out costs nobody anything
                 else:
                     self._take_refusal(report)
-                    return
+                    return True
             reason = worker.describe_end()
+            if worker.was_killed and not alone:
+                return False
         if current is None:
             raise RunFailed(f"a worker {reason} before its first model")
         self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
+        return True
 
     def needy(self) -> list[str]:
         """The models that most need more visits."""
@@ -379,6 +398,16 @@ class _Worker:
             self._hung_s = limit_s
             self._process.kill()
             return None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether it ended by SIGKILL, and not by this process's."""
+        killed = getattr(signal, "SIGKILL", None)
+        return (
+            killed is not None
+            and self._hung_s is None
+            and self._process.wait() == -killed
+        )
 
     def describe_end(self) -> str:
         """How it ended before its work was done, with its last words."""

@@ -236,8 +236,11 @@ class Journal(Closing):
         lines = whole.split(b"\n") if whole else []
         first: dict[str, Json] = {"format_version": FORMAT_VERSION, "subject": subject}
         header = _decode_line(lines[0]) if lines else None
-        # A kill may have left a part of our own first line; anything else is not ours.
-        if header is None and (lines or not _encode_line(first).startswith(torn)):
+        # A kill may have left a part of our own first line, a power cut the room for
+        # it; anything else is not ours.
+        own = _encode_line(first)
+        begun = own.startswith(torn) or torn == bytes(min(len(torn), len(own)))
+        if header is None and (lines or not begun):
             raise FormatError(
                 f"{self._path.name} is not a journal, or its first line is damaged; "
                 "name another file, or delete it to measure anew",

@@ -24,7 +24,7 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
         tables: At least one; of the same space, device, runtime, settings and origin.
 
     Returns:
-        A table with the last one's date.
+        A table with the last one's conditions, as old as the oldest of them.
 
     Raises:
         IncompatibleTables: They differ in something that latency depends on.
@@ -47,10 +47,14 @@ def merge_tables(tables: Sequence[LatencyTable]) -> LatencyTable:
     return replace(
         last,
         beta=fit.beta,
+        created_at=min(tables, key=lambda table: table.created_s).created_at,
         conditions_before=tables[0].conditions_before,
         drift=summarize_drift(fit),
         anchor_reference_ns=reference_ns,
         networks=measured,
+        random_networks=tuple(
+            sorted({name for table in tables for name in table.random_networks})
+        ),
         blocks=_measured(
             blocks,
             settings,

@@ -80,9 +80,11 @@ def describe_exit(code: int) -> str:
         return f"with exit code {code}"
     # Signals of the system that have no name in Python stay numbers.
     try:
-        return f"by signal {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
     except ValueError:
         return f"by signal {-code}"
+    told = " (as systems do that have no memory left)" if name == "SIGKILL" else ""
+    return f"by signal {name}{told}"
 
 
 def package_environment() -> dict[str, str]:

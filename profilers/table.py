@@ -36,7 +36,7 @@ from profilers.measurement import Drift, Measurement, MeasureSettings
 
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
@@ -64,6 +64,9 @@ class LatencyTable:
         created_at: ISO 8601 date and time at which its oldest visits began.
         blocks: By name; fused blocks.
         networks: By name; whole networks.
+        random_networks: Those that were drawn at random, names of a part of them; the
+            others were chosen for what they tell. What a predictor errs by on random
+            networks, these alone show.
         failures: Reasons by name, of the models that could not be measured.
     """
 
@@ -82,6 +85,7 @@ class LatencyTable:
     created_at: str
     blocks: Mapping[str, Measurement]
     networks: Mapping[str, Measurement]
+    random_networks: tuple[str, ...] = ()
     failures: Mapping[str, str]
 
     def __post_init__(self) -> None:
@@ -114,6 +118,15 @@ class LatencyTable:
             # A frozen table must not change through the caller's dictionary.
             object.__setattr__(self, field, MappingProxyType(measurements))
         object.__setattr__(self, "failures", MappingProxyType(dict(self.failures)))
+        if unknown := sorted({*self.random_networks} - self.networks.keys()):
+            raise ValueError(
+                f"random_networks has {unknown[0]!r}, which is none of the networks"
+            )
+
+    @property
+    def created_s(self) -> float:
+        """`created_at` in seconds since 1970; without a zone it is taken as local."""
+        return _time(self.created_at).timestamp()
 
     def save(self, path: Path) -> None:
         """Write the table, replacing the file at once or leaving it as it was."""
@@ -180,10 +193,14 @@ def _check_sha256(digest: str) -> None:
         raise ValueError(f"space_sha256={digest!r}; give 64 lowercase hex digits")
 
 
+def _time(created_at: str) -> datetime:
+    # Python 3.10 does not know the Z of UTC.
+    return datetime.fromisoformat(created_at.replace("Z", "+00:00"))
+
+
 def _check_time(created_at: str) -> None:
     try:
-        # Python 3.10 does not know the Z of UTC.
-        datetime.fromisoformat(created_at.replace("Z", "+00:00"))
+        _time(created_at)
     except ValueError:
         raise ValueError(
             f"created_at={created_at!r}; give ISO 8601, as 2026-01-31T12:00:00+00:00"
@@ -211,6 +228,7 @@ def _encode(table: LatencyTable) -> dict[str, Json]:
         "networks": {
             name: encode_measurement(net) for name, net in table.networks.items()
         },
+        "random_networks": [*table.random_networks],
         "failures": dict(table.failures),
     }
 
@@ -244,6 +262,9 @@ def _decode(node: JsonNode) -> LatencyTable:
             created_at=entries["created_at"].text(),
             blocks=_decode_measurements(entries["blocks"]),
             networks=_decode_measurements(entries["networks"]),
+            random_networks=tuple(
+                name.text() for name in entries["random_networks"].items()
+            ),
             failures={
                 name: entry.text()
                 for name, entry in entries["failures"].entries().items()

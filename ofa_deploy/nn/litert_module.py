@@ -21,7 +21,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import nn
 
-from ofa_deploy.errors import MissingDependency
+from ofa_deploy.errors import MissingDependency, ModelRejected
 from profilers.files import write_atomically
 
 _CONVERTER = "litert-torch"
@@ -47,6 +47,7 @@ def convert_module(
 
     Raises:
         MissingDependency: `litert-torch` is not installed.
+        ModelRejected: It does not convert this network.
     """
     if cache is None:
         cache = user_cache_path("ofa-deploy") / "litert"
@@ -91,7 +92,14 @@ def _convert(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes
         wrapped = litert_torch.to_channel_last_io(module, args=[0]).eval()
         count, channels, height, width = input_shape
         sample = torch.zeros(count, height, width, channels)
-        converted = litert_torch.convert(wrapped, (sample,))
+        try:
+            converted = litert_torch.convert(wrapped, (sample,))
+        except Exception as error:  # of whatever kind its many parts raise
+            raise ModelRejected(
+                f"{_CONVERTER} {version(_CONVERTER)} does not convert "
+                f"{type(module).__name__} for images {input_shape}: {error}; replace "
+                "the operation that it names, or use another backend"
+            ) from error
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
             path = Path(folder) / "model.tflite"
             converted.export(str(path))

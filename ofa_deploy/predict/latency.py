@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ofa_deploy.errors import UnmeasuredBlock
 from ofa_deploy.predict.block_costs import (
@@ -36,6 +37,8 @@ PRIOR_STRENGTH = 3e-4
 # A measurement with a standard error of this share of its latency counts half as much
 # as an exact one: about what the fit misses of networks that were measured well.
 MODEL_ERROR_RATIO = 0.02
+# Random networks below which all of a table have to say how far predictions are off.
+LEAST_RANDOM = 10
 # Networks priced at a time: their prices stay in the processor's cache.
 BATCH = 16_384
 
@@ -171,7 +174,7 @@ def fit_latency_predictor(space: SearchSpace, table: LatencyTable) -> LatencyPre
     weights = fit_weights(
         known.matrix, known.measured_ms, error_ratios=known.error_ratios
     )
-    return price_list(space, blocks, weights, residuals=_conformal(known.left_out()))
+    return price_list(space, blocks, weights, residuals=_residuals(known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,12 +186,14 @@ class Calibration:
         matrix: Their `features`, `(n, features)`.
         measured_ms: `(n,)`.
         error_ratios: Standard errors of these, as shares of them, `(n,)`.
+        random: Which were drawn at random, `(n,)`.
     """
 
     names: tuple[str, ...]
     matrix: Floats
     measured_ms: Floats
     error_ratios: Floats
+    random: NDArray[np.bool_]
 
     def left_out(self) -> Floats:
         """See `left_out_ratios`."""
@@ -224,6 +229,7 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
         matrix=matrix[runnable],
         measured_ms=np.array([network.quiet_ms for network in networks]),
         error_ratios=np.array([network.standard_error_ratio for network in networks]),
+        random=np.isin(names, table.random_networks),
     )
 
 
@@ -291,6 +297,17 @@ def left_out_ratios(
         )
         ratios[~inside] = measured_ms[~inside] / (matrix[~inside] @ weights)
     return ratios
+
+
+def _residuals(known: Calibration) -> ResidualRatios:
+    """Of random networks, where a table says which ones are.
+
+    A conformal bound holds for what is like the networks that it is taken from: those
+    chosen for what they tell are at the space's edges.
+    """
+    ratios = known.left_out()
+    enough = known.random.sum() >= LEAST_RANDOM
+    return _conformal(ratios[known.random] if enough else ratios)
 
 
 def _conformal(ratios: Floats) -> ResidualRatios:

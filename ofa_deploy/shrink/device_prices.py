@@ -15,7 +15,7 @@ from torch import Tensor
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
 from ofa_deploy.probe import Prober, channel_step
-from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS
+from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
@@ -201,8 +201,10 @@ def _measure(
             "order": order.digest,
         },
     ) as journal:
+        forget_if_old(journal, journal_path)
         journal.retry_failures()
         result = execute(order, write, journal=journal, progress=reporter.advance)
+        began = datetime.datetime.fromtimestamp(journal.began_s, datetime.timezone.utc)
     if result.failures:
         name, reason = next(iter(result.failures.items()))
         raise MeasurementError(
@@ -222,7 +224,7 @@ def _measure(
         drift=result.drift,
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
-        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        created_at=began.isoformat(),
         blocks={name: result.measurements[name] for name in blocks},
         networks={name: result.measurements[name] for name in networks},
         failures={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -135,6 +136,26 @@ def test_a_model_that_hangs_is_stopped_and_costs_only_itself(tmp_path: Path) -> 
     result = run(tmp_path, models, limit_s=10.0)
     assert "gave no sign of life for 10 s" in result.failures["bad"]
     assert set(result.measurements) == {"good0", "good1"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process as Linux does")
+def test_too_many_models_for_the_memory_are_measured_a_few_at_a_time(
+    tmp_path: Path,
+) -> None:
+    models = {
+        f"large{index}": write_model(
+            tmp_path / f"large{index}", fault="memory", after=3
+        )
+        for index in range(7)
+    }
+    models["huge"] = write_model(tmp_path / "huge", fault="memory", after=-1)
+    models["anchor"] = write_model(tmp_path / "anchor")
+    result = run(tmp_path, models, anchor_name="anchor")
+    assert set(result.failures) == {"huge"}
+    assert "SIGKILL (as systems do that have no memory left)" in result.failures["huge"]
+    assert set(result.measurements) == {*models} - {"huge"}
+    for name in models.keys() - {"huge", "anchor"}:
+        assert len(result.measurements[name].visits) == SETTINGS.visits
 
 
 def test_a_failed_model_is_not_tried_again(tmp_path: Path) -> None:

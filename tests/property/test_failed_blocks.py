@@ -96,7 +96,7 @@ def test_networks_to_measure_are_drawn_of_what_runs(
     costs = table_blocks(SPACE, table(failed))
     rng = np.random.default_rng(seed)
     drawn = sample_runnable(SPACE, costs, 200, rng)
-    chosen = calibration_networks(SPACE, costs, count=12, rng=rng)
+    chosen = calibration_networks(SPACE, costs, count=12, rng=rng).every
     able = {SPACE.decode(row).id for row in ALL[runnable(failed)]}
     assert {SPACE.decode(row).id for row in drawn} <= able
     assert {config.id for config in chosen} <= able

@@ -32,8 +32,8 @@ def write_model(path: Path, *, us: int = 100, fault: str = "", after: int = 0) -
         path: Where to.
         us: Microseconds that a run waits.
         fault: Empty, or one of "reject", "crash loading", "crash", "raise", "exit",
-            "hang".
-        after: Runs before the fault.
+            "hang", and "memory": the system kills the process as it loads the model.
+        after: Runs before the fault; of "memory", models that are open besides.
     """
     path.write_text(json.dumps({"us": us, "fault": fault, "after": after}))
     return path
@@ -43,6 +43,7 @@ class FaultyBackend:
     """Loads what `write_model` writes."""
 
     name = NAME
+    loaded_count = 0
 
     def load(self, model: Path | bytes, *, threads: int) -> FaultySession:
         """See `Backend.load`."""
@@ -53,6 +54,11 @@ class FaultyBackend:
             raise ModelRejected(f"{model.name} is rejected")
         if description["fault"] == "crash loading":
             _crash()
+        FaultyBackend.loaded_count += 1
+        if description["fault"] == "memory":
+            if FaultyBackend.loaded_count > description["after"] + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            description["fault"] = ""
         os.write(1, b"a runtime's chatter\n")
         return FaultySession(**description)
 

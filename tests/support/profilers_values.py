@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from profilers import (
@@ -112,5 +114,10 @@ tables = st.builds(
     created_at=st.datetimes().map(lambda moment: moment.isoformat()),
     blocks=by_name,
     networks=by_name,
+    random_networks=st.just(()),
     failures=st.dictionaries(words, words, max_size=2),
+).flatmap(
+    lambda table: st.sets(st.sampled_from([*table.networks, ""])).map(
+        lambda drawn: replace(table, random_networks=tuple(sorted(drawn - {""})))
+    )
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from ofa_deploy.families import mbv3
 from ofa_deploy.plan import all_blocks, lower
 from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
 from ofa_deploy.predict.latency import (
+    LEAST_RANDOM,
     LatencyPredictor,
     ResidualRatios,
     fit_latency_predictor,
@@ -50,8 +52,8 @@ def true_ms(space: SearchSpace) -> Callable[[SubnetConfig], float]:
 
 def table(space: SearchSpace, *, network_count: int = 48) -> LatencyTable:
     rng = np.random.default_rng(0)
-    networks = calibration_networks(space, costs(space), count=network_count, rng=rng)
-    return tiny.latency_table(space, networks=networks, network_ms=true_ms(space))
+    found = calibration_networks(space, costs(space), count=network_count, rng=rng)
+    return tiny.latency_table(space, networks=found.every, network_ms=true_ms(space))
 
 
 def fitted(space: SearchSpace) -> LatencyPredictor:
@@ -231,6 +233,43 @@ def test_too_few_networks_are_refused(count: int) -> None:
 
 def test_calibration_networks_are_different_and_hold_the_extremes() -> None:
     rng = np.random.default_rng(0)
-    networks = calibration_networks(SMALL, costs(SMALL), count=20, rng=rng)
-    assert len(set(networks)) == len(networks) == 20
-    assert {SMALL.largest(), SMALL.smallest()} <= set(networks)
+    found = calibration_networks(SMALL, costs(SMALL), count=20, rng=rng)
+    assert len(set(found.every)) == len(found.every) == 20
+    assert {SMALL.largest(), SMALL.smallest()} <= set(found.chosen)
+
+
+def test_a_third_of_the_calibration_networks_is_drawn_whatever_they_cost() -> None:
+    dearer = look_up_blocks(
+        SMALL,
+        {key: len(key) + work_ms(block) for key, block in all_blocks(SMALL).items()},
+    )
+    one, other = (
+        calibration_networks(SMALL, prices, count=60, rng=np.random.default_rng(0))
+        for prices in (costs(SMALL), dearer)
+    )
+    assert one.drawn == other.drawn
+    assert len(one.drawn) == 20
+    assert one.chosen != other.chosen
+
+
+def test_random_networks_alone_say_how_far_off_predictions_are() -> None:
+    rng = np.random.default_rng(0)
+    found = calibration_networks(SMALL, costs(SMALL), count=90, rng=rng)
+    drawn = [config.id for config in found.drawn]
+    off = {name: float(rng.choice([0.9, 1.1])) for name in drawn}
+
+    def network_ms(config: SubnetConfig) -> float:
+        return true_ms(SMALL)(config) * off.get(config.id, 1.0)
+
+    known = tiny.latency_table(SMALL, networks=found.every, network_ms=network_ms)
+    by_all = fit_latency_predictor(SMALL, known).residuals
+    by_drawn = fit_latency_predictor(
+        SMALL, replace(known, random_networks=tuple(drawn))
+    ).residuals
+    assert by_drawn.rms == pytest.approx(0.1, rel=0.2)
+    assert by_all.rms == pytest.approx(0.1 / math.sqrt(3), rel=0.3)
+    few = tuple(drawn[: LEAST_RANDOM - 1])
+    assert (
+        fit_latency_predictor(SMALL, replace(known, random_networks=few)).residuals
+        == by_all
+    )

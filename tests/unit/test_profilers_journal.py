@@ -190,6 +190,22 @@ def test_a_journal_of_something_else_is_refused_by_what_differs(
     assert path.read_bytes() == before
 
 
+def test_what_a_power_cut_left_empty_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, subject=SUBJECT):
+        pass
+    header = path.read_bytes()
+    path.write_bytes(bytes(len(header)))
+    with Journal(path, subject=SUBJECT) as journal:
+        assert path.read_bytes() == header
+        journal.add(RECORDS[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(512))  # the next record, not yet on the disk
+    with Journal(path, subject=SUBJECT) as journal:
+        assert journal.damaged_count == 0
+        assert path.read_bytes() == whole
+
+
 def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     path.write_bytes(b"my holiday photographs\n")
@@ -198,7 +214,7 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b"my holiday photographs\n"
 
 
-@pytest.mark.parametrize("content", [b"notes", b"{", b"deadbeef {}", b"\x00"])
+@pytest.mark.parametrize("content", [b"notes", b"{", b"deadbeef {}", bytes(4096)])
 def test_a_file_without_an_end_of_line_is_no_journal_and_kept(
     content: bytes, tmp_path: Path
 ) -> None:

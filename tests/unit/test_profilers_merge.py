@@ -68,6 +68,19 @@ def test_merged_latencies_speak_of_one_level_whatever_the_machine_was_like() -> 
             assert len(entry.visits) == 36
 
 
+def test_a_merged_table_is_as_old_as_its_oldest_visits() -> None:
+    # Of the same moment in another zone, or an hour apart: the text's order misleads.
+    early = replace(BUSY, created_at="2026-01-31T13:00:00+02:00")
+    late = replace(CALM, created_at="2026-01-31T12:00:00Z")
+    for tables in ([early, late], [late, early]):
+        assert merge_tables(tables).created_at == early.created_at
+
+
+def test_networks_stay_random_in_a_merged_table() -> None:
+    drawn = replace(BUSY, random_networks=("large",))
+    assert merge_tables([CALM, drawn]).random_networks == ("large",)
+
+
 def test_what_only_one_table_has_is_in_the_merged_one() -> None:
     other = table("small", slowdowns=[1.2] * 18)
     merged = merge_tables([CALM, other])

@@ -214,6 +214,8 @@ VISIT_PATH = 'networks["net"].visits[0]'
             "true or false belongs",
         ),
         (put("created_at", value="yesterday"), "", "give ISO 8601"),
+        (put("random_networks", value=["none"]), "", "'none', which is none of the"),
+        (put("random_networks", value=[1]), "random_networks[0]", "a text belongs"),
         (put("space_sha256", value="abc"), "", "64 lowercase hex digits"),
         (put("settings", "visits", value=1), "settings.visits", "at least 2"),
         (
