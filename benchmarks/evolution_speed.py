@@ -105,7 +105,7 @@ def random_problem(space: SearchSpace, *, members: int) -> SearchProblem:
         space=space,
         fixed_ms=rng.uniform(0.1, 0.2, sizes[0]),
         slot_ms=rng.uniform(0.05, 0.5, sizes),
-        residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05),
+        residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05, count=100),
     )
     drawn = latency.predict_ms(space.sample(1_000, rng))
     return within_latency(

@@ -157,7 +157,7 @@ def block_sums(space: SearchSpace, table: LatencyTable) -> LatencyPredictor:
     blocks = look_up_blocks(space, {key: m.quiet_ms for key, m in table.blocks.items()})
     weights = np.zeros(2 + len(space.stages) + len(COSTS) - 1)
     weights[1 : 2 + len(space.stages)] = 1.0
-    none = ResidualRatios(rms=0.0, low=1.0, high=1.0, upper=1.0)
+    none = ResidualRatios(rms=0.0, low=1.0, high=1.0, upper=1.0, count=100)
     return price_list(space, blocks, weights, residuals=none)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +76,7 @@ def again(
     if path.exists():
         device = this_device(accelerator=backend.accelerator())
         return open_table(path, space, device, backend.runtime(threads=1))
-    wait_until(made_at(first) + APART_S)
+    wait_until(first.created_s + APART_S)
     with StageBar(console) as bar:
         bar.begin(f"profiling {backend_name} again")
         table = profile_space(
@@ -98,12 +97,7 @@ def path_of(
 ) -> Path:
     """Of a later profile; the first one's date is part of its name."""
     work: Path = args.work
-    return work / f"again-{backend_name}-{made_at(first):.0f}-{number}.json"
-
-
-def made_at(table: LatencyTable) -> float:
-    """Seconds since the epoch."""
-    return datetime.datetime.fromisoformat(table.created_at).timestamp()
+    return work / f"again-{backend_name}-{first.created_s:.0f}-{number}.json"
 
 
 def wait_until(end_s: float) -> None:
