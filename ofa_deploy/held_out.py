@@ -212,7 +212,9 @@ def unseen_networks(
 
     Those with a block that failed are left out.
     """
-    rng = np.random.default_rng(seed)
+    # Not the stream of the table's own networks, which would only hold what was not
+    # taken of it.
+    rng = np.random.default_rng([seed, 1])
     drawn = sample_runnable(
         space, table_blocks(space, table), 2 * (count + len(table.networks)), rng
     )

@@ -100,8 +100,8 @@ def calibration_networks(
     landmarks = landmarks[first_of_each(landmarks)]
     runnable = np.isfinite(features(space, costs, landmarks)).all(axis=1)
     landmarks = landmarks[runnable]
-    drawn = sample_runnable(space, costs, CANDIDATES_PER_NETWORK * count, rng)
-    pool = np.concatenate([landmarks, drawn])
+    candidates = sample_runnable(space, costs, CANDIDATES_PER_NETWORK * count, rng)
+    pool = np.concatenate([landmarks, candidates])
     pool = pool[first_of_each(pool)]
     if not len(pool):
         return CalibrationNetworks(drawn=(), chosen=())

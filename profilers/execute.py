@@ -236,7 +236,8 @@ class _Run:
 
     def _visit_at_once(self, names: Sequence[str], *, passes: int) -> bool:
         """The same with one worker; whether the system let it be."""
-        alone, anchor = len(names) == 1, self.order.anchor_name
+        anchor = self.order.anchor_name
+        alone = names[0] if len(names) == 1 else None
         if anchor is not None and anchor not in {*names, *self.journal.failures}:
             names = [*names, anchor]
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
@@ -262,7 +263,14 @@ class _Run:
                 "this again"
             ) from error
 
-    def _do(self, assignment: Assignment, *, alone: bool) -> bool:
+    def _do(self, assignment: Assignment, *, alone: str | None) -> bool:
+        """Have a worker make the visits; False where the system killed it.
+
+        Args:
+            assignment: Its models.
+            alone: The only one of them beside the anchor model: blamed for a lack of
+                memory, and no other assignment would do.
+        """
         session = self.journal.next_session
         self.journal.add(
             SessionBegan(conditions=read_conditions(), began_s=time.time())
@@ -287,11 +295,13 @@ class _Run:
                     self._take_refusal(report)
                     return True
             reason = worker.describe_end()
-            if worker.was_killed and not alone:
-                return False
+            killed = worker.was_killed()
         if current is None:
             raise RunFailed(f"a worker {reason} before its first model")
-        self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
+        if killed and alone is None:
+            return False
+        guilty = alone if killed and alone is not None else current
+        self.journal.add(Failure(name=guilty, reason=f"the worker {reason}"))
         return True
 
     def needy(self) -> list[str]:
@@ -399,7 +409,6 @@ class _Worker:
             self._process.kill()
             return None
 
-    @property
     def was_killed(self) -> bool:
         """Whether it ended by SIGKILL, and not by this process's."""
         killed = getattr(signal, "SIGKILL", None)

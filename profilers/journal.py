@@ -239,7 +239,7 @@ class Journal(Closing):
         # A kill may have left a part of our own first line, a power cut the room for
         # it; anything else is not ours.
         own = _encode_line(first)
-        begun = own.startswith(torn) or torn == bytes(min(len(torn), len(own)))
+        begun = len(torn) <= len(own) and own.startswith(torn.rstrip(b"\0"))
         if header is None and (lines or not begun):
             raise FormatError(
                 f"{self._path.name} is not a journal, or its first line is damaged; "

@@ -64,9 +64,9 @@ class LatencyTable:
         created_at: ISO 8601 date and time at which its oldest visits began.
         blocks: By name; fused blocks.
         networks: By name; whole networks.
-        random_networks: Those that were drawn at random, names of a part of them; the
-            others were chosen for what they tell. What a predictor errs by on random
-            networks, these alone show.
+        random_networks: Names of the networks that were drawn at random, and not
+            chosen for what they tell: what a predictor errs by on random networks,
+            these alone show. Empty where that is not known.
         failures: Reasons by name, of the models that could not be measured.
     """
 
@@ -85,7 +85,7 @@ class LatencyTable:
     created_at: str
     blocks: Mapping[str, Measurement]
     networks: Mapping[str, Measurement]
-    random_networks: tuple[str, ...] = ()
+    random_networks: tuple[str, ...]
     failures: Mapping[str, str]
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import nn
 
-from ofa_deploy.errors import MissingDependency, ModelRejected
+from ofa_deploy.errors import DeployError, MissingDependency, ModelRejected
 from profilers.files import write_atomically
 
 _CONVERTER = "litert-torch"
@@ -52,13 +52,28 @@ def convert_module(
     if cache is None:
         cache = user_cache_path("ofa-deploy") / "litert"
     module = copy.deepcopy(module).eval()
-    path = cache / f"{_content_sha256(module, input_shape)}.tflite"
-    if path.exists():
-        return path.read_bytes()
-    model = _convert(module, input_shape)
+    with _rejecting(module, input_shape):
+        path = cache / f"{_content_sha256(module, input_shape)}.tflite"
+        if path.exists():
+            return path.read_bytes()
+        model = _convert(module, input_shape)
     cache.mkdir(parents=True, exist_ok=True)
     write_atomically(path, model)
     return model
+
+
+@contextmanager
+def _rejecting(module: nn.Module, input_shape: tuple[int, ...]) -> Iterator[None]:
+    """Tell what torch and the converter refuse, of whatever kind their parts raise."""
+    try:
+        yield
+    except (DeployError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise ModelRejected(
+            f"{type(module).__name__} cannot be converted to .tflite for images "
+            f"{input_shape}: {error}; change what it names, or use another backend"
+        ) from error
 
 
 def _content_sha256(module: nn.Module, input_shape: tuple[int, ...]) -> str:
@@ -92,14 +107,7 @@ def _convert(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes
         wrapped = litert_torch.to_channel_last_io(module, args=[0]).eval()
         count, channels, height, width = input_shape
         sample = torch.zeros(count, height, width, channels)
-        try:
-            converted = litert_torch.convert(wrapped, (sample,))
-        except Exception as error:  # of whatever kind its many parts raise
-            raise ModelRejected(
-                f"{_CONVERTER} {version(_CONVERTER)} does not convert "
-                f"{type(module).__name__} for images {input_shape}: {error}; replace "
-                "the operation that it names, or use another backend"
-            ) from error
+        converted = litert_torch.convert(wrapped, (sample,))
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
             path = Path(folder) / "model.tflite"
             converted.export(str(path))

@@ -37,8 +37,9 @@ PRIOR_STRENGTH = 3e-4
 # A measurement with a standard error of this share of its latency counts half as much
 # as an exact one: about what the fit misses of networks that were measured well.
 MODEL_ERROR_RATIO = 0.02
-# Random networks below which all of a table have to say how far predictions are off.
-LEAST_RANDOM = 10
+# As few random networks have no rank that 97.5 % stay below; all of a table's then say
+# how far predictions are off.
+LEAST_RANDOM = 39
 # Networks priced at a time: their prices stay in the processor's cache.
 BATCH = 16_384
 
@@ -63,12 +64,14 @@ class ResidualRatios:
         low: What 97.5 % of networks lie above, as a multiple of their prediction.
         high: What 97.5 % lie below.
         upper: What 95 % lie below.
+        count: Of the networks that tell.
     """
 
     rms: float
     low: float
     high: float
     upper: float
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -322,6 +325,7 @@ def _conformal(ratios: Floats) -> ResidualRatios:
         low=1 / _rank_bound(1 / ratios, 1 - tail),
         high=_rank_bound(ratios, 1 - tail),
         upper=_rank_bound(ratios, COVERAGE),
+        count=len(ratios),
     )
 
 

@@ -218,9 +218,11 @@ def _predicted_section(
     chosen: ChosenPoint | None,
 ) -> str:
     residuals = predictor.residuals
+    some = residuals.count < len(seen.names)
     return plot(
         "Predicted against measured",
         f"{len(table.networks)} networks, each predicted without its own measurement: "
+        f"{f'the {residuals.count} drawn at random ' if some else ''}"
         f"off by {residuals.rms:.1%} (root mean square). Dashed: the 95 % interval.",
         draw_predicted(
             seen.predicted_ms,

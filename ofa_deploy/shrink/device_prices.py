@@ -72,7 +72,7 @@ def measure_prices(
 ) -> DevicePrices:
     """Time a network's layers and some of its narrowed forms; or read that they were.
 
-    After a kill the same call goes on where it stopped.
+    After a kill the same call goes on where it stopped, for a day.
 
     Args:
         own: The network.
@@ -227,6 +227,7 @@ def _measure(
         created_at=began.isoformat(),
         blocks={name: result.measurements[name] for name in blocks},
         networks={name: result.measurements[name] for name in networks},
+        random_networks=(),
         failures={},
     )
     table.save(path)

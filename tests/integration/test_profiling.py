@@ -150,6 +150,12 @@ def age_h(table: LatencyTable) -> float:
     return (now - made) / datetime.timedelta(hours=1)
 
 
+def test_a_table_tells_which_networks_were_drawn(whole: LatencyTable) -> None:
+    drawn = set(whole.random_networks)
+    assert len(drawn) == len(whole.networks) // 3
+    assert drawn < whole.networks.keys()
+
+
 def test_a_table_is_as_old_as_the_oldest_part_of_it(tmp_path: Path) -> None:
     kept = broken_off(tmp_path, hours_ago=15)  # power came back the next morning
     table = profile(tmp_path)

@@ -36,7 +36,7 @@ def chooser(seed: int) -> Chooser:
         space=SPACE,
         fixed_ms=rng.uniform(0.1, 0.2, 2),
         slot_ms=rng.uniform(0.05, 0.5, (2, SPACE.slot_count, 3, 2)),
-        residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05),
+        residuals=ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05, count=100),
     )
     predictors = Predictors(latency=latency, accuracy=narrow_is_better, sizes=SIZES)
     search = Nsga2(population=40, generations=10, polish=10_000)

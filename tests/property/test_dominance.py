@@ -13,7 +13,7 @@ from ofa_deploy.search.dominance import promotion
 from ofa_deploy.space import SearchSpace
 from tests.support import tiny
 
-RESIDUALS = ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05)
+RESIDUALS = ResidualRatios(rms=0.03, low=0.94, high=1.06, upper=1.05, count=100)
 
 
 def priced(space: SearchSpace, seed: int) -> LatencyPredictor:

@@ -32,7 +32,8 @@ def write_model(path: Path, *, us: int = 100, fault: str = "", after: int = 0) -
         path: Where to.
         us: Microseconds that a run waits.
         fault: Empty, or one of "reject", "crash loading", "crash", "raise", "exit",
-            "hang", and "memory": the system kills the process as it loads the model.
+            "hang", and "memory": the system kills the process as it loads the model;
+            of "fill", as it loads the next one.
         after: Runs before the fault; of "memory", models that are open besides.
     """
     path.write_text(json.dumps({"us": us, "fault": fault, "after": after}))
@@ -44,6 +45,7 @@ class FaultyBackend:
 
     name = NAME
     loaded_count = 0
+    is_full = False
 
     def load(self, model: Path | bytes, *, threads: int) -> FaultySession:
         """See `Backend.load`."""
@@ -54,7 +56,10 @@ class FaultyBackend:
             raise ModelRejected(f"{model.name} is rejected")
         if description["fault"] == "crash loading":
             _crash()
+        if FaultyBackend.is_full:
+            os.kill(os.getpid(), signal.SIGKILL)
         FaultyBackend.loaded_count += 1
+        FaultyBackend.is_full = description["fault"] == "fill"
         if description["fault"] == "memory":
             if FaultyBackend.loaded_count > description["after"] + 1:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -313,5 +313,6 @@ def latency_table(
         created_at="2026-01-31T12:00:00+00:00",
         blocks={k: measurement(k, block_ms(b)) for k, b in blocks.items()},
         networks={c.id: measurement(c.id, network_ms(c)) for c in networks},
+        random_networks=(),
         failures={},
     )

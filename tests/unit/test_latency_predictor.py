@@ -116,7 +116,7 @@ def test_a_prediction_is_the_weighted_sum_of_the_features(space: SearchSpace) ->
         space,
         costs(space),
         weights,
-        residuals=ResidualRatios(rms=0.1, low=0.8, high=1.2, upper=1.15),
+        residuals=ResidualRatios(rms=0.1, low=0.8, high=1.2, upper=1.15, count=100),
     )
     drawn = space.sample(200, np.random.default_rng(3))
     expected = features(space, costs(space), drawn) @ weights
@@ -254,7 +254,7 @@ def test_a_third_of_the_calibration_networks_is_drawn_whatever_they_cost() -> No
 
 def test_random_networks_alone_say_how_far_off_predictions_are() -> None:
     rng = np.random.default_rng(0)
-    found = calibration_networks(SMALL, costs(SMALL), count=90, rng=rng)
+    found = calibration_networks(SMALL, costs(SMALL), count=150, rng=rng)
     drawn = [config.id for config in found.drawn]
     off = {name: float(rng.choice([0.9, 1.1])) for name in drawn}
 
@@ -268,6 +268,10 @@ def test_random_networks_alone_say_how_far_off_predictions_are() -> None:
     ).residuals
     assert by_drawn.rms == pytest.approx(0.1, rel=0.2)
     assert by_all.rms == pytest.approx(0.1 / math.sqrt(3), rel=0.3)
+    some = fit_latency_predictor(
+        SMALL, replace(known, random_networks=tuple(drawn[:LEAST_RANDOM]))
+    ).residuals
+    assert some.count == LEAST_RANDOM
     few = tuple(drawn[: LEAST_RANDOM - 1])
     assert (
         fit_latency_predictor(SMALL, replace(known, random_networks=few)).residuals

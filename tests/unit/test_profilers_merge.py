@@ -69,7 +69,7 @@ def test_merged_latencies_speak_of_one_level_whatever_the_machine_was_like() -> 
 
 
 def test_a_merged_table_is_as_old_as_its_oldest_visits() -> None:
-    # Of the same moment in another zone, or an hour apart: the text's order misleads.
+    # An hour apart; as texts they are in the other order.
     early = replace(BUSY, created_at="2026-01-31T13:00:00+02:00")
     late = replace(CALM, created_at="2026-01-31T12:00:00Z")
     for tables in ([early, late], [late, early]):

@@ -82,6 +82,7 @@ TABLE = LatencyTable(
     created_at="2026-01-31T12:00:00Z",
     blocks={},
     networks={"net": NET},
+    random_networks=(),
     failures={"bad": "ended by signal SIGSEGV"},
 )
 
