@@ -168,7 +168,9 @@ def publish(
         "1 thread, quiet-state latencies. *predicted*: networks that the predictor had "
         "not seen, against the mean of two measurements of each, brought to the level "
         "of the anchor that the table speaks of. *noise*: one of these against the "
-        "other; a perfect predictor would show half of its RMSPE."
+        "other; a perfect predictor would show half of its RMSPE. *off by*: means with "
+        "their sign; a difference between fast and slow networks is one between the "
+        "runs, as the table's own networks do not show it."
     )
     section.table(
         [
@@ -179,6 +181,8 @@ def publish(
             "±5 %",
             "±10 %",
             "Kendall tau",
+            "fastest fifth off by %",
+            "slowest",
             "in 95 % interval",
             "below 95 % bound",
             "networks, blocks measured",
@@ -222,6 +226,8 @@ def lines(row: Row) -> list[list[str]]:
             f"{quality.within_5:.1%}",
             f"{quality.within_10:.1%}",
             f"{quality.kendall_tau:.3f}",
+            f"{100 * quality.fastest_off:+.1f}",
+            f"{100 * quality.slowest_off:+.1f}",
             f"{row.quality.coverage:.1%}" if what == "predicted" else "",
             f"{row.quality.below_upper:.1%}" if what == "predicted" else "",
             f"{row.networks}, {row.blocks}" if what == "predicted" else "",

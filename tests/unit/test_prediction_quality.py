@@ -40,6 +40,17 @@ def test_shares_are_counted_at_five_and_ten_percent() -> None:
     assert (quality.within_5, quality.within_10) == (0.5, 0.75)
 
 
+@given(st.floats(-0.05, 0.05), st.integers(0, 2**32 - 1))
+def test_a_slope_shows_at_both_ends(slope: float, seed: int) -> None:
+    measured = np.random.default_rng(seed).permutation(np.geomspace(1.0, 4.0, 50))
+    # Predictions are right in the middle, at 2 ms.
+    quality = judge(2 * (measured / 2) ** (1 + slope), measured)
+    assert np.sign(quality.slowest_off) == -np.sign(quality.fastest_off)
+    assert quality.slowest_off - quality.fastest_off == pytest.approx(
+        1.6 * slope * np.log(2), rel=0.05, abs=1e-9
+    )
+
+
 @given(latencies)
 def test_turning_a_ranking_round_turns_its_tau_round(values: list[float]) -> None:
     one = np.array(values)
