@@ -155,10 +155,11 @@ def _median(runs: list[Run]) -> float:
 def block_sums(space: SearchSpace, table: LatencyTable) -> LatencyPredictor:
     """A predictor that adds blocks up, as the package's table does."""
     blocks = look_up_blocks(space, {key: m.quiet_ms for key, m in table.blocks.items()})
-    weights = np.zeros(2 + len(space.stages) + len(COSTS) - 1)
-    weights[1 : 2 + len(space.stages)] = 1.0
+    # The same at every resolution.
+    weights = np.zeros((2, 2 + len(space.stages) + len(COSTS) - 1))
+    weights[0, 1 : 2 + len(space.stages)] = 1.0
     none = ResidualRatios(rms=0.0, low=1.0, high=1.0, upper=1.0, count=100)
-    return price_list(space, blocks, weights, residuals=none)
+    return price_list(space, blocks, weights.ravel(), residuals=none)
 
 
 def our_run(

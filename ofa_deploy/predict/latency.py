@@ -2,7 +2,8 @@
 
 A network is not the sum of its blocks: the runtime fuses and keeps caches warm across
 them. So the sums of each stage are features, with the network's sizes beside them, and
-a small set of whole networks, measured in the same run, says what each is worth.
+a small set of whole networks, measured in the same run, says what each is worth, and
+how that changes with the resolution: larger images leave the caches sooner.
 Everything is in quiet-state milliseconds.
 """
 
@@ -34,6 +35,9 @@ COVERAGE = 0.95
 # Strength of the prior that a block costs alone what it costs in a network, in units
 # of the squared relative error that one network's measurement carries.
 PRIOR_STRENGTH = 3e-4
+# The same of the prior that it is worth as much at every resolution: cross-validated on
+# nine tables, of two spaces, three runtimes and two machines, from 48 networks up.
+RESOLUTION_PRIOR_STRENGTH = 0.1
 # A measurement with a standard error of this share of its latency counts half as much
 # as an exact one: about what the fit misses of networks that were measured well.
 MODEL_ERROR_RATIO = 0.02
@@ -186,7 +190,7 @@ class Calibration:
 
     Args:
         names: Of those in the table that have no block that failed.
-        matrix: Their `features`, `(n, features)`.
+        matrix: Their `features_by_resolution`, `(n, 2 × features)`.
         measured_ms: `(n,)`.
         error_ratios: Standard errors of these, as shares of them, `(n,)`.
         random: Which were drawn at random, `(n,)`.
@@ -217,8 +221,9 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
     }
     blocks = table_blocks(space, table)
     rows = np.array([*genomes.values()], dtype=np.int64)
-    matrix = features(space, blocks, rows.reshape(-1, len(space.choice_counts)))
-    runnable = np.flatnonzero(np.isfinite(matrix).all(axis=1))
+    rows = rows.reshape(-1, len(space.choice_counts))
+    finite = np.isfinite(features(space, blocks, rows)).all(axis=1)
+    runnable = np.flatnonzero(finite)
     every = list(genomes)
     names = tuple(every[row] for row in runnable)
     if len(names) < 2:
@@ -229,11 +234,32 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
     networks = [table.networks[name] for name in names]
     return Calibration(
         names=names,
-        matrix=matrix[runnable],
+        matrix=features_by_resolution(space, blocks, rows[runnable]),
         measured_ms=np.array([network.quiet_ms for network in networks]),
         error_ratios=np.array([network.standard_error_ratio for network in networks]),
         random=np.isin(names, table.random_networks),
     )
+
+
+def features_by_resolution(
+    space: SearchSpace, blocks: BlockCosts, genomes: Genomes
+) -> Floats:
+    """The `features` of networks that run, and the same times their resolution.
+
+    Returns:
+        `(n, 2 × features)`.
+    """
+    matrix = features(space, blocks, genomes)
+    place = _resolution_places(space)[genomes[:, 0], None]
+    return np.concatenate([matrix, place * matrix], axis=1)
+
+
+def _resolution_places(space: SearchSpace) -> Floats:
+    """Where each resolution lies between the least, -1, and the largest, 1."""
+    resolutions = np.array(space.resolutions, dtype=np.float64)
+    middle = (resolutions[0] + resolutions[-1]) / 2
+    half = (resolutions[-1] - resolutions[0]) / 2
+    return (resolutions - middle) / half if half else np.zeros(1)
 
 
 def price_list(
@@ -243,16 +269,20 @@ def price_list(
     *,
     residuals: ResidualRatios,
 ) -> LatencyPredictor:
-    """The predictor that weighs `features` with `weights`."""
-    count = len(space.stages)
-    constant, fixed_weight, rest = weights[0], weights[1], weights[2 + count :]
+    """The predictor that weighs `features_by_resolution` with `weights`."""
+    base, slopes = np.split(weights, 2)
+    # By resolution, as the prices are.
+    found = base + _resolution_places(space)[:, None] * slopes
+    rest = found[:, 2 + len(space.stages) :]
     starts = np.array(stage_starts(space))
     stage = np.searchsorted(starts, np.arange(space.slot_count), side="right") - 1
-    stage_weight = weights[2 + stage]
+    stage_weights = found[:, 2 + stage]
     return LatencyPredictor(
         space=space,
-        fixed_ms=constant + _prices(blocks.fixed, fixed_weight, rest),
-        slot_ms=_prices(blocks.slots, stage_weight[:, None, None], rest),
+        fixed_ms=found[:, 0] + _prices(blocks.fixed, found[:, 1], rest),
+        slot_ms=_prices(
+            blocks.slots, stage_weights[..., None, None], rest[:, None, None, None]
+        ),
         residuals=residuals,
     )
 
@@ -260,7 +290,8 @@ def price_list(
 def _prices(costs: Floats, weight: Floats, rest: Floats) -> Floats:
     """Costs `(..., costs)` weighed, `(...)`; infinite stays so, whatever the weight."""
     failed = np.isinf(costs[..., 0])
-    weighed = weight * np.where(failed, 0.0, costs[..., 0]) + costs[..., 1:] @ rest
+    weighed = weight * np.where(failed, 0.0, costs[..., 0])
+    weighed = weighed + (costs[..., 1:] * rest).sum(axis=-1)
     return np.where(failed, np.inf, weighed)
 
 
@@ -268,18 +299,20 @@ def fit_weights(matrix: Floats, measured_ms: Floats, *, error_ratios: Floats) ->
     """Least relative squares, drawn towards plain sums of the blocks' milliseconds.
 
     Args:
-        matrix: `features` of measured networks, `(n, features)`.
+        matrix: `features_by_resolution` of measured networks, `(n, 2 × features)`.
         measured_ms: Their latencies, `(n,)`.
         error_ratios: Standard errors of these, as shares of them: what could not be
             measured well counts less.
     """
     trust = 1 / np.sqrt(1 + (error_ratios / MODEL_ERROR_RATIO) ** 2)
     scaled = matrix * (trust / measured_ms)[:, None]
-    prior = np.ones(matrix.shape[1])
-    prior[0] = 0.0
-    prior[-(len(COSTS) - 1) :] = 0.0
+    count = matrix.shape[1] // 2
+    prior = np.zeros(2 * count)
+    prior[1 : count - (len(COSTS) - 1)] = 1.0
     # A prior in the units of each feature's own share of a latency.
-    strength = PRIOR_STRENGTH * (scaled**2).mean(axis=0) * len(matrix)
+    strength = (scaled**2).sum(axis=0)
+    strength *= np.repeat([PRIOR_STRENGTH, RESOLUTION_PRIOR_STRENGTH], count)
+    strength[strength == 0] = 1.0  # what no network has is worth what the prior says
     gram = scaled.T @ scaled + np.diag(strength)
     solution: Floats = prior + np.linalg.solve(
         gram, scaled.T @ (trust - scaled @ prior)

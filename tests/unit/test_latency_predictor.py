@@ -70,6 +70,30 @@ def test_weighted_stage_sums_are_recovered_within_a_percent(
     np.testing.assert_allclose(predictor.predict_ms(drawn), truth, rtol=0.01)
 
 
+def test_what_blocks_are_worth_may_change_with_the_resolution() -> None:
+    space = SMALL  # a tenth less at its least resolution, and more at its largest
+
+    def truth_ms(config: SubnetConfig) -> float:
+        return true_ms(space)(config) * (1 + 0.1 * (config.resolution - 28) / 4)
+
+    found = calibration_networks(
+        space, costs(space), count=180, rng=np.random.default_rng(0)
+    )
+    known = tiny.latency_table(space, networks=found.every, network_ms=truth_ms)
+    drawn = space.sample(200, np.random.default_rng(9))
+    truth = np.array([truth_ms(space.decode(row)) for row in drawn])
+    predicted = fit_latency_predictor(space, known).predict_ms(drawn)
+    np.testing.assert_allclose(predicted, truth, rtol=0.02)
+
+
+def test_a_space_of_one_resolution_is_predicted_as_well() -> None:
+    space = replace(SMALL, resolutions=(32,))
+    predictor = fitted(space)
+    drawn = space.sample(200, np.random.default_rng(9))
+    truth = np.array([true_ms(space)(space.decode(row)) for row in drawn])
+    np.testing.assert_allclose(predictor.predict_ms(drawn), truth, rtol=0.01)
+
+
 def costs(space: SearchSpace) -> BlockCosts:
     return look_up_blocks(
         space, {key: work_ms(block) for key, block in all_blocks(space).items()}
@@ -111,15 +135,20 @@ def test_many_networks_at_once_are_predicted_as_one_by_one() -> None:
 @pytest.mark.parametrize("space", [tiny.SPACE, SMALL], ids=lambda s: s.name)
 def test_a_prediction_is_the_weighted_sum_of_the_features(space: SearchSpace) -> None:
     count = len(features_by_hand(space, space.largest()))
-    weights = np.random.default_rng(2).uniform(0.5, 1.5, count)
+    base, slopes = np.random.default_rng(2).uniform(0.5, 1.5, (2, count))
     predictor = price_list(
         space,
         costs(space),
-        weights,
+        np.concatenate([base, slopes]),
         residuals=ResidualRatios(rms=0.1, low=0.8, high=1.2, upper=1.15, count=100),
     )
     drawn = space.sample(200, np.random.default_rng(3))
-    expected = features(space, costs(space), drawn) @ weights
+    resolutions = np.array(space.resolutions)[drawn[:, 0]]
+    low, high = space.resolutions[0], space.resolutions[-1]
+    # From -1 at the least resolution to 1 at the largest.
+    place = (2 * resolutions - low - high) / max(high - low, 1)
+    found = features(space, costs(space), drawn)
+    expected = found @ base + place * (found @ slopes)
     np.testing.assert_allclose(predictor.predict_ms(drawn), expected)
 
 
