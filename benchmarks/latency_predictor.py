@@ -14,7 +14,12 @@ from report import Section
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families import mbv3
 from ofa_deploy.held_out import HeldOutQuality, evaluate_predictor
-from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
+from ofa_deploy.predict.evaluation import PredictionQuality, judge
+from ofa_deploy.predict.latency import (
+    LatencyPredictor,
+    calibration,
+    fit_latency_predictor,
+)
 from ofa_deploy.profiling import (
     PROFILE_SETTINGS,
     find_table,
@@ -43,6 +48,7 @@ class Row:
     Args:
         backend: Its name.
         quality: On networks held out.
+        left_out: On the table's own random networks, each without itself.
         networks: Measured to fit the predictor.
         blocks: Measured for it.
         minutes: That took, all in all; NaN where it was interrupted.
@@ -51,6 +57,7 @@ class Row:
 
     backend: str
     quality: HeldOutQuality
+    left_out: PredictionQuality
     networks: int
     blocks: int
     minutes: float
@@ -95,9 +102,14 @@ def examine(space: SearchSpace, backend_name: str, args: argparse.Namespace) -> 
             folder=folder_of(args) / f"held-out-{backend_name}-{made}",
             reporter=bar,
         )
+    known = calibration(space, table)
     return Row(
         backend=backend_name,
         quality=quality,
+        left_out=judge(
+            (known.measured_ms / known.left_out())[known.random],
+            known.measured_ms[known.random],
+        ),
         networks=len(table.networks),
         blocks=len(table.blocks),
         minutes=minutes,
@@ -162,15 +174,15 @@ def time_predictions(space: SearchSpace, args: argparse.Namespace) -> float:
 def publish(
     section: Section, space: SearchSpace, rows: list[Row], per_s: float
 ) -> None:
-    """A line of quality and one of noise per runtime, then the bars."""
+    """Lines of quality and of noise for each runtime, then the bars."""
     section.text(
         f"`{space.name}`, resolutions {space.resolutions[0]}–{space.resolutions[-1]}, "
         "1 thread, quiet-state latencies. *predicted*: networks that the predictor had "
         "not seen, against the mean of two measurements of each, brought to the level "
         "of the anchor that the table speaks of. *noise*: one of these against the "
         "other; a perfect predictor would show half of its RMSPE. *off by*: means with "
-        "their sign; a difference between fast and slow networks is one between the "
-        "runs, as the table's own networks do not show it."
+        "their sign. *left out*: the table's own random networks, each by a fit without "
+        "it; what these do not show is a difference between the runs."
     )
     section.table(
         [
@@ -216,7 +228,7 @@ def publish(
 
 
 def lines(row: Row) -> list[list[str]]:
-    """The two table rows of a runtime."""
+    """The table rows of a runtime."""
     return [
         [
             row.backend if what == "predicted" else "",
@@ -237,6 +249,7 @@ def lines(row: Row) -> list[list[str]]:
         ]
         for what, quality in (
             ("predicted", row.quality.predicted),
+            ("left out", row.left_out),
             ("noise", row.quality.noise),
         )
     ]
