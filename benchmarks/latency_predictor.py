@@ -181,8 +181,8 @@ def publish(
         "not seen, against the mean of two measurements of each, brought to the level "
         "of the anchor that the table speaks of. *noise*: one of these against the "
         "other; a perfect predictor would show half of its RMSPE. *off by*: means with "
-        "their sign. *left out*: the table's own random networks, each by a fit without "
-        "it; what these do not show is a difference between the runs."
+        "their sign. *own*: the table's own random networks, each by a fit without it; "
+        "what these do not show is a difference between the runs."
     )
     section.table(
         [
@@ -249,7 +249,7 @@ def lines(row: Row) -> list[list[str]]:
         ]
         for what, quality in (
             ("predicted", row.quality.predicted),
-            ("left out", row.left_out),
+            ("own", row.left_out),
             ("noise", row.quality.noise),
         )
     ]
