@@ -87,7 +87,8 @@ def calibration_networks(
     The landmarks are the smallest, the largest and the middle one, which is the anchor
     model. A third are drawn at random. They crowd around the middle, so a sixth is a
     large sample ordered by its expected latency and thinned evenly; the rest are those
-    whose prediction would be the least certain otherwise.
+    whose prediction would be the least certain otherwise, as far as blocks are worth
+    the same at every resolution.
 
     Args:
         space: Where they are from.

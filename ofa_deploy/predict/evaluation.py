@@ -21,8 +21,8 @@ class PredictionQuality:
         within_10: Within 10 %.
         kendall_tau: Rank correlation (tau-b), -1..1.
         fastest_off: Mean of predicted over measured, minus 1, of the fastest fifth.
-        slowest_off: Of the slowest fifth. Where their signs differ, what was measured
-            has another slope than what predicts: another state of the machine.
+        slowest_off: Of the slowest fifth. A difference between the two is a slope: of
+            the predictor, or of another state of the machine.
     """
 
     count: int

@@ -32,8 +32,8 @@ TWO_SIDED_95 = 1.96
 ONE_SIDED_95 = 1.645
 # Share of networks that an interval, or an upper bound, is to hold.
 COVERAGE = 0.95
-# Strength of the prior that a block costs alone what it costs in a network, in units
-# of the squared relative error that one network's measurement carries.
+# Strength of the prior that a block costs alone what it costs in a network, as a share
+# of what the networks themselves tell, however many they are.
 PRIOR_STRENGTH = 3e-4
 # The same of the prior that it is worth as much at every resolution: cross-validated on
 # nine tables, of two spaces, three runtimes and two machines, from 48 networks up.
@@ -244,7 +244,9 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
 def features_by_resolution(
     space: SearchSpace, blocks: BlockCosts, genomes: Genomes
 ) -> Floats:
-    """The `features` of networks that run, and the same times their resolution.
+    """The `features` of networks that run, and the same by their resolution.
+
+    These are times its place between the least, -1, and the largest, 1.
 
     Returns:
         `(n, 2 × features)`.

@@ -10,6 +10,7 @@ import pytest
 from ofa_deploy.errors import UnmeasuredBlock
 from ofa_deploy.families import mbv3
 from ofa_deploy.plan import all_blocks, lower
+from ofa_deploy.predict import latency
 from ofa_deploy.predict.block_costs import BlockCosts, features, look_up_blocks
 from ofa_deploy.predict.latency import (
     LEAST_RANDOM,
@@ -70,8 +71,11 @@ def test_weighted_stage_sums_are_recovered_within_a_percent(
     np.testing.assert_allclose(predictor.predict_ms(drawn), truth, rtol=0.01)
 
 
-def test_what_blocks_are_worth_may_change_with_the_resolution() -> None:
-    space = SMALL  # a tenth less at its least resolution, and more at its largest
+def test_what_blocks_are_worth_may_change_with_the_resolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tenth less at its least resolution, and more at its largest.
+    space = replace(SMALL, resolutions=(24, 30, 32))
 
     def truth_ms(config: SubnetConfig) -> float:
         return true_ms(space)(config) * (1 + 0.1 * (config.resolution - 28) / 4)
@@ -84,6 +88,9 @@ def test_what_blocks_are_worth_may_change_with_the_resolution() -> None:
     truth = np.array([truth_ms(space.decode(row)) for row in drawn])
     predicted = fit_latency_predictor(space, known).predict_ms(drawn)
     np.testing.assert_allclose(predicted, truth, rtol=0.02)
+    monkeypatch.setattr(latency, "RESOLUTION_PRIOR_STRENGTH", 1e9)
+    fixed = fit_latency_predictor(space, known).predict_ms(drawn)
+    assert np.abs(fixed / truth - 1).max() > 0.02
 
 
 def test_a_space_of_one_resolution_is_predicted_as_well() -> None:

@@ -40,8 +40,9 @@ def test_shares_are_counted_at_five_and_ten_percent() -> None:
     assert (quality.within_5, quality.within_10) == (0.5, 0.75)
 
 
-@given(st.floats(-0.05, 0.05), st.integers(0, 2**32 - 1))
-def test_a_slope_shows_at_both_ends(slope: float, seed: int) -> None:
+@given(st.floats(0.001, 0.05), st.sampled_from([-1, 1]), st.integers(0, 2**32 - 1))
+def test_a_slope_shows_at_both_ends(size: float, sign: int, seed: int) -> None:
+    slope = sign * size
     measured = np.random.default_rng(seed).permutation(np.geomspace(1.0, 4.0, 50))
     # Predictions are right in the middle, at 2 ms.
     quality = judge(2 * (measured / 2) ** (1 + slope), measured)
@@ -49,6 +50,12 @@ def test_a_slope_shows_at_both_ends(slope: float, seed: int) -> None:
     assert quality.slowest_off - quality.fastest_off == pytest.approx(
         1.6 * slope * np.log(2), rel=0.05, abs=1e-9
     )
+
+
+def test_equal_noise_on_both_sides_is_no_slope() -> None:
+    first, second = 1 + 0.05 * np.random.default_rng(0).standard_normal((2, 2000))
+    quality = judge(first, second)
+    assert abs(quality.fastest_off - quality.slowest_off) < 0.015
 
 
 @given(latencies)
