@@ -37,6 +37,8 @@ from profilers.measurement import Drift, Measurement, MeasureSettings
 __all__ = ["FORMAT_VERSION", "LatencyTable", "Origin", "require_compatible"]
 
 FORMAT_VERSION = 6
+# Read as well: it did not tell which networks are random.
+OLD_FORMAT_VERSION = 5
 
 Origin = Literal["measured", "emulated", "synthetic"]
 
@@ -239,12 +241,15 @@ def _decode(node: JsonNode) -> LatencyTable:
         "format_version",
     )
     # Before the keys: those of another version would only look wrong.
-    if version.integer(minimum=1) != FORMAT_VERSION:
+    if version.integer(minimum=1) not in (OLD_FORMAT_VERSION, FORMAT_VERSION):
         version.refuse(
-            f"{version.value} is not supported, this version reads {FORMAT_VERSION}; "
-            f"{_REMEASURE}"
+            f"{version.value} is not supported, this version reads "
+            f"{OLD_FORMAT_VERSION} and {FORMAT_VERSION}; {_REMEASURE}"
         )
+    is_old = version.value == OLD_FORMAT_VERSION
     names = [field.name for field in fields(LatencyTable)]
+    if is_old:
+        names.remove("random_networks")
     entries = node.fields(*names, "sha256")
     table = node.build(
         lambda: LatencyTable(
@@ -262,8 +267,10 @@ def _decode(node: JsonNode) -> LatencyTable:
             created_at=entries["created_at"].text(),
             blocks=_decode_measurements(entries["blocks"]),
             networks=_decode_measurements(entries["networks"]),
-            random_networks=tuple(
-                name.text() for name in entries["random_networks"].items()
+            random_networks=(
+                ()
+                if is_old
+                else tuple(name.text() for name in entries["random_networks"].items())
             ),
             failures={
                 name: entry.text()
@@ -271,7 +278,11 @@ def _decode(node: JsonNode) -> LatencyTable:
             },
         )
     )
-    if entries["sha256"].text() != _digest(_encode(table)):
+    content = _encode(table)
+    if is_old:
+        content["format_version"] = OLD_FORMAT_VERSION
+        del content["random_networks"]
+    if entries["sha256"].text() != _digest(content):
         entries["sha256"].refuse(
             f"the digest does not match the content: the table was changed or damaged "
             f"after it was written; {_REMEASURE}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -114,6 +115,19 @@ def saved_text(table: LatencyTable = TABLE) -> str:
 @settings(max_examples=30, deadline=None)
 def test_a_table_survives_its_file(table: LatencyTable) -> None:
     assert save_and_load(table) == table
+
+
+def test_a_table_of_the_format_before_is_read_and_checked() -> None:
+    document = json.loads(saved_text())
+    del document["random_networks"], document["sha256"]
+    document["format_version"] = 5
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    document["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+    assert load_text(json.dumps(document)) == TABLE
+    with pytest.raises(FormatError, match="the digest does not match"):
+        load_text(json.dumps({**document, "beta": 0.123}))
+    with pytest.raises(FormatError, match="'random_networks' is unknown"):
+        load_text(json.dumps({**document, "random_networks": []}))
 
 
 def test_equal_tables_make_equal_files() -> None:
