@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import tempfile
 import time
@@ -326,7 +325,6 @@ def profile_space(
             anchor_reference_ns=result.anchor_reference_ns,
             anchor_model_ms=_anchor_ms(result, models.network_names[0]),
         )
-        began = datetime.datetime.fromtimestamp(journal.began_s, datetime.timezone.utc)
     measured = _measured(result, _NETWORK)
     return LatencyTable(
         origin="measured",
@@ -340,7 +338,7 @@ def profile_space(
         drift=result.drift,
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
-        created_at=began.isoformat(),
+        created_at=journal.began_at,
         blocks=_measured(blocks, _BLOCK),
         networks=measured,
         random_networks=tuple(c.id for c in wanted.drawn if c.id in measured),

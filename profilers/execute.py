@@ -298,10 +298,11 @@ class _Run:
             killed = worker.was_killed()
         if current is None:
             raise RunFailed(f"a worker {reason} before its first model")
-        if killed and alone is None:
-            return False
-        guilty = alone if killed and alone is not None else current
-        self.journal.add(Failure(name=guilty, reason=f"the worker {reason}"))
+        if killed:
+            if alone is None:
+                return False
+            current = alone
+        self.journal.add(Failure(name=current, reason=f"the worker {reason}"))
         return True
 
     def needy(self) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
@@ -161,6 +162,11 @@ class Journal(Closing):
         file before this opening.
         """
         return min(self._began_s, default=self._changed_s)
+
+    @property
+    def began_at(self) -> str:
+        """The same as ISO 8601, as tables tell it."""
+        return datetime.fromtimestamp(self.began_s, timezone.utc).isoformat()
 
     @property
     def done(self) -> frozenset[str]:

@@ -222,8 +222,8 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
     blocks = table_blocks(space, table)
     rows = np.array([*genomes.values()], dtype=np.int64)
     rows = rows.reshape(-1, len(space.choice_counts))
-    finite = np.isfinite(features(space, blocks, rows)).all(axis=1)
-    runnable = np.flatnonzero(finite)
+    matrix = features(space, blocks, rows)
+    runnable = np.flatnonzero(np.isfinite(matrix).all(axis=1))
     every = list(genomes)
     names = tuple(every[row] for row in runnable)
     if len(names) < 2:
@@ -234,7 +234,7 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
     networks = [table.networks[name] for name in names]
     return Calibration(
         names=names,
-        matrix=features_by_resolution(space, blocks, rows[runnable]),
+        matrix=features_by_resolution(space, matrix[runnable], rows[runnable]),
         measured_ms=np.array([network.quiet_ms for network in networks]),
         error_ratios=np.array([network.standard_error_ratio for network in networks]),
         random=np.isin(names, table.random_networks),
@@ -242,7 +242,7 @@ def calibration(space: SearchSpace, table: LatencyTable) -> Calibration:
 
 
 def features_by_resolution(
-    space: SearchSpace, blocks: BlockCosts, genomes: Genomes
+    space: SearchSpace, matrix: Floats, genomes: Genomes
 ) -> Floats:
     """The `features` of networks that run, and the same by their resolution.
 
@@ -251,7 +251,6 @@ def features_by_resolution(
     Returns:
         `(n, 2 × features)`.
     """
-    matrix = features(space, blocks, genomes)
     place = _resolution_places(space)[genomes[:, 0], None]
     return np.concatenate([matrix, place * matrix], axis=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -204,7 +203,6 @@ def _measure(
         forget_if_old(journal, journal_path)
         journal.retry_failures()
         result = execute(order, write, journal=journal, progress=reporter.advance)
-        began = datetime.datetime.fromtimestamp(journal.began_s, datetime.timezone.utc)
     if result.failures:
         name, reason = next(iter(result.failures.items()))
         raise MeasurementError(
@@ -224,7 +222,7 @@ def _measure(
         drift=result.drift,
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
-        created_at=began.isoformat(),
+        created_at=journal.began_at,
         blocks={name: result.measurements[name] for name in blocks},
         networks={name: result.measurements[name] for name in networks},
         random_networks=(),
