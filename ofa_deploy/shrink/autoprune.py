@@ -10,6 +10,7 @@ that is brought may have been trained on all of the images before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from ofa_deploy.errors import TrainingError
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
+
+# Of a network that learns nothing any more.
+LEAST_GRADIENT = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,24 +221,47 @@ def only_trained(
             parameter.requires_grad_(True)
 
 
-def typical_gradient(pull: Pull, deciding: Deciding, *, batches: int = 4) -> float:
+def wandering_rate(
+    gradient: float, *, way: float, steps: int, momentum: float
+) -> float:
+    """Rate at which the task alone takes a parameter so far, by chance.
+
+    Args:
+        gradient: Of the task, of a typical parameter; its sign changes from step to
+            step.
+        way: How far.
+        steps: In how many.
+        momentum: Of the optimiser.
+    """
+    by_one = max(gradient, LEAST_GRADIENT) / (1 - momentum)
+    return way / (by_one * math.sqrt(steps))
+
+
+def typical_gradient(
+    module: nn.Module,
+    latents: Sequence[nn.Parameter],
+    deciding: Deciding,
+    *,
+    batches: int = 4,
+) -> float:
     """Root mean square of the task's gradient of auxiliary parameters, of one batch.
 
     Args:
-        pull: Has the parameters.
+        module: The network, with its masks.
+        latents: Their parameters.
         deciding: What they are trained with.
         batches: To average over.
     """
     squares: list[Tensor] = []
-    training = pull.module.training
-    pull.module.eval()  # or batch norms' statistics would move
+    training = module.training
+    module.eval()  # or batch norms' statistics would move
     for step in range(batches):
-        with only_trained(pull.module, pull.latents):
+        with only_trained(module, latents):
             found: Sequence[Tensor | None] = torch.autograd.grad(
-                deciding.loss(pull.module, step), pull.latents, allow_unused=True
+                deciding.loss(module, step), latents, allow_unused=True
             )
         # A layer that is not called has no gradient.
         flat = [one.flatten() for one in found if one is not None]
         squares.append(torch.cat(flat).square().mean())
-    pull.module.train(training)
+    module.train(training)
     return float(torch.stack(squares).mean().sqrt())

@@ -18,14 +18,24 @@ from torch import nn
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import MissingDependency, TraceError, TrainingError
 from ofa_deploy.nn.projection import projection_paths
-from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
+from ofa_deploy.shrink.autoprune import (
+    AutoPrune,
+    Deciding,
+    typical_gradient,
+    wandering_rate,
+)
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
 from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.groups import ChannelGraph, Side
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
-from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
+from ofa_deploy.shrink.masks import (
+    INITIAL_LATENT,
+    THRESHOLD,
+    MaskedNetwork,
+    insert_masks,
+)
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.projecting import with_projections
@@ -48,6 +58,7 @@ SEARCHING = "searching widths"
 # Of tas, for people.
 DECIDING_SETTING = "recipe.tas.deciding_share"
 FAMILY_FILE = "family.json"
+RATE_FILE = "latent_rate.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,16 +127,36 @@ class Search:
         """Least channels of each group."""
         return self.recipe.floors(self.own.graph, method=method, step=self.step)
 
-    def pull(self, masked: MaskedNetwork, images: TrainingImages) -> PruningAsSearch:
-        """The price's pull on masks, as strong as the recipe has it."""
+    def pull(
+        self, masked: MaskedNetwork, images: TrainingImages, deciding: Deciding
+    ) -> PruningAsSearch:
+        """The price's pull on masks, as strong as the recipe has it.
+
+        Args:
+            masked: The network, as it was brought.
+            images: That weights are trained on.
+            deciding: What masks are trained with.
+        """
         recipe = self.recipe
         steps = recipe.search.phases[0].epochs * images.batches_per_epoch
+        # Another machine's arithmetic finds another, and a search goes on with one.
+        rate = recipe.latent_rate or remembered(
+            None if self.folder is None else self.folder / RATE_FILE,
+            lambda: wandering_rate(
+                typical_gradient(
+                    masked.module, [mask.latent for mask in masked.masks], deciding
+                ),
+                way=recipe.wander_share * (INITIAL_LATENT - THRESHOLD),
+                steps=steps,
+                momentum=recipe.search.momentum,
+            ),
+        )
         return PruningAsSearch(
             masked,
             price=self.price,
             settings=PasSettings(
                 target_share=self.share,
-                latent_rate=recipe.latent_rate,
+                latent_rate=rate,
                 steps_to_flip=max(1, round(recipe.flip_share * steps)),
                 momentum=recipe.search.momentum,
                 floor=recipe.aligned_floor(self.step),
@@ -168,8 +199,10 @@ class Search:
 
 def _pas(search: Search) -> Found:
     masked = search.own.masked()
-    images = search.images.for_recipe(search.recipe.search)
-    return search.trained(masked, images, search.pull(masked, images))
+    recipe = search.recipe.search
+    images = search.images.for_recipe(recipe)
+    deciding = Deciding.of(images, recipe, resolution=search.own.resolution)
+    return search.trained(masked, images, search.pull(masked, images, deciding))
 
 
 def _autoprune(search: Search) -> Found:
@@ -181,7 +214,7 @@ def _autoprune(search: Search) -> Found:
         recipe.deciding_share
     )
     deciding = Deciding.of(of_masks, search.recipe.search, resolution=own.resolution)
-    pull = search.pull(masked, of_weights)
+    pull = search.pull(masked, of_weights, deciding)
     return search.trained(masked, of_weights, AutoPrune(pull, deciding=deciding))
 
 

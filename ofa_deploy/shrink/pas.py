@@ -37,15 +37,16 @@ COLLAPSE_WINDOW = 20
 # fall at once, their order kept.
 REOPENED_MARGIN = 0.25
 # The pull fades as the price comes near its target, and is halved by every collapse:
-# while it is this far above the target, each look raises the strength by this much.
+# while it is this far above the target, each look raises the strength by this much, up
+# to what pulls as hard as at first.
 REACHED = 1.01
 STRENGTHENED = 1.15
 # Where the price's slope is looked at, between the whole network and the target: a
 # runtime that pads channels may have none at the top.
 SLOPE_POINTS = 9
 # Shares of the price: a target nearer than the first is not pulled at any harder for
-# that, and no strength makes up for less than the second.
-LEAST_DISTANCE, LEAST_EXCESS = 0.2, 0.02
+# that, and no strength makes up for less than the second, so that it fades at last.
+LEAST_DISTANCE, LEAST_OFF = 0.2, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,7 @@ class PruningAsSearch:
                 f"{price.unit}: with {settings.floor} channels in every layer the "
                 f"network still costs {least:.4g}. Ask for more, or lower the floor"
             )
-        # What the pull is at first, which no strength makes it exceed.
+        # With which the price pulls, at first, as hard as it ever does.
         self._first_strength = self._calibrated_strength()
         self.strength = self._first_strength
         self.collapses: list[str] = []
@@ -306,7 +307,7 @@ class PruningAsSearch:
         if collapsed:
             self.strength /= 2
         else:
-            self.strength = max(self.strength, self._raised_strength())
+            self.strength = self._held_strength()
         self._counts_before = self._counts()
         self._fallen_to = self._channels
 
@@ -328,14 +329,16 @@ class PruningAsSearch:
             and before - now > COLLAPSED_SHARE * (before - floor)
         ]
 
-    def _raised_strength(self) -> float:
-        """A little more, up to what pulls as hard as the first one did at first."""
+    def _held_strength(self) -> float:
+        """A little more above the target; never what pulls harder than at first.
+
+        However far the price is from its target by now, on whichever side.
+        """
         target, share = self.settings.target_share, self.current_share()
-        if share <= REACHED * target:
-            return 0.0
-        distance = max(1 - target, LEAST_DISTANCE)
-        most = self._first_strength * distance / max(share - target, LEAST_EXCESS)
-        return min(STRENGTHENED * self.strength, most)
+        first = max(1 - target, LEAST_DISTANCE)
+        most = self._first_strength * first / max(abs(share - target), LEAST_OFF)
+        raised = STRENGTHENED if share > REACHED * target else 1.0
+        return min(raised * self.strength, most)
 
 
 def _reopen(latent: Tensor, count: int) -> None:

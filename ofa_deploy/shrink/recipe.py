@@ -34,9 +34,12 @@ class ShrinkRecipe:
         floor: Channels that every group keeps, rounded up to a multiple of the step.
         step: Channel counts are multiples of this; None measures what the runtime's
             kernels work in.
-        latent_rate: Of pas and autoprune; see `PasSettings`.
         flip_share: Of pas and autoprune: share of the search's steps in which the price
             alone would remove a channel of the layer that it pulls at hardest.
+        wander_share: Likewise: how far the task alone would take a typical channel's
+            latent weight in all these steps, by chance, over the way to its threshold.
+            With less, the channels of a layer fall together, and the task has no say.
+        latent_rate: Likewise; None takes what follows from `wander_share`.
         deciding_share: Of both forms of autoprune: share of the training images on
             which masks are trained, and weights are not.
         estimator: Of both forms of autoprune: of its masks' gradient.
@@ -53,8 +56,9 @@ class ShrinkRecipe:
     distill: bool = True
     floor: int = 8
     step: int | None = None
-    latent_rate: float = 0.02
     flip_share: float = 0.3
+    wander_share: float = 0.25
+    latent_rate: float | None = None
     deciding_share: float = 0.2
     estimator: Estimator = "softplus"
     sparsity: SparsitySettings = field(default_factory=SparsitySettings)
@@ -65,14 +69,18 @@ class ShrinkRecipe:
     def __post_init__(self) -> None:
         if self.floor < 1 or (self.step is not None and self.step < 1):
             raise SpaceError(f"floor={self.floor}, step={self.step}; give at least 1")
-        if not self.latent_rate > 0:
+        if self.latent_rate is not None and not self.latent_rate > 0:
             raise SpaceError(f"latent_rate={self.latent_rate:g}; give more than 0")
         if self.estimator not in get_args(Estimator):
             raise SpaceError(
                 f"estimator={self.estimator!r}; give one of "
                 f"{', '.join(get_args(Estimator))}"
             )
-        shares = {"deciding_share": self.deciding_share, "flip_share": self.flip_share}
+        shares = {
+            "deciding_share": self.deciding_share,
+            "flip_share": self.flip_share,
+            "wander_share": self.wander_share,
+        }
         if self.lowest_share is not None:
             shares["lowest_share"] = self.lowest_share
         for name, share in shares.items():

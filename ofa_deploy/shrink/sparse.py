@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
-from ofa_deploy.shrink.autoprune import AutoPrune, Deciding, typical_gradient
+from ofa_deploy.shrink.autoprune import (
+    AutoPrune,
+    Deciding,
+    typical_gradient,
+    wandering_rate,
+)
 from ofa_deploy.shrink.finetuning import Told, finetune, nobody
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -39,8 +44,6 @@ from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
 
 SEARCHING = "searching weights"
-# Of a network that learns nothing any more.
-LEAST_GRADIENT = 1e-12
 
 
 class _IndicatedWeight(torch.autograd.Function):
@@ -192,11 +195,15 @@ class SparsityPull:
         Args:
             gradient: Of the task, of a typical parameter.
         """
-        slowed = 1 - self.settings.momentum
-        wander = self.settings.wander_share * self._height
-        self._rate = wander * slowed / (max(gradient, LEAST_GRADIENT) * self.steps**0.5)
+        momentum = self.settings.momentum
+        self._rate = wandering_rate(
+            gradient,
+            way=self.settings.wander_share * self._height,
+            steps=self.steps,
+            momentum=momentum,
+        )
         fall = self._way_pulled() / (self.settings.fall_share * self.steps)
-        self._strength = fall * slowed / self._rate
+        self._strength = fall * (1 - momentum) / self._rate
 
     def _way_pulled(self) -> float:
         """What a pull of 1 takes as many steps for as it must: `∫ dh / slope(h)`."""
@@ -370,7 +377,7 @@ def search_weights(
     )
     deciding = Deciding.of(of_masks, recipe, resolution=resolution)
     # Of the network as it was brought: a search that goes on finds the same.
-    pull.scale_to(typical_gradient(pull, deciding))
+    pull.scale_to(typical_gradient(pull.module, pull.latents, deciding))
     TrainingLoop(
         pull.module,
         images=of_weights,
