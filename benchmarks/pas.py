@@ -24,9 +24,11 @@ While `scale`, `milliseconds` and `report` time networks, nothing else may run.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ from trainings import (
     loaded,
     log_of,
     one_cycle,
+    require_this_device,
     run_stage,
     shrink_to_latency_of,
     test_inputs,
@@ -75,7 +78,6 @@ from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.runtime_format import model_suffix
 from ofa_deploy.exporting import write_model
 from ofa_deploy.families import repvgg
-from ofa_deploy.families.mbv3 import make_divisible
 from ofa_deploy.fuse import fuse
 from ofa_deploy.materialise import materialise
 from ofa_deploy.nn.static import FusedNet, StaticNet
@@ -96,6 +98,7 @@ from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from profilers.device import this_device
 
 WIDE_EPOCHS, WIDE_AGAIN_EPOCHS = 40, 16
 PLAIN_EPOCHS, TAUGHT_EPOCHS, DENSE_EPOCHS = 80, 60, 12
@@ -114,6 +117,9 @@ ALL_EPOCHS = sum(
 )
 TEACHING_SUPERNET, CALIBRATED_ON = "cifar10-small", 2000
 TARGET_SHARE = 0.5
+UNIFORM = "uniform widths"
+# Of a uniform network, of the pruned one's, to be timed beside it.
+LEAST_MACS, MOST_MACS = 0.85, 1.25
 # Of the network that is pruned by MACs; that of milliseconds takes the runtime's own.
 STEP = 8
 BACKENDS = ("openvino-cpu", "onnxruntime-cpu", "litert-cpu")
@@ -366,56 +372,69 @@ def pruned_by_macs(training: TrainingImages) -> tuple[FusedNetwork, MaskedNetwor
     return fused, masked
 
 
-def scaled_space(share: float) -> SearchSpace:
-    """The family with every width at a share of its own."""
+def scaled_plan(widths: Sequence[int]) -> NetworkPlan:
+    """The family's largest network, its stem and its stages of these widths."""
     whole = space()
-
-    def width(channels: int) -> int:
-        return make_divisible(channels * share)
-
-    return replace(
+    scaled = replace(
         whole,
-        name=f"repvgg-small-x{share:.3f}",
-        stem=replace(whole.stem, out_channels=width(whole.stem.out_channels)),
+        name=f"repvgg-small-{'-'.join(map(str, widths))}",
+        stem=replace(whole.stem, out_channels=widths[0]),
         stages=tuple(
-            replace(stage, out_channels=width(stage.out_channels))
-            for stage in whole.stages
+            replace(stage, out_channels=width)
+            for stage, width in zip(whole.stages, widths[1:], strict=True)
         ),
     )
-
-
-def scaled_plan(share: float) -> NetworkPlan:
-    """Its largest network."""
-    scaled = scaled_space(share)
     return lower(scaled, scaled.largest())
 
 
+def uniform_widths() -> list[tuple[int, ...]]:
+    """One share of all widths, in whole steps: each rounded down or up."""
+    whole = space()
+    full = [whole.stem.out_channels, *(stage.out_channels for stage in whole.stages)]
+    found = {
+        tuple(
+            min(most, STEP * (int(share * most / STEP) + more))
+            for most, more in zip(full, ups, strict=True)
+        )
+        for share in np.arange(0.5, 1.0, 0.01)
+        for ups in product((0, 1), repeat=len(full))
+    }
+    return sorted(found)
+
+
 def choose_scale(args: argparse.Namespace) -> None:
-    """The widest uniform network of the same measured latency.
+    """The uniform network of the same measured latency, or next to none more.
 
     Nothing else may run meanwhile.
     """
     training = TrainingImages(training_set(args), shrink_recipe().search)
     fused, _ = pruned_by_macs(training)
-    shares = [float(share) for share in np.arange(0.55, 1.0, 0.02)]
-    plans = {share: scaled_plan(share) for share in shares}
-    distinct = {plan.mac_count: share for share, plan in plans.items()}
     models = {"pruned": emit_network(fused.plan, fused.weights, form="fused")}
-    for share in distinct.values():
-        network = StaticNet(plans[share])
-        models[f"{share:.3f}"] = emit_network(
-            plans[share], fuse(network.weights(), plans[share]), form="fused"
-        )
+    plans = {}
+    for widths in uniform_widths():
+        plan = scaled_plan(widths)
+        if LEAST_MACS <= plan.mac_count / fused.plan.mac_count <= MOST_MACS:
+            plans[json.dumps(widths)] = plan
+    for name, plan in plans.items():
+        weights = fuse(StaticNet(plan).weights(), plan)
+        models[name] = emit_network(plan, weights, form="fused")
     found = time_on("openvino-cpu", models)
     pruned_ms = found.pop("pruned")
     # Of more channels a runtime may make less work: what counts is the latency.
-    most_ms = (1 + SAME_LATENCY) * pruned_ms
-    as_fast = [name for name, ms in found.items() if ms <= most_ms]
-    if not as_fast:
-        raise SystemExit(f"no uniform width takes {most_ms:.4f} ms or less: {found}")
-    chosen = max(as_fast, key=float)
+    same = {
+        name: ms
+        for name, ms in found.items()
+        if abs(ms / pruned_ms - 1) <= SAME_LATENCY
+    }
+    if not same:
+        raise SystemExit(
+            f"no uniform network takes {pruned_ms:.4f} ms, give or take "
+            f"{SAME_LATENCY:.0%}: {found}"
+        )
+    chosen = max(same, key=same.__getitem__)
     content = {
-        "share": float(chosen),
+        "device": this_device().fingerprint,
+        "widths": json.loads(chosen),
         "pruned_ms": pruned_ms,
         "uniform_ms": found[chosen],
         "all_ms": found,
@@ -426,7 +445,7 @@ def choose_scale(args: argparse.Namespace) -> None:
 
 def uniform_plan() -> NetworkPlan:
     """The same family, scaled as the stage `scale` found."""
-    return scaled_plan(kept_facts("pas-scale")["share"])
+    return scaled_plan(kept_facts("pas-scale")["widths"])
 
 
 def train_uniform_plain(args: argparse.Namespace) -> None:
@@ -483,16 +502,17 @@ def publish(args: argparse.Namespace) -> None:
     test = test_set(args)
     dense = StaticNet(dense_plan(), kept("pas-dense")).eval()
     fused, _ = pruned_by_macs(training)
-    share = kept_facts("pas-scale")["share"]
     scaled = uniform_plan()
     bundle = Bundle.open(WEIGHTS / "pas-milliseconds")
+    for name, fingerprint in (
+        ("pas-scale", kept_facts("pas-scale")["device"]),
+        ("pas-milliseconds", bundle.manifest.device.fingerprint),
+    ):
+        require_this_device(fingerprint, name)
     networks = {
         "dense": (dense_plan(), fuse(dense.weights(), dense_plan())),
         "PaS, half of the MACs": (fused.plan, dict(fused.weights)),
-        f"uniform × {share:.2f}": (
-            scaled,
-            fuse(kept("pas-uniform"), scaled),
-        ),
+        UNIFORM: (scaled, fuse(kept("pas-uniform"), scaled)),
     }
     models = {
         name: emit_network(plan, weights, form="fused")
@@ -552,8 +572,7 @@ def write(
         latencies["PaS, half of the MACs"],
         latencies["PaS, milliseconds"],
     )
-    (scaled,) = (name for name in accuracies if name.startswith("uniform"))
-    uniform, uniform_ms = accuracies[scaled], latencies[scaled]
+    uniform, uniform_ms = accuracies[UNIFORM], latencies[UNIFORM]
     section.bar(
         f"dense: {accuracies['dense']:.2%} (at least {LEAST_DENSE:.1%}) with "
         f"{macs['dense'] / 1e6:.1f} MMACs (at most 80)",

@@ -51,6 +51,7 @@ from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.verify import judge_latency
 from profilers.backends import get_backend
+from profilers.device import this_device
 from profilers.files import write_atomically
 from profilers.fresh import measure_in_fresh_process
 from profilers.measure import measure_models
@@ -197,8 +198,21 @@ def keep_facts(name: str, content: Mapping[str, Any]) -> None:
 
 def kept_facts(name: str) -> dict[str, Any]:
     """What `keep_facts` was given."""
-    content: dict[str, Any] = json.loads((LOGS / f"{name}.json").read_text())
+    path = LOGS / f"{name}.json"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing; run the stage that leaves it first")
+    content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def require_this_device(fingerprint: str, name: str) -> None:
+    """Stop, where a result was chosen by another machine's milliseconds."""
+    here = this_device().fingerprint
+    if fingerprint != here:
+        raise SystemExit(
+            f"{name} was chosen by latency on {fingerprint}, and this is {here}: what "
+            "takes as long there need not here. Run its stage again, or this one there"
+        )
 
 
 def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
@@ -229,7 +243,7 @@ def origin_of(network: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> 
     """
     taught_by = {} if teacher is None else arrays_of(teacher)
     sizes = [f"{np.abs(a).sum(dtype=np.float64):.3g}" for a in taught_by.values()]
-    return digest(arrays_of(network), recipe, sizes)
+    return digest(arrays_of(network), recipe.sha256(0), sizes)
 
 
 def loaded(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
@@ -284,7 +298,7 @@ def shrink_to_latency_of(
 ) -> None:
     """Shrink a network to the latency that its form found by MACs has on OpenVINO.
 
-    Both are certified alike: in fresh processes, at the quiet level of one table.
+    Both are certified alike: in fresh processes, beside the network itself.
 
     Args:
         by_macs: That form, as an ONNX model.
@@ -297,24 +311,19 @@ def shrink_to_latency_of(
         data: To train on.
         work: Folder of what is not kept.
     """
-    start = digest(arrays_of(model), digest(kept(came_from)), recipe)
+    # Milliseconds are of a machine.
+    start = digest(
+        arrays_of(model), digest(kept(came_from)), recipe, this_device().fingerprint
+    )
     folder = work / f"{name}-{start}"
     out = folder / "bundle"
     if not out.exists():
         wait_until_idle()
         with StageBar(console) as bar:
+            own = owned(model, method=method, recipe=recipe, data=data)
             budget_ms = remembered(
                 folder / "budget.json",
-                lambda: (
-                    certified_ms(
-                        by_macs,
-                        prices_of(
-                            model, method=method, recipe=recipe, data=data, bar=bar
-                        ),
-                        bar,
-                    )
-                    / AIMED_SHARE
-                ),
+                lambda: budget_of(by_macs, own, method=method, recipe=recipe, bar=bar),
             )
             specialize(
                 SHRUNK_FOR.backend,
@@ -331,28 +340,37 @@ def shrink_to_latency_of(
     keep_bundle(name, out)
 
 
-def prices_of(
-    model: nn.Module,
-    *,
-    method: Method,
-    recipe: ShrinkRecipe,
-    data: ImageSet,
-    bar: StageBar,
-) -> DevicePrices:
-    """What a network is priced by when it is shrunk; found again by that call."""
-    own = OwnNetwork.of(
+def owned(
+    model: nn.Module, *, method: Method, recipe: ShrinkRecipe, data: ImageSet
+) -> OwnNetwork:
+    """A network, as the call that shrinks it has it."""
+    return OwnNetwork.of(
         model,
         resolution=RESOLUTION,
         normalisation=TrainingImages(data, recipe.search).normalisation,
         class_names=data.class_names,
     )
+
+
+def budget_of(
+    by_macs: bytes,
+    own: OwnNetwork,
+    *,
+    method: Method,
+    recipe: ShrinkRecipe,
+    bar: StageBar,
+) -> float:
+    """Milliseconds that a network is shrunk to, as its form found by MACs takes them.
+
+    It is priced as the call that shrinks it does, which then finds the prices.
+    """
     backend = get_backend(SHRUNK_FOR.backend)
     step = recipe.step or runtime_step(
         SHRUNK_FOR, backend=backend, folder=cache_folder(), reporter=bar
     )
     if method == "tas":
         own = searched_by_tas(own, step=step, projects=recipe.tas.projects)
-    return measure_prices(
+    prices = measure_prices(
         own,
         target=SHRUNK_FOR,
         backend=backend,
@@ -360,6 +378,10 @@ def prices_of(
         folder=cache_folder(),
         reporter=bar,
     )
+    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
+        folder = Path(name)
+        prices = prices.beside(own, target=SHRUNK_FOR, folder=folder)
+        return certified_ms(by_macs, prices, bar) / AIMED_SHARE
 
 
 def certified_ms(model: bytes, prices: DevicePrices, bar: StageBar) -> float:
@@ -376,6 +398,7 @@ def certified_ms(model: bytes, prices: DevicePrices, bar: StageBar) -> float:
             processes=CERTIFY_PROCESSES,
             beta=prices.table.beta,
             anchor_reference_ns=prices.table.anchor_reference_ns,
+            anchor_model=prices.anchor_model,
             progress=bar.advance,
         )
     return judge_latency(measured, budget_ms=measured.quiet_ms).bound
@@ -401,6 +424,7 @@ def compare_by_latency(
         again: The bundle's structure, of further trainings.
     """
     bundle = Bundle.open(WEIGHTS / name)
+    require_this_device(bundle.manifest.device.fingerprint, name)
     by_ms = (bundle.path / "model.onnx").read_bytes()
     found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs[0]})
     accuracies = {

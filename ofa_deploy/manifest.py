@@ -64,8 +64,9 @@ class MeasuredLatency:
             in 10^6 bytes; None where the system does not tell.
         beta: Share of the anchor's slowdown that the model has.
         anchor_reference_ns: The anchor's quiet level that `quiet_ms` speaks of.
-        anchor_model_ms: Latency of the supernet's anchor model, where that was timed
-            beside this one and `quiet_ms` is measured against it; None elsewhere.
+        anchor_model_ms: Latency of the anchor model, where that was timed beside this
+            one and `quiet_ms` is measured against it; None elsewhere. It is of the
+            supernet, or the network before it was shrunk.
         indicative: The host is shared: the figures are good for choosing, not for
             certifying.
         instability: Why the measurement is not stable; empty where it is.

@@ -54,8 +54,9 @@ class Rebench:
             return ""
         if now_ms is None:
             return (
-                "certified beside an anchor model, and timed alone now: its supernet "
-                "is not in the zoo, or single runs are asked about"
+                "certified beside an anchor model, and timed alone now: that is of a "
+                "network of somebody's own, or of a supernet that is not in the zoo, "
+                "or single runs are asked about"
             )
         off = f"the anchor model takes {now_ms / then_ms - 1:+.1%} now"
         if self.measurement.anchor_model_ms is None:

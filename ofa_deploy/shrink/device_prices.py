@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
 from ofa_deploy.probe import Prober, channel_step
@@ -23,9 +24,10 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.target import Target
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
-from profilers.device import this_device
+from profilers.device import read_conditions, this_device
 from profilers.execute import execute
 from profilers.files import write_atomically
+from profilers.fresh import AnchorModel
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
@@ -48,16 +50,38 @@ class DevicePrices:
         table: What it was fitted to; knows the quiet level.
         step: Channel counts are multiples of this.
         residual_ratio: Root mean square of measured over fitted networks, minus 1.
+        anchor_model: Timed beside the network's forms; None to time them alone.
     """
 
     price: LatencyPrice
     table: LatencyTable
     step: int
     residual_ratio: float
+    anchor_model: AnchorModel | None = None
 
     def of_graph(self, graph: ChannelGraph) -> DevicePrices:
         """The same of a part of the network."""
         return replace(self, price=self.price.of_graph(graph))
+
+    def beside(self, own: OwnNetwork, *, target: Target, folder: Path) -> DevicePrices:
+        """The same with an anchor model, where others' work slows this machine down.
+
+        It is the network's first form in the table, the whole one.
+
+        Args:
+            own: The network that the prices are of.
+            target: Where it runs.
+            folder: Gets the anchor model's file; stays as long as the prices.
+        """
+        if not read_conditions().shared_host:
+            return self
+        name, counts = next(iter(calibration_counts(own, step=self.step).items()))
+        anchor = AnchorModel(
+            path=folder / own.write(_first(counts), target=target, folder=folder),
+            quiet_ms=self.table.networks[name].quiet_ms,
+            max_off_ratio=MAX_DRIFT_RATIO,
+        )
+        return replace(self, anchor_model=anchor)
 
 
 def measure_prices(
@@ -169,7 +193,7 @@ def _measure(
         if name in networks:
             inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
             inside.mkdir(exist_ok=True)
-            kept = [torch.arange(int(count)) for count in networks[name]]
+            kept = _first(networks[name])
             return inside / own.write(kept, target=target, folder=inside)
         model = timed_block(
             blocks[name],
@@ -231,6 +255,11 @@ def _measure(
     table.save(path)
     journal_path.unlink(missing_ok=True)
     return table
+
+
+def _first(counts: Tensor) -> list[Tensor]:
+    """Indices of so many channels of each group: to time, any do."""
+    return [torch.arange(int(count)) for count in counts]
 
 
 def _digest(own: OwnNetwork, *, step: int) -> str:

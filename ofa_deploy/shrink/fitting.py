@@ -256,18 +256,18 @@ class Fitting:
 
     def measure(self, exported: ExportedNetwork) -> FreshMeasurement:
         """Time a file as it is certified."""
+        asked = self.constraints
         self.reporter.begin("certifying the exported file")
         return measure_in_fresh_process(
             exported.folder / exported.model_file,
             backend_name=self.target.backend,
             threads=self.target.threads,
-            settings=enough_runs(
-                CERTIFY_SETTINGS, self.constraints, processes=CERTIFY_PROCESSES
-            ),
+            settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
             processes=CERTIFY_PROCESSES,
             beta=self.prices.table.beta,
             anchor_reference_ns=self.prices.table.anchor_reference_ns,
-            pace=self.constraints.pace,
+            anchor_model=self.prices.anchor_model if asked.is_plain else None,
+            pace=asked.pace,
             progress=self.reporter.advance,
         )
 

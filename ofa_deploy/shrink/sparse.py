@@ -188,6 +188,9 @@ class SparsityPull:
         # Of the parameters' whole way; what sums up to it in `steps` steps.
         self._height = self._least_of(self._count(target_share)) - THRESHOLD
         self._rate, self._strength = 0.0, 0.0
+        # Of each layer: its weights, which are removed, and what they all were then.
+        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._note()
 
     def scale_to(self, gradient: float) -> None:
         """Choose the rate, and the pull's strength.
@@ -253,8 +256,26 @@ class SparsityPull:
             squares.append(weight.square().sum())
         return 0.5 * self.settings.weight_decay * torch.stack(squares).sum()
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Nothing: a single weight is no layer that could collapse."""
+        """Keep what is removed as it was, which momentum has moved.
+
+        A single weight is no layer that could collapse.
+        """
+        for weight, gone, before in self._noted:
+            weight.copy_(torch.where(gone, before, weight))
+        self._note()
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        """Keep the weights that masks remove now, as they are now."""
+        self._noted = []
+        for name, mask in self.masks.items():
+            layer = self.module.get_submodule(name)
+            weight = layer.parametrizations["weight"].original  # type: ignore[index,union-attr]
+            assert isinstance(weight, Tensor)
+            gone = mask.latent <= THRESHOLD
+            self._noted.append((weight, gone, weight.clone()))
 
     def facts(self) -> dict[str, object]:
         """Weights kept of each layer, and of all the share."""
@@ -289,6 +310,7 @@ class SparsityPull:
                 "target, estimator or settings. Continue with the same, or name "
                 "another folder"
             )
+        self._note()
 
     def _count(self, share: float) -> int:
         return max(1, round(share * self.weight_count))

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
@@ -203,6 +204,8 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
         call = replace(call, own=own)
     prices, source = _prices(call, prices_folder, step=step), call.source
     with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
+        prices = prices.beside(call.own, target=call.target, folder=Path(folder))
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network
         call.reporter.begin("comparing with the trained network")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from ofa_deploy.errors import (
     TraceError,
     TrainingError,
 )
+from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
 from ofa_deploy.shrink.cost import MacPrice
@@ -44,6 +46,7 @@ from ofa_deploy.shrink.sparse import (
 )
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress, TrainingLoop
+from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks, tiny
 
@@ -343,6 +346,73 @@ def test_single_weights_follow_the_same_rule(seed: int, estimator: Estimator) ->
     assert weight.grad is not None
     torch.testing.assert_close(latent.grad, upstream * signs * slope)
     assert torch.equal(weight.grad, upstream * (latent > THRESHOLD))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_single_weight_returns_where_it_is_missed(estimator: Estimator) -> None:
+    weight, latent = torch.ones(1), nn.Parameter(torch.full((1,), 0.4))
+    optimizer = torch.optim.SGD([latent], lr=0.1)
+    steps = 0
+    while not latent > THRESHOLD:
+        optimizer.zero_grad()
+        missed = -indicated(weight, latent, estimator=estimator).sum()
+        torch.autograd.backward(missed)
+        optimizer.step()
+        steps += 1
+        assert steps <= 2 * 0.1 / (0.1 * LEAK)
+
+
+def test_masks_of_single_weights_that_keep_everything_change_no_bit() -> None:
+    network = chain()
+    x = drawn(0, 4, 3, SIZE, SIZE)
+    pull = sparsity(copy.deepcopy(network))
+    found = []
+    for module in (network, pull.module):
+        output = module(x)
+        torch.autograd.backward(output.square().sum())
+        gradients = {
+            name.replace(".parametrizations.weight.original", ".weight"): p.grad
+            for name, p in module.named_parameters()
+            if not name.endswith(".latent")
+        }
+        found.append((output, gradients))
+    (output, of_weights), (masked_output, of_masked) = found
+    assert torch.equal(output, masked_output)
+    assert of_weights.keys() == of_masked.keys()
+    for name, gradient in of_weights.items():
+        assert torch.equal(cast(Tensor, gradient), cast(Tensor, of_masked[name]))
+
+
+def test_single_weights_that_are_removed_stay_as_they_were() -> None:
+    """Momentum of what was stepped before would move them, and decay."""
+    pull = sparsity(chain())
+    recipe = Recipe(
+        phases=(Phase(name="x", epochs=1, peak_learning_rate=0.1, distill=False),)
+    )
+    store_channels_last(pull.module)
+    optimizer = HybridOptimizer(pull.module, recipe, rates={})
+    optimizer.set_learning_rate(0.1)
+    name, mask = next(iter(pull.masks.items()))
+    original = dict(pull.module.named_parameters())[
+        f"{name}.parametrizations.weight.original"
+    ]
+
+    def train(steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            logits = pull.module.train()(drawn(step, 8, 3, SIZE, SIZE))
+            torch.autograd.backward(logits.square().mean() + pull.weights_loss())
+            optimizer.step()
+            pull.after_step()
+
+    train(2)
+    gone = drawn(0, *mask.latent.shape) < 0
+    mask.latent.data[gone] = 0.0
+    pull.after_step()
+    before = original.detach().clone()
+    train(3)
+    assert torch.equal(original.detach()[gone], before[gone])
+    assert not torch.equal(original.detach()[~gone], before[~gone])
 
 
 STEPS = 15 * 8

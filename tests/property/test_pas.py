@@ -419,8 +419,9 @@ def test_latents_that_differ_settle_at_the_target() -> None:
     assert abs(search.current_share() - 0.5) < 0.02
 
 
-def test_what_is_watched_settles_at_the_target_too() -> None:
-    search, seen = regularised(jitter=0.2, floor=4, watched=True)
+@pytest.mark.parametrize("jitter", [0.0, 0.005, 0.05, 0.2])
+def test_what_is_watched_settles_at_the_target_too(jitter: float) -> None:
+    search, seen = regularised(jitter=jitter, floor=4, watched=True)
     assert abs(search.current_share() - 0.5) < 0.02
     assert all((step > 0.5).sum(1).min() >= 4 for step in seen)
 
@@ -563,6 +564,24 @@ def test_the_pull_is_held_while_the_target_is_not_reached() -> None:
     excess = search.current_share() - 0.5
     assert excess > 0.02
     assert search.strength == pytest.approx(first * 0.5 / excess)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 8, 12])
+def test_no_strength_pulls_harder_than_the_first_one_did_at_first(removed: int) -> None:
+    """On either side of the target, whatever the strength was raised to before."""
+    net = masked(Chain())
+    settings = PasSettings(target_share=0.5, floor=1, step=1)
+    search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
+    first = search.strength * 0.5
+    for mask in net.masks:
+        mask.latent.data[:removed] = 0.0
+    for _ in range(COLLAPSE_WINDOW):  # what fell so far is no news any more
+        search.after_step()
+    search.strength *= 100
+    for _ in range(COLLAPSE_WINDOW):
+        search.after_step()
+    off = abs(search.current_share() - 0.5)
+    assert search.strength * off <= first * (1 + 1e-9)
 
 
 def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
