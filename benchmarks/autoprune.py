@@ -23,6 +23,7 @@ from torch import nn
 from trainings import (
     DIGITS,
     RESOLUTION,
+    TEMPERATURE,
     Lines,
     accuracy_of,
     arrays_of,
@@ -67,7 +68,12 @@ def shrink_recipe() -> ShrinkRecipe:
     """Of both forms."""
     return ShrinkRecipe(
         search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
-        finetune=one_cycle("finetune", epochs=FINETUNE_EPOCHS, peak_learning_rate=0.05),
+        finetune=one_cycle(
+            "finetune",
+            epochs=FINETUNE_EPOCHS,
+            peak_learning_rate=0.05,
+            temperature=TEMPERATURE,
+        ),
     )
 
 

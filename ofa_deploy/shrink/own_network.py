@@ -274,6 +274,7 @@ class OwnNetwork:
         masked = insert_masks(copy.deepcopy(self.module), self.graph)
         for mask, indices in zip(masked.masks, kept, strict=True):
             mask.keep_only(indices)
+            mask.latent.requires_grad_(False)  # or tuning could bring channels back
         return masked.module
 
     def export(

@@ -36,11 +36,16 @@ COLLAPSE_WINDOW = 20
 # How far above the threshold channels are that were opened again: far enough not to
 # fall at once, their order kept.
 REOPENED_MARGIN = 0.25
-# The pull fades as the price comes near its target, and is halved by every collapse:
-# while it is this far above the target, each look raises the strength by this much, up
-# to what pulls as hard as at first.
+# The task resists the more, the less is left, and the pull fades as the price comes
+# near its target. So the price is led down a path: each look at which it is this far
+# off makes the strength so much larger or smaller. The path goes down from where the
+# price alone would have taken the first channels, to the target by this share of the
+# steps.
 REACHED = 1.01
 STRENGTHENED = 1.15
+DOWN_BY_SHARE = 0.8
+# Of what pulls at first: nothing pulls harder.
+MOST_PULL = 10.0
 # Where the price's slope is looked at, between the whole network and the target: a
 # runtime that pads channels may have none at the top.
 SLOPE_POINTS = 9
@@ -307,7 +312,7 @@ class PruningAsSearch:
         if collapsed:
             self.strength /= 2
         else:
-            self.strength = self._held_strength()
+            self.strength = self._led_strength()
         self._counts_before = self._counts()
         self._fallen_to = self._channels
 
@@ -329,16 +334,37 @@ class PruningAsSearch:
             and before - now > COLLAPSED_SHARE * (before - floor)
         ]
 
-    def _held_strength(self) -> float:
-        """A little more above the target; never what pulls harder than at first.
+    def _led_strength(self) -> float:
+        """A little more above the path of the price, a little less below it.
 
-        However far the price is from its target by now, on whichever side.
+        However far the price is from its target by now, on whichever side, what pulls
+        is bounded.
         """
-        target, share = self.settings.target_share, self.current_share()
+        target, share, path = (
+            self.settings.target_share,
+            self.current_share(),
+            self.path,
+        )
         first = max(1 - target, LEAST_DISTANCE)
-        most = self._first_strength * first / max(abs(share - target), LEAST_OFF)
-        raised = STRENGTHENED if share > REACHED * target else 1.0
-        return min(raised * self.strength, most)
+        most = MOST_PULL * self._first_strength * first
+        most /= max(abs(share - target), LEAST_OFF)
+        factor = 1.0
+        if share > REACHED * path:
+            factor = STRENGTHENED
+        elif target < share < path / REACHED:
+            factor = 1 / STRENGTHENED
+        return min(factor * self.strength, most)
+
+    @property
+    def path(self) -> float:
+        """Share of the price that the search is to have come down to by now."""
+        begin, end = self.settings.steps_to_flip, DOWN_BY_SHARE * self.steps
+        past = self._steps - begin
+        if end <= begin:  # few steps, or nobody knows how many
+            gone = float(past >= 0)
+        else:
+            gone = min(max(past / (end - begin), 0.0), 1.0)
+        return 1 - gone * (1 - self.settings.target_share)
 
 
 def _reopen(latent: Tensor, count: int) -> None:

@@ -33,6 +33,8 @@ from ofa_deploy.shrink.masks import (
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import (
     COLLAPSE_WINDOW,
+    MOST_PULL,
+    STRENGTHENED,
     PasSettings,
     PruningAsSearch,
     settle_counts,
@@ -552,27 +554,56 @@ def held(*, target: float, removed: int) -> tuple[float, PruningAsSearch]:
     search.strength /= 2
     for mask in net.masks:
         mask.latent.data[:removed] = 0.0
-    for _ in range(40 * COLLAPSE_WINDOW):
+    for _ in range(80 * COLLAPSE_WINDOW):
         search.after_step()
     assert not search.collapses
     return first, search
 
 
 def test_the_pull_is_held_while_the_target_is_not_reached() -> None:
-    """Its strength rises to what pulls as hard as at first, and no further."""
+    """Its strength rises to what pulls so much harder than at first, and no further."""
     first, search = held(target=0.5, removed=3)
     excess = search.current_share() - 0.5
     assert excess > 0.02
-    assert search.strength == pytest.approx(first * 0.5 / excess)
+    assert search.strength == pytest.approx(MOST_PULL * first * 0.5 / excess)
+
+
+def test_the_price_is_led_down_a_path() -> None:
+    """What is above it is pulled at harder and harder, what is below less and less."""
+    settings = PasSettings(target_share=0.5, floor=1, step=1, steps_to_flip=200)
+    paths, factors = [], []
+    for removed in (0, 2):
+        net = masked(Chain())
+        search = PruningAsSearch(
+            net, price=MacPrice(net.graph), settings=settings, steps=1000
+        )
+        for mask in net.masks:
+            mask.latent.data[:removed] = 0.0
+        share, strengths = search.current_share(), [search.strength]
+        for _ in range(1000 // COLLAPSE_WINDOW):
+            for _ in range(COLLAPSE_WINDOW):
+                search.after_step()
+            paths.append(search.path)
+            strengths.append(search.strength)
+            factors.append((share, search.path, strengths[-1] / strengths[-2]))
+    assert paths[:10] == [1.0] * 10  # until the first channels fall
+    assert paths[25] == pytest.approx(0.5 + 0.5 * (800 - 520) / 600)
+    assert paths[39] == paths[49] == pytest.approx(0.5)
+    above = [factor for share, path, factor in factors if share > 1.011 * path]
+    below = [factor for share, path, factor in factors if share < path / 1.011]
+    assert min(above) > 1 - 1e-9  # but for the bound, which pulls no harder
+    assert sum(one == pytest.approx(STRENGTHENED) for one in above) > 10
+    assert below == pytest.approx([1 / STRENGTHENED] * len(below))
+    assert len(below) > 10
 
 
 @pytest.mark.parametrize("removed", [0, 1, 8, 12])
-def test_no_strength_pulls_harder_than_the_first_one_did_at_first(removed: int) -> None:
+def test_what_pulls_is_bounded(removed: int) -> None:
     """On either side of the target, whatever the strength was raised to before."""
     net = masked(Chain())
     settings = PasSettings(target_share=0.5, floor=1, step=1)
     search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
-    first = search.strength * 0.5
+    most = MOST_PULL * search.strength * 0.5
     for mask in net.masks:
         mask.latent.data[:removed] = 0.0
     for _ in range(COLLAPSE_WINDOW):  # what fell so far is no news any more
@@ -581,7 +612,7 @@ def test_no_strength_pulls_harder_than_the_first_one_did_at_first(removed: int) 
     for _ in range(COLLAPSE_WINDOW):
         search.after_step()
     off = abs(search.current_share() - 0.5)
-    assert search.strength * off <= first * (1 + 1e-9)
+    assert search.strength * off <= most * (1 + 1e-9)
 
 
 def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
