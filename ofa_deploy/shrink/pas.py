@@ -4,7 +4,8 @@ Source: Y. Li et al., "Pruning-as-Search: Efficient Neural Architecture Search v
 Channel Pruning and Structural Reparameterization", IJCAI 2022. What is other than
 there: the price can be the device's milliseconds; latents have a rate of their own and
 no decay; the strength of the regulariser follows from the steps that a channel should
-take to fall; layers keep a floor of channels, and one that collapses is opened again.
+take to fall, and leads the price down a path; layers keep a floor of channels, and one
+that collapses is opened again.
 """
 
 from __future__ import annotations

@@ -212,6 +212,18 @@ def test_removing_masked_channels_changes_nothing(
     assert relative_error(run(narrowed(network, net), x), expected) <= 1e-4
 
 
+@pytest.mark.parametrize("name", own_networks.ALL)
+def test_what_removing_changes_is_rounding(name: str) -> None:
+    network = own(name)
+    net = masked(network)
+    mask_some(net)
+    for module in (network, net.module):
+        module.double()
+    x = inputs(SHAPE[1], count=8).double()
+    expected = run(net.module.eval(), x)
+    assert relative_error(run(narrowed(network, net), x), expected) <= 1e-13
+
+
 def cuts(graph: ChannelGraph, group: int) -> dict[tuple[str, str], list[int]]:
     """Positions of a group on the sides of modules."""
     return {
