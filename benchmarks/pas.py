@@ -606,6 +606,16 @@ def write(
         and by_ms_ms <= (1 + SAME_LATENCY) * by_macs_ms,
     )
     error, ratios = fuse_error(dense), branch_ratios(dense)
+    narrow = StaticNet(lower(space(), space().smallest())).eval()
+    rows = {"dense": ratios, "the family's smallest": branch_ratios(narrow)}
+    section.text("Latency of the branches over that of the fused network, 1 thread:")
+    section.table(
+        ["network", *BACKENDS],
+        [
+            [name, *(f"{found[backend]:.2f}" for backend in BACKENDS)]
+            for name, found in rows.items()
+        ],
+    )
     section.bar(
         f"fused against branches: relative error {error:.1e} (at most "
         f"{MOST_FUSE_ERROR:g})",

@@ -451,23 +451,34 @@ def compare_by_latency(
 
 def trainings_of(prefix: str) -> list[list[str]]:
     """Name, epochs and minutes of all trainings whose logs begin so."""
-    lasts = {
-        log.stem: json.loads(log.read_text().splitlines()[-1])
+    logs = {
+        log.stem: [json.loads(line) for line in log.read_text().splitlines()]
         for log in sorted(LOGS.glob(f"{prefix}*.jsonl"))
     }
     for path in sorted(LOGS.glob(f"{prefix}*.json")):  # of bundles
         history = json.loads(path.read_text())
         for part in ("search", "finetune"):
-            last = (history.get(part) or [None])[-1]
-            if isinstance(last, dict) and "epoch" in last:
-                lasts[f"{path.stem}-{part}"] = last
+            lines = history.get(part) or [None]
+            if isinstance(lines[-1], dict) and "epoch" in lines[-1]:
+                logs[f"{path.stem}-{part}"] = lines
     return [
         [
             name.removeprefix(prefix).replace("-", ", "),
-            f"{last['epoch']}",
-            f"{last['elapsed_s'] / 60:.0f}",
+            " + ".join(f"{last['epoch']}" for last in lasts),
+            f"{sum(last['elapsed_s'] for last in lasts) / 60:.0f}",
         ]
-        for name, last in lasts.items()
+        for name, lines in logs.items()
+        if (lasts := last_lines(lines))
+    ]
+
+
+def last_lines(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each training in a log: one that misses a budget is followed by another."""
+    following = [line["epoch"] for line in log[1:]] + [0]
+    return [
+        line
+        for line, after in zip(log, following, strict=True)
+        if after < line["epoch"]
     ]
 
 

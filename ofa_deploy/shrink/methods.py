@@ -303,11 +303,15 @@ def searched_by_tas(
         )
     if projects:
         own = _projecting(own)
-    groups = [
-        index
-        for index in searchable_groups(own.module, own.graph, own.image)
-        if own.graph.groups[index].channels > step
-    ]
+    searchable = searchable_groups(own.module, own.graph, own.image)
+    groups = [index for index in searchable if own.graph.groups[index].channels > step]
+    if searchable and not groups:
+        widest = max(own.graph.groups[index].channels for index in searchable)
+        raise TraceError(
+            f"{own.family} has at most {widest} channels in a layer, and tas tries "
+            f"widths that are multiples of {step}: there is no choice. Give a smaller "
+            "step, or take pas, legr or autoprune"
+        )
     groups = _apart(own.graph, groups)
     if not groups:
         raise TraceError(

@@ -349,6 +349,12 @@ def test_channels_beyond_the_widest_that_is_drawn_are_zero() -> None:
     assert output[:, :widest].abs().sum(dim=(0, 2, 3)).min() > 0
 
 
+def test_a_network_that_is_narrower_than_a_step_is_refused() -> None:
+    own = owned(Deep(), resolution=SIZE, class_count=3)
+    with pytest.raises(TraceError, match=r"at most 24 channels .* multiples of 24"):
+        searched_by_tas(own, step=24)
+
+
 def test_a_network_whose_norms_come_first_is_refused() -> None:
     found = owned(own_networks.DenseNet(), resolution=SIZE, class_count=5)
     left = searched_by_tas(found)
