@@ -57,7 +57,11 @@ class Deciding:
         )
 
     def loss(self, module: nn.Module, step: int) -> Tensor:
-        """Of a network on a step's batch."""
+        """Of a network on a step's batch.
+
+        Raises:
+            TrainingError: It is no number.
+        """
         rng = np.random.default_rng([self.images.seed, step])
         torch.manual_seed(int(rng.integers(2**63)))
         inputs, targets = self.images.batch(
@@ -65,9 +69,16 @@ class Deciding:
         )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             logits = module(inputs)
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             logits.float(), targets, label_smoothing=self.label_smoothing
         )
+        if not math.isfinite(float(loss.detach())):
+            raise TrainingError(
+                f"the loss on the images that decide is {float(loss.detach())} at step "
+                f"{step}; lower the learning rate and start again. The last good "
+                "checkpoint is kept"
+            )
+        return loss
 
 
 class Pull(Protocol):

@@ -323,6 +323,16 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(tmp_path: Path) -> N
         assert torch.equal(one.latent, other.latent)
 
 
+def test_a_loss_of_the_masks_that_is_no_number_stops_the_search() -> None:
+    _, method, net = training()
+    next(iter(net.module.parameters())).data.fill_(float("nan"))
+    before = [mask.latent.detach().clone() for mask in net.masks]
+    with pytest.raises(TrainingError, match="images that decide is nan at step 0"):
+        method.after_step()
+    for mask, latent in zip(net.masks, before, strict=True):
+        assert torch.equal(mask.latent, latent)
+
+
 def test_a_search_of_another_method_is_not_continued() -> None:
     _, method, _ = training()
     with pytest.raises(TrainingError, match="another method"):
