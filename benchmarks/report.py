@@ -34,6 +34,7 @@ ORDER = (
     "contract",
     "frontier_quality",
     "ofa_search",
+    "branches",
     "pas",
     "surgery",
     "legr",
