@@ -8,15 +8,15 @@ networks are timed, nothing else may run.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from branched_litert import emit_branched
-from inputs import new_parser
 from pas import dense_plan, scaled_plan, space
 from report import Section
-from trainings import RESOLUTION, Weights, kept, time_on
+from trainings import RESOLUTION, Weights, kept, run_stage, time_on
 
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.runtime_format import model_suffix
@@ -67,9 +67,8 @@ def latencies_ms(
     return found["branched"], found["fused"]
 
 
-def main() -> None:
+def compare(args: argparse.Namespace) -> None:
     """Compare, and publish."""
-    args = new_parser(__doc__).parse_args()
     section = Section(
         "branches",
         "Branches, and fused",
@@ -115,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, {"compare": compare})

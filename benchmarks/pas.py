@@ -393,7 +393,7 @@ def uniform_widths() -> list[tuple[int, ...]]:
 
 
 def choose_scale(args: argparse.Namespace) -> None:
-    """The uniform network of the same measured latency, or next to none more.
+    """The largest of the uniform networks of the same measured latency.
 
     Nothing else may run meanwhile.
     """
@@ -421,7 +421,7 @@ def choose_scale(args: argparse.Namespace) -> None:
             f"no uniform network takes {pruned_ms:.4f} ms, give or take "
             f"{SAME_LATENCY:.0%}: {found}"
         )
-    chosen = max(same, key=same.__getitem__)
+    chosen = max(same, key=lambda name: plans[name].mac_count)
     content = {
         "device": this_device().fingerprint,
         "widths": json.loads(chosen),

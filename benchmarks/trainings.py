@@ -478,7 +478,7 @@ def last_lines(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [
         line
         for line, after in zip(log, following, strict=True)
-        if after < line["epoch"]
+        if after <= line["epoch"]
     ]
 
 

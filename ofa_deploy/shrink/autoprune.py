@@ -35,7 +35,7 @@ class Deciding:
     """What auxiliary parameters are trained with.
 
     Args:
-        images: Of their own; the weights are trained on others.
+        images: Of their own, where the method trains the weights on others.
         resolution: Height and width of the inputs.
         label_smoothing: Of their loss.
         bf16: Use bfloat16 autocast.
@@ -48,7 +48,7 @@ class Deciding:
 
     @classmethod
     def of(cls, images: TrainingImages, recipe: Recipe, *, resolution: int) -> Deciding:
-        """As the weights are trained by a recipe, on other images."""
+        """As the weights are trained by a recipe."""
         return cls(
             images=images,
             resolution=resolution,
@@ -75,8 +75,8 @@ class Deciding:
         if not math.isfinite(float(loss.detach())):
             raise TrainingError(
                 f"the loss on the images that decide is {float(loss.detach())} at step "
-                f"{step}; lower the learning rate and start again. The last good "
-                "checkpoint is kept"
+                f"{step}; lower the learning rate and start again, or look at the "
+                "weights that were brought. The last good checkpoint, if any, is kept"
             )
         return loss
 
@@ -216,7 +216,7 @@ def only_trained(
 
     Args:
         module: The network.
-        parameters: Of it; they have no gradient before and afterwards.
+        parameters: Of it.
     """
     others = [p for p in module.parameters() if p.requires_grad]
     for parameter in others:
@@ -266,13 +266,15 @@ def typical_gradient(
     squares: list[Tensor] = []
     training = module.training
     module.eval()  # or batch norms' statistics would move
-    for step in range(batches):
-        with only_trained(module, latents):
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                deciding.loss(module, step), latents, allow_unused=True
-            )
-        # A layer that is not called has no gradient.
-        flat = [one.flatten() for one in found if one is not None]
-        squares.append(torch.cat(flat).square().mean())
-    module.train(training)
+    try:
+        for step in range(batches):
+            with only_trained(module, latents):
+                found: Sequence[Tensor | None] = torch.autograd.grad(
+                    deciding.loss(module, step), latents, allow_unused=True
+                )
+            # A layer that is not called has no gradient.
+            flat = [one.flatten() for one in found if one is not None]
+            squares.append(torch.cat(flat).square().mean())
+    finally:
+        module.train(training)
     return float(torch.stack(squares).mean().sqrt())

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
@@ -27,11 +28,12 @@ from profilers.codec import encode_flat
 from profilers.device import read_conditions, this_device
 from profilers.execute import execute
 from profilers.files import write_atomically
-from profilers.fresh import AnchorModel
+from profilers.fresh import AnchorModel, measure_in_fresh_process
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
 from profilers.table import LatencyTable, require_compatible
+from profilers.timing import CERTIFY_PROCESSES
 
 # Whole networks that calibrate the sum of layers: all groups at one share, and random
 # ones.
@@ -66,7 +68,9 @@ class DevicePrices:
     def beside(self, own: OwnNetwork, *, target: Target, folder: Path) -> DevicePrices:
         """The same with an anchor model, where others' work slows this machine down.
 
-        It is the network's first form in the table, the whole one.
+        It is the network's first form in the table: the whole one, or the next narrower
+        one of whole steps. All of a call is held against one level: the table's, or
+        where the machine is another one by now, the one that is found here.
 
         Args:
             own: The network that the prices are of.
@@ -76,12 +80,20 @@ class DevicePrices:
         if not read_conditions().shared_host:
             return self
         name, counts = next(iter(calibration_counts(own, step=self.step).items()))
-        anchor = AnchorModel(
-            path=folder / own.write(_first(counts), target=target, folder=folder),
-            quiet_ms=self.table.networks[name].quiet_ms,
-            max_off_ratio=MAX_DRIFT_RATIO,
-        )
-        return replace(self, anchor_model=anchor)
+        path = folder / own.write(_first(counts), target=target, folder=folder)
+        level_ms = self.table.networks[name].quiet_ms
+        found_ms = measure_in_fresh_process(
+            path,
+            backend_name=target.backend,
+            threads=target.threads,
+            settings=CERTIFY_SETTINGS,
+            processes=CERTIFY_PROCESSES,
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+        ).quiet_ms
+        if abs(found_ms / level_ms - 1) > MAX_DRIFT_RATIO:
+            level_ms = found_ms
+        return replace(self, anchor_model=AnchorModel(path=path, quiet_ms=level_ms))
 
 
 def measure_prices(

@@ -42,6 +42,7 @@ from ofa_deploy.shrink.projecting import with_projections
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
 from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.shrinking import short_digest
 from ofa_deploy.shrink.stages import find_stages, searchable_groups, shallower
 from ofa_deploy.shrink.tas import (
     Passes,
@@ -58,7 +59,6 @@ SEARCHING = "searching widths"
 # Of tas, for people.
 DECIDING_SETTING = "recipe.tas.deciding_share"
 FAMILY_FILE = "family.json"
-RATE_FILE = "latent_rate.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,9 +139,12 @@ class Search:
         """
         recipe = self.recipe
         steps = recipe.search.phases[0].epochs * images.batches_per_epoch
-        # Another machine's arithmetic finds another, and a search goes on with one.
+        decides = [self.own.sha256, images.sha256, steps, recipe.wander_share]
+        name = f"latent_rate-{short_digest([str(one) for one in decides])}.json"
+        # Gradients differ from machine to machine in their last digits; a search that
+        # goes on keeps its rate.
         rate = recipe.latent_rate or remembered(
-            None if self.folder is None else self.folder / RATE_FILE,
+            None if self.folder is None else self.folder / name,
             lambda: wandering_rate(
                 typical_gradient(
                     masked.module, [mask.latent for mask in masked.masks], deciding
@@ -308,9 +311,9 @@ def searched_by_tas(
     if searchable and not groups:
         widest = max(own.graph.groups[index].channels for index in searchable)
         raise TraceError(
-            f"{own.family} has at most {widest} channels in a layer, and tas tries "
-            f"widths that are multiples of {step}: there is no choice. Give a smaller "
-            "step, or take pas, legr or autoprune"
+            f"{own.family} has at most {widest} channels in a layer that tas can "
+            f"search, and its widths are multiples of {step}: there is no choice. Give "
+            "a smaller recipe.step, or take pas, legr or autoprune"
         )
     groups = _apart(own.graph, groups)
     if not groups:

@@ -52,7 +52,7 @@ MOST_PULL = 10.0
 SLOPE_POINTS = 9
 # Shares of the price: a target nearer than the first is not pulled at any harder for
 # that, and no strength makes up for less than the second, so that it fades at last.
-LEAST_DISTANCE, LEAST_OFF = 0.2, 0.05
+LEAST_DISTANCE, LEAST_OFF = 0.2, 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class PruningAsSearch:
                 f"{price.unit}: with {settings.floor} channels in every layer the "
                 f"network still costs {least:.4g}. Ask for more, or lower the floor"
             )
-        # With which the price pulls, at first, as hard as it ever does.
+        # What pulls is bounded by a multiple of what this one pulls at first.
         self._first_strength = self._calibrated_strength()
         self.strength = self._first_strength
         self.collapses: list[str] = []
@@ -301,7 +301,7 @@ class PruningAsSearch:
         return [len(mask.kept()) for mask in self.masked.masks]
 
     def _look(self) -> None:
-        """Open again what has collapsed, and pull less; else hold the pull.
+        """Open again what has collapsed, and pull less; else lead the price on.
 
         All channels of a layer feel one pull; without another they fall at once. Then
         the pull is too strong for the task to have a say.
@@ -352,7 +352,7 @@ class PruningAsSearch:
         factor = 1.0
         if share > REACHED * path:
             factor = STRENGTHENED
-        elif target < share < path / REACHED:
+        elif share < path / REACHED:  # or the way back would be as steep
             factor = 1 / STRENGTHENED
         return min(factor * self.strength, most)
 

@@ -205,6 +205,7 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
     prices, source = _prices(call, prices_folder, step=step), call.source
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
+        call.reporter.begin("timing the whole network")
         prices = prices.beside(call.own, target=call.target, folder=Path(folder))
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network

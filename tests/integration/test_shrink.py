@@ -243,6 +243,8 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
     manifest = bundle.manifest
     assert manifest.binding.met
     assert manifest.accuracy.kind == "measured"
+    beside_ms = manifest.measured.anchor_model_ms
+    assert (beside_ms is not None) == manifest.measured.conditions.shared_host
     assert bundle.check().agrees
     assert manifest.config_id.startswith(f"{method}-")
     assert all(np.array_equal(before[k], v) for k, v in dense.weights().items())

@@ -33,6 +33,7 @@ from ofa_deploy.shrink.masks import (
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import (
     COLLAPSE_WINDOW,
+    LEAST_OFF,
     MOST_PULL,
     STRENGTHENED,
     PasSettings,
@@ -572,12 +573,13 @@ def held(*, target: float, removed: int) -> tuple[float, PruningAsSearch]:
     return first, search
 
 
-def test_the_pull_is_held_while_the_target_is_not_reached() -> None:
+def test_the_pull_grows_while_the_target_is_not_reached() -> None:
     """Its strength rises to what pulls so much harder than at first, and no further."""
     first, search = held(target=0.5, removed=3)
     excess = search.current_share() - 0.5
     assert excess > 0.02
-    assert search.strength == pytest.approx(MOST_PULL * first * 0.5 / excess)
+    bound = MOST_PULL * first * 0.5 / max(excess, LEAST_OFF)
+    assert search.strength == pytest.approx(bound)
 
 
 def test_the_price_is_led_down_a_path() -> None:
@@ -609,7 +611,7 @@ def test_the_price_is_led_down_a_path() -> None:
     assert len(below) > 10
 
 
-@pytest.mark.parametrize("removed", [0, 1, 8, 12])
+@pytest.mark.parametrize("removed", [0, 1, 7])
 def test_what_pulls_is_bounded(removed: int) -> None:
     """On either side of the target, whatever the strength was raised to before."""
     net = masked(Chain())
@@ -618,19 +620,19 @@ def test_what_pulls_is_bounded(removed: int) -> None:
     most = MOST_PULL * search.strength * 0.5
     for mask in net.masks:
         mask.latent.data[:removed] = 0.0
-    for _ in range(COLLAPSE_WINDOW):  # what fell so far is no news any more
-        search.after_step()
     search.strength *= 100
     for _ in range(COLLAPSE_WINDOW):
         search.after_step()
     off = abs(search.current_share() - 0.5)
+    assert not search.collapses
+    assert (search.current_share() < 0.5) == (removed == 7)
     assert search.strength * off <= most * (1 + 1e-9)
 
 
 def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
     first, search = held(target=0.95, removed=1)
     assert search.current_share() < 0.95
-    assert search.strength == first / 2
+    assert search.strength < first / 2
 
 
 def test_a_search_of_other_settings_is_not_continued() -> None:

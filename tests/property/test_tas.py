@@ -351,7 +351,7 @@ def test_channels_beyond_the_widest_that_is_drawn_are_zero() -> None:
 
 def test_a_network_that_is_narrower_than_a_step_is_refused() -> None:
     own = owned(Deep(), resolution=SIZE, class_count=3)
-    with pytest.raises(TraceError, match=r"at most 24 channels .* multiples of 24"):
+    with pytest.raises(TraceError, match=r"at most 24 channels .* are multiples of 24"):
         searched_by_tas(own, step=24)
 
 
