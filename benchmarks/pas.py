@@ -536,9 +536,9 @@ def write(
         f"for as many, {ALL_EPOCHS}, by the same teachers, the last "
         f"{SEARCH_EPOCHS + FINETUNE_EPOCHS} in one cycle. "
         "Test accuracy of the exported models; OpenVINO, 1 thread, timed against each "
-        "other. The search by MACs is that of da88239, whose strength was not yet eased "
-        "below the path: it ended at 45 % of the MACs, and what was nearest to stay "
-        "was given back."
+        "other. The search by MACs is that of da88239, whose strength was not eased "
+        "below the target yet: it ended at 45 % of the MACs, and what was nearest to "
+        "stay was given back."
     )
     section.table(
         ["network", "MMACs", "of dense", "test accuracy", "OpenVINO ms"],
