@@ -27,6 +27,10 @@ from inputs import console
 from loky import ProcessPoolExecutor
 from pas import later_teachers
 from report import Section
+from same_latency import (
+    compare_by_latency,
+    shrink_to_latency_of,
+)
 from torch import nn
 from trainings import (
     DIGITS,
@@ -34,7 +38,6 @@ from trainings import (
     TEMPERATURE,
     accuracy_of,
     arrays_of,
-    compare_by_latency,
     digest,
     is_kept,
     keep,
@@ -49,7 +52,6 @@ from trainings import (
     onnx_of,
     origin_of,
     run_stage,
-    shrink_to_latency_of,
     test_inputs,
     test_set,
     train,

@@ -35,12 +35,16 @@ import torch
 from inputs import console
 from numpy.typing import NDArray
 from report import Section
+from same_latency import (
+    SAME_LATENCY,
+    require_this_device,
+    shrink_to_latency_of,
+)
 from torch import nn
 from trainings import (
     DIGITS,
     DRY_RUN,
     RESOLUTION,
-    SAME_LATENCY,
     TEMPERATURE,
     WEIGHTS,
     Ensemble,
@@ -57,9 +61,7 @@ from trainings import (
     loaded,
     log_of,
     one_cycle,
-    require_this_device,
     run_stage,
-    shrink_to_latency_of,
     test_inputs,
     test_set,
     time_on,

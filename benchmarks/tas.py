@@ -30,6 +30,10 @@ import torch
 from inputs import console
 from numpy.typing import NDArray
 from report import Section
+from same_latency import (
+    compare_by_latency,
+    shrink_to_latency_of,
+)
 from torch import nn
 from trainings import (
     DIGITS,
@@ -39,7 +43,6 @@ from trainings import (
     Lines,
     accuracy_of,
     arrays_of,
-    compare_by_latency,
     digest,
     is_kept,
     keep,
@@ -52,7 +55,6 @@ from trainings import (
     onnx_of,
     origin_of,
     run_stage,
-    shrink_to_latency_of,
     test_inputs,
     test_set,
     train,

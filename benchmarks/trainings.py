@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -22,41 +21,28 @@ import openvino
 import torch
 from inputs import add_data, add_work, console, new_parser, read_test_images
 from numpy.typing import NDArray
-from report import RESULTS_FILE, Section
+from report import RESULTS_FILE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from ofa_deploy.api import specialize
-from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.evaluation import top1_accuracy
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.preprocess import Normalisation, prepare
-from ofa_deploy.profiling import cache_folder
-from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.extract import extract_module
-from ofa_deploy.shrink.fitting import AIMED_SHARE
-from ofa_deploy.shrink.methods import remembered, searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
-from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.allocator import keep_freed_memory
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Phase, Recipe
-from ofa_deploy.verify import judge_latency
 from profilers.backends import get_backend
-from profilers.device import this_device
 from profilers.files import write_atomically
-from profilers.fresh import measure_in_fresh_process
 from profilers.measure import measure_models
 from profilers.measurement import MeasureSettings, ModelUnderTest
-from profilers.timing import CERTIFY_PROCESSES
 
 HERE = Path(__file__).parent
 # A folder for what a try of all stages leaves, each of one epoch of a few images.
@@ -68,12 +54,9 @@ SETTINGS = MeasureSettings.certify(seed=5)
 # Of what teachers know. Five epochs of the plain network of `pas.py`, taught by class
 # probabilities and labels alike: 90.1 % of the held-out images; at 2: 90.8; at 4: 90.6.
 TEMPERATURE = 2.0
-SHRUNK_FOR = Target(backend="openvino-cpu", threads=1)
 # Of a difference of accuracies: what is beyond is of the arithmetic, and would decide
 # where a bar is met exactly.
 DIGITS = 6
-# Of two latencies, that pass for one.
-SAME_LATENCY = 0.02
 # Of the last minute, above which nothing is timed; what came before fades slowly.
 MOST_LOAD, MOST_WAIT_S = 0.7, 600.0
 
@@ -208,16 +191,6 @@ def kept_facts(name: str) -> dict[str, Any]:
     return content
 
 
-def require_this_device(fingerprint: str, name: str) -> None:
-    """Stop, where a result was chosen by another machine's milliseconds."""
-    here = this_device().fingerprint
-    if fingerprint != here:
-        raise SystemExit(
-            f"{name} was chosen by latency on {fingerprint}, and this is {here}: what "
-            "takes as long there need not here. Run its stage again, or this one there"
-        )
-
-
 def arrays_of(module: nn.Module) -> dict[str, NDArray[Any]]:
     """Parameters and statistics of a module."""
     return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
@@ -271,14 +244,6 @@ def kept_counts(name: str, own: OwnNetwork) -> Tensor:
     return torch.tensor(counts, dtype=torch.float64)
 
 
-def keep_bundle(name: str, bundle: Path) -> None:
-    """Put a bundle where it is committed, and its history beside the logs."""
-    target = WEIGHTS / name
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(bundle, target)
-    shutil.copyfile(bundle / HISTORY_FILE, LOGS / f"{name}.json")
-
-
 def is_kept(name: str, origin: str) -> bool:
     """Whether a result is there, that came from this."""
     path = WEIGHTS / f"{name}.safetensors"
@@ -286,167 +251,6 @@ def is_kept(name: str, origin: str) -> bool:
         return False
     with safe_open(path, framework="numpy") as file:
         return bool((file.metadata() or {}).get("origin") == origin)
-
-
-def shrink_to_latency_of(
-    by_macs: bytes,
-    *,
-    came_from: str,
-    name: str,
-    model: nn.Module,
-    method: Method,
-    recipe: ShrinkRecipe,
-    data: ImageSet,
-    work: Path,
-) -> None:
-    """Shrink a network to the latency that its form found by MACs has on OpenVINO.
-
-    Both are certified alike: in fresh processes, beside the network itself.
-
-    Args:
-        by_macs: That form, as an ONNX model.
-        came_from: Name of the kept result that it is of; the model's own bytes tell of
-            the folder that it was exported in, too.
-        name: Of the bundle that is kept.
-        model: The network.
-        method: That found both.
-        recipe: Likewise.
-        data: To train on.
-        work: Folder of what is not kept.
-    """
-    # Milliseconds are of a machine.
-    start = digest(
-        arrays_of(model), digest(kept(came_from)), recipe, this_device().fingerprint
-    )
-    folder = work / f"{name}-{start}"
-    out = folder / "bundle"
-    if not out.exists():
-        wait_until_idle()
-        with StageBar(console) as bar:
-            own = owned(model, method=method, recipe=recipe, data=data)
-            budget_ms = remembered(
-                folder / "budget.json",
-                lambda: budget_of(by_macs, own, method=method, recipe=recipe, bar=bar),
-            )
-            specialize(
-                SHRUNK_FOR.backend,
-                latency_ms=budget_ms,
-                model=model,
-                method=method,
-                data=data,
-                out=out,
-                recipe=recipe,
-                work=folder,
-                reporter=bar,
-                training_told=Lines(bar),
-            )
-    keep_bundle(name, out)
-
-
-def owned(
-    model: nn.Module, *, method: Method, recipe: ShrinkRecipe, data: ImageSet
-) -> OwnNetwork:
-    """A network, as the call that shrinks it has it."""
-    return OwnNetwork.of(
-        model,
-        resolution=RESOLUTION,
-        normalisation=TrainingImages(data, recipe.search).normalisation,
-        class_names=data.class_names,
-    )
-
-
-def budget_of(
-    by_macs: bytes,
-    own: OwnNetwork,
-    *,
-    method: Method,
-    recipe: ShrinkRecipe,
-    bar: StageBar,
-) -> float:
-    """Milliseconds that a network is shrunk to, as its form found by MACs takes them.
-
-    It is priced as the call that shrinks it does, which then finds the prices.
-    """
-    backend = get_backend(SHRUNK_FOR.backend)
-    step = recipe.step or runtime_step(
-        SHRUNK_FOR, backend=backend, folder=cache_folder(), reporter=bar
-    )
-    if method == "tas":
-        own = searched_by_tas(own, step=step, projects=recipe.tas.projects)
-    prices = measure_prices(
-        own,
-        target=SHRUNK_FOR,
-        backend=backend,
-        step=step,
-        folder=cache_folder(),
-        reporter=bar,
-    )
-    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
-        folder = Path(name)
-        prices = prices.beside(own, target=SHRUNK_FOR, folder=folder)
-        return certified_ms(by_macs, prices, bar) / AIMED_SHARE
-
-
-def certified_ms(model: bytes, prices: DevicePrices, bar: StageBar) -> float:
-    """What a model's latency is certified to be below, held against such prices."""
-    bar.begin("certifying what was found by MACs")
-    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(model)
-        measured = measure_in_fresh_process(
-            path,
-            backend_name=SHRUNK_FOR.backend,
-            threads=SHRUNK_FOR.threads,
-            settings=CERTIFY_SETTINGS,
-            processes=CERTIFY_PROCESSES,
-            beta=prices.table.beta,
-            anchor_reference_ns=prices.table.anchor_reference_ns,
-            anchor_model=prices.anchor_model,
-            progress=bar.advance,
-        )
-    return judge_latency(measured, budget_ms=measured.quiet_ms).bound
-
-
-def compare_by_latency(
-    section: Section,
-    name: str,
-    by_macs: Sequence[bytes],
-    inputs: NDArray[np.float32],
-    test: ImageSet,
-    *,
-    again: Sequence[bytes] = (),
-) -> None:
-    """Tell of a network found by latency, beside the one found by MACs.
-
-    Args:
-        section: Gets the bar.
-        name: Of the bundle, as it was kept.
-        by_macs: The other one, as ONNX models of several trainings.
-        inputs: To test both on.
-        test: Their labels.
-        again: The bundle's structure, of further trainings.
-    """
-    bundle = Bundle.open(WEIGHTS / name)
-    if not kept_facts(name)["search"]:
-        section.text("The whole network kept the latency: nothing was searched.")
-    require_this_device(bundle.manifest.device.fingerprint, name)
-    by_ms = (bundle.path / "model.onnx").read_bytes()
-    found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs[0]})
-    accuracies = {
-        "ms": mean(accuracy_of(one, inputs, test) for one in (by_ms, *again)),
-        "macs": mean(accuracy_of(one, inputs, test) for one in by_macs),
-    }
-    verdict = bundle.manifest.binding
-    section.bar(
-        f"a latency as the budget: certified {verdict.bound:.4f} of "
-        f"{verdict.limit:.4f} ms; {accuracies['ms']:.2%}, the mean of "
-        f"{1 + len(again)}, in {found_ms['ms']:.4f} ms "
-        f"beside {accuracies['macs']:.2%}, the mean of {len(by_macs)}, in "
-        f"{found_ms['macs']:.4f} ms by MACs",
-        passed=verdict.met
-        and accuracies["ms"] >= accuracies["macs"]
-        and found_ms["ms"] <= (1 + SAME_LATENCY) * found_ms["macs"],
-    )
 
 
 def trainings_of(prefix: str) -> list[list[str]]:
