@@ -27,10 +27,7 @@ from inputs import console
 from loky import ProcessPoolExecutor
 from pas import later_teachers
 from report import Section
-from same_latency import (
-    compare_by_latency,
-    shrink_to_latency_of,
-)
+from same_latency import compare_by_latency, shrink_to_latency_of
 from torch import nn
 from trainings import (
     DIGITS,

@@ -31,7 +31,6 @@ from ofa_deploy.api import specialize
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.fitting import AIMED_SHARE
@@ -44,8 +43,6 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.verify import judge_latency
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.fresh import measure_in_fresh_process
-from profilers.timing import CERTIFY_PROCESSES
 
 SHRUNK_FOR = Target(backend="openvino-cpu", threads=1)
 # Of two latencies, that pass for one.
@@ -147,7 +144,7 @@ def budget_of(
     )
     with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as name:
         folder = Path(name)
-        prices = prices.beside(own, target=SHRUNK_FOR, folder=folder)
+        prices = prices.beside(own, target=SHRUNK_FOR, folder=folder, reporter=bar)
         return certified_ms(by_macs, prices, bar) / AIMED_SHARE
 
 
@@ -157,17 +154,7 @@ def certified_ms(model: bytes, prices: DevicePrices, bar: StageBar) -> float:
     with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
-        measured = measure_in_fresh_process(
-            path,
-            backend_name=SHRUNK_FOR.backend,
-            threads=SHRUNK_FOR.threads,
-            settings=CERTIFY_SETTINGS,
-            processes=CERTIFY_PROCESSES,
-            beta=prices.table.beta,
-            anchor_reference_ns=prices.table.anchor_reference_ns,
-            anchor_model=prices.anchor_model,
-            progress=bar.advance,
-        )
+        measured = prices.measure(path, target=SHRUNK_FOR, progress=bar.advance)
     return judge_latency(measured, budget_ms=measured.quiet_ms).bound
 
 

@@ -30,10 +30,7 @@ import torch
 from inputs import console
 from numpy.typing import NDArray
 from report import Section
-from same_latency import (
-    compare_by_latency,
-    shrink_to_latency_of,
-)
+from same_latency import compare_by_latency, shrink_to_latency_of
 from torch import nn
 from trainings import (
     DIGITS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,15 @@ from profilers.codec import encode_flat
 from profilers.device import read_conditions, this_device
 from profilers.execute import execute
 from profilers.files import write_atomically
-from profilers.fresh import AnchorModel, measure_in_fresh_process
+from profilers.fresh import (
+    AnchorModel,
+    FreshMeasurement,
+    measure_in_fresh_process,
+)
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
+from profilers.pace import Pace
 from profilers.table import LatencyTable, require_compatible
 from profilers.timing import CERTIFY_PROCESSES
 
@@ -65,7 +71,9 @@ class DevicePrices:
         """The same of a part of the network."""
         return replace(self, price=self.price.of_graph(graph))
 
-    def beside(self, own: OwnNetwork, *, target: Target, folder: Path) -> DevicePrices:
+    def beside(
+        self, own: OwnNetwork, *, target: Target, folder: Path, reporter: Reporter
+    ) -> DevicePrices:
         """The same with an anchor model, where others' work slows this machine down.
 
         It is the network's first form in the table: the whole one, or the next narrower
@@ -76,24 +84,50 @@ class DevicePrices:
             own: The network that the prices are of.
             target: Where it runs.
             folder: Gets the anchor model's file; stays as long as the prices.
+            reporter: Told of progress.
         """
         if not read_conditions().shared_host:
             return self
+        reporter.begin("timing the whole network")
         name, counts = next(iter(calibration_counts(own, step=self.step).items()))
         path = folder / own.write(_first(counts), target=target, folder=folder)
         level_ms = self.table.networks[name].quiet_ms
-        found_ms = measure_in_fresh_process(
-            path,
-            backend_name=target.backend,
-            threads=target.threads,
-            settings=CERTIFY_SETTINGS,
-            processes=CERTIFY_PROCESSES,
-            beta=self.table.beta,
-            anchor_reference_ns=self.table.anchor_reference_ns,
-        ).quiet_ms
+        found = self.measure(path, target=target, progress=reporter.advance)
+        found_ms = found.quiet_ms
         if abs(found_ms / level_ms - 1) > MAX_DRIFT_RATIO:
             level_ms = found_ms
         return replace(self, anchor_model=AnchorModel(path=path, quiet_ms=level_ms))
+
+    def measure(
+        self,
+        model_path: Path,
+        *,
+        target: Target,
+        settings: MeasureSettings = CERTIFY_SETTINGS,
+        pace: Pace | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FreshMeasurement:
+        """Time a file as it is certified, at the table's level.
+
+        Args:
+            model_path: Of a form of the network.
+            target: Where it runs.
+            settings: How carefully, in each process.
+            pace: Of the runs; None for one after the other.
+            progress: Told of processes done, and of all.
+        """
+        return measure_in_fresh_process(
+            model_path,
+            backend_name=target.backend,
+            threads=target.threads,
+            settings=settings,
+            processes=CERTIFY_PROCESSES,
+            beta=self.table.beta,
+            anchor_reference_ns=self.table.anchor_reference_ns,
+            anchor_model=self.anchor_model,
+            pace=pace,
+            progress=progress,
+        )
 
 
 def measure_prices(

@@ -29,7 +29,7 @@ from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.target import Target
 from ofa_deploy.verify import AccuracyClaim, Candidate, enough_runs, judge
 from profilers.files import write_atomically
-from profilers.fresh import FreshMeasurement, measure_in_fresh_process
+from profilers.fresh import FreshMeasurement
 from profilers.timing import CERTIFY_PROCESSES
 
 # A structure whose certified latency is within these shares of the budget is kept: near
@@ -258,15 +258,10 @@ class Fitting:
         """Time a file as it is certified."""
         asked = self.constraints
         self.reporter.begin("certifying the exported file")
-        return measure_in_fresh_process(
+        return self.prices.measure(
             exported.folder / exported.model_file,
-            backend_name=self.target.backend,
-            threads=self.target.threads,
+            target=self.target,
             settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
-            processes=CERTIFY_PROCESSES,
-            beta=self.prices.table.beta,
-            anchor_reference_ns=self.prices.table.anchor_reference_ns,
-            anchor_model=self.prices.anchor_model if asked.is_plain else None,
             pace=asked.pace,
             progress=self.reporter.advance,
         )

@@ -204,9 +204,14 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
         call = replace(call, own=own)
     prices, source = _prices(call, prices_folder, step=step), call.source
     with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
-        call.reporter.begin("timing the whole network")
-        prices = prices.beside(call.own, target=call.target, folder=Path(folder))
+        if call.constraints.is_plain:  # of single runs no anchor model tells
+            folder = stack.enter_context(TemporaryDirectory(prefix="ofa-deploy-"))
+            prices = prices.beside(
+                call.own,
+                target=call.target,
+                folder=Path(folder),
+                reporter=call.reporter,
+            )
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network
         call.reporter.begin("comparing with the trained network")
