@@ -33,6 +33,8 @@ from trainings import (
     DIGITS,
     RESOLUTION,
     TEMPERATURE,
+    OnOpenVino,
+    Remembered,
     accuracy_of,
     arrays_of,
     digest,
@@ -77,6 +79,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.recipe import Recipe
 
 DEPTH = 20
 SHAPE = ResNetShape.dense(DEPTH)
@@ -284,12 +287,14 @@ def uniform_counts(own: OwnNetwork, most: float) -> list[int]:
 def tune(args: argparse.Namespace) -> None:
     """Fine-tune what each ranking leaves at each budget, all for as long."""
     images = TrainingImages(training_set(args), TUNE)
-    own = owned(images)
+    own, work = owned(images), args.work / "legr"
+    teacher = Remembered(OnOpenVino(network("resnet20-dense")), work)
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
             for seed in SEEDS:
                 name = tuned_name(ranking, share, seed)
-                tune_one(name, own, indices, images, seed=seed, work=args.work / "legr")
+                recipe = replace(TUNE, seed=seed)
+                tune_one(name, own, indices, images, recipe, teacher, work)
 
 
 def tune_one(
@@ -297,13 +302,12 @@ def tune_one(
     own: OwnNetwork,
     indices: list[torch.Tensor],
     images: TrainingImages,
-    *,
-    seed: int,
+    recipe: Recipe,
+    teacher: nn.Module,
     work: Path,
 ) -> None:
     """What is left of the dense network by these channels, unless it is kept."""
     narrow = extract_module(own.module, own.graph, indices)
-    recipe, teacher = replace(TUNE, seed=seed), network("resnet20-dense")
     places = {f"kept.{k}": one.numpy() for k, one in enumerate(indices)}
     origin = digest(places, origin_of(narrow, recipe, teacher))
     if is_kept(name, origin):

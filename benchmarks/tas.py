@@ -38,6 +38,8 @@ from trainings import (
     RESOLUTION,
     WEIGHTS,
     Lines,
+    OnOpenVino,
+    Remembered,
     accuracy_of,
     arrays_of,
     digest,
@@ -362,7 +364,8 @@ def train_one(
     torch.manual_seed(seed)
     module = CifarResNet(shape)
     # Of rivals that have no teacher, uniform widths are the one that is asked about.
-    teaching = None if kind == "uniform" else teacher()
+    work = args.work / "tas"
+    teaching = None if kind == "uniform" else Remembered(OnOpenVino(teacher()), work)
     recipe = replace(PLAIN if teaching is None else TAUGHT, seed=seed)
     origin = digest(as_arrays(shape), origin_of(module, recipe, teaching))
     if is_kept(name, origin):
@@ -374,7 +377,7 @@ def train_one(
         name,
         images=images,
         recipe=recipe,
-        work=args.work / "tas",
+        work=work,
         teacher=teaching,
     )
     arrays = arrays_of(module) | as_arrays(shape)

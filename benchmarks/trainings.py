@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -328,6 +329,43 @@ class OnOpenVino(nn.Module):
             "INFERENCE_PRECISION_HINT": "bf16" if prefers_bf16() else "f32",
         }
         return openvino.Core().compile_model(model, "CPU", settings)
+
+
+class Remembered(nn.Module):
+    """A network that is asked but once about each batch, by whichever training.
+
+    Rivals of one recipe see the same batches, and the smallest of them take less time
+    than their teacher.
+
+    Args:
+        network: Of one output, `(N, classes)`.
+        folder: Keeps what it said, in a file of its weights' name.
+    """
+
+    def __init__(self, network: nn.Module, folder: Path) -> None:
+        super().__init__()
+        self.network = network
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"said-{digest(arrays_of(network))}.sqlite"
+        self._said = sqlite3.connect(path, isolation_level=None)
+        # What a power cut loses is asked again.
+        self._said.execute("PRAGMA synchronous = OFF")
+        self._said.execute(
+            "CREATE TABLE IF NOT EXISTS said (batch BLOB PRIMARY KEY, logits BLOB)"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Its output for `(N, channels, H, W)`."""
+        pixels = np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+        batch = hashlib.sha256(pixels).digest()
+        query = "SELECT logits FROM said WHERE batch = ?"
+        if row := self._said.execute(query, (batch,)).fetchone():
+            values = np.frombuffer(row[0], dtype=np.float32).reshape(len(x), -1)
+            return torch.from_numpy(values.copy())
+        logits: Tensor = self.network(x).float()
+        said = (batch, logits.numpy().tobytes())
+        self._said.execute("INSERT INTO said VALUES (?, ?)", said)
+        return logits
 
 
 class Lines:
