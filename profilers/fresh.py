@@ -45,7 +45,8 @@ __all__ = [
     "measure_in_fresh_process",
 ]
 
-# Beside the measuring itself: starting an interpreter, importing, compiling.
+# Of each model, beside the measuring itself: starting an interpreter, importing,
+# compiling, and the visits that are made however long they take.
 STARTUP_ALLOWANCE_S = 120.0
 
 # One-sided 95 % quantiles of Student's distribution, by the number of processes; and
@@ -267,7 +268,8 @@ def measure_in_fresh_process(
     """
     if processes < 1:
         raise ValueError(f"processes={processes}; give at least 1")
-    longest_s = timeout_s or _limit_s(settings, pace or Pace())
+    models = 1 if anchor_model is None else 2
+    longest_s = timeout_s or _limit_s(settings, pace or Pace(), models=models)
     before = _KeptReports.of(
         kept,
         model_path,
@@ -361,13 +363,13 @@ def digest_of(model_path: Path) -> str:
     return digest.hexdigest()
 
 
-def _limit_s(settings: MeasureSettings, pace: Pace) -> float:
-    """What a process may take.
+def _limit_s(settings: MeasureSettings, pace: Pace, *, models: int) -> float:
+    """What a process may take that times so many models.
 
     Two visits are made however long they take; at a slow pace they take long.
     """
     paced_s = 3 * settings.runs_per_visit * pace.period_s + pace.sustained_s
-    return settings.max_seconds + paced_s + STARTUP_ALLOWANCE_S
+    return settings.max_seconds + paced_s + models * STARTUP_ALLOWANCE_S
 
 
 def report_of_fresh_process(
@@ -400,7 +402,7 @@ def report_of_fresh_process(
     """
     pace = pace or Pace()
     if timeout_s is None:
-        timeout_s = _limit_s(settings, pace)
+        timeout_s = _limit_s(settings, pace, models=2 if beside else 1)
     seeded = {**encode_flat(settings), "seed": settings.seed + number}
     label = f"the process measuring {model_path}"
     line = run_for_line(

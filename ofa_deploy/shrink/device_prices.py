@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ofa_deploy.constraints import Constraints
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import MeasurementError
@@ -24,6 +25,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.target import Target
+from ofa_deploy.verify import enough_runs
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import read_conditions, this_device
@@ -37,7 +39,6 @@ from profilers.fresh import (
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
-from profilers.pace import Pace
 from profilers.table import LatencyTable, require_compatible
 from profilers.timing import CERTIFY_PROCESSES
 
@@ -103,8 +104,7 @@ class DevicePrices:
         model_path: Path,
         *,
         target: Target,
-        settings: MeasureSettings = CERTIFY_SETTINGS,
-        pace: Pace | None = None,
+        asked: Constraints | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> FreshMeasurement:
         """Time a file as it is certified, at the table's level.
@@ -112,20 +112,22 @@ class DevicePrices:
         Args:
             model_path: Of a form of the network.
             target: Where it runs.
-            settings: How carefully, in each process.
-            pace: Of the runs; None for one after the other.
+            asked: Whose percentile and rate are to be told; None for the latency alone.
             progress: Told of processes done, and of all.
         """
+        settings, processes = CERTIFY_SETTINGS, CERTIFY_PROCESSES
+        if asked is not None:
+            settings = enough_runs(settings, asked, processes=processes)
         return measure_in_fresh_process(
             model_path,
             backend_name=target.backend,
             threads=target.threads,
             settings=settings,
-            processes=CERTIFY_PROCESSES,
+            processes=processes,
             beta=self.table.beta,
             anchor_reference_ns=self.table.anchor_reference_ns,
             anchor_model=self.anchor_model,
-            pace=pace,
+            pace=None if asked is None else asked.pace,
             progress=progress,
         )
 

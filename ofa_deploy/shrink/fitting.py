@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints, Verdict, binding
 from ofa_deploy.contract import EXPECTED_RATIO
-from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.reporting import Reporter
@@ -27,10 +26,9 @@ from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.target import Target
-from ofa_deploy.verify import AccuracyClaim, Candidate, enough_runs, judge
+from ofa_deploy.verify import AccuracyClaim, Candidate, judge
 from profilers.files import write_atomically
 from profilers.fresh import FreshMeasurement
-from profilers.timing import CERTIFY_PROCESSES
 
 # A structure whose certified latency is within these shares of the budget is kept: near
 # it, and far enough below that the same structure, timed again, keeps it too.
@@ -256,13 +254,11 @@ class Fitting:
 
     def measure(self, exported: ExportedNetwork) -> FreshMeasurement:
         """Time a file as it is certified."""
-        asked = self.constraints
         self.reporter.begin("certifying the exported file")
         return self.prices.measure(
             exported.folder / exported.model_file,
             target=self.target,
-            settings=enough_runs(CERTIFY_SETTINGS, asked, processes=CERTIFY_PROCESSES),
-            pace=asked.pace,
+            asked=self.constraints,
             progress=self.reporter.advance,
         )
 

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -353,6 +354,30 @@ def test_what_is_old_is_measured_anew(
     os.utime(folder, (then_s, then_s))
     _, started = kept_call(model_path, monkeypatch)
     assert [number for number, _ in started] == left
+
+
+def test_a_model_beside_another_may_take_as_long_as_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allowed_s = []
+
+    def run(words: Sequence[str], *, timeout_s: float, **_: object) -> str:
+        allowed_s.append(timeout_s)
+        raise RunFailed("not run")
+
+    monkeypatch.setattr(fresh_module, "run_for_line", run)
+    for beside in (None, Path("anchor.onnx")):
+        with pytest.raises(RunFailed):
+            fresh_module.report_of_fresh_process(
+                Path("model.onnx"),
+                backend_name="onnxruntime-cpu",
+                threads=1,
+                settings=SETTINGS,
+                number=0,
+                beside=beside,
+            )
+    alone_s, together_s = allowed_s
+    assert together_s - alone_s == fresh_module.STARTUP_ALLOWANCE_S
 
 
 def test_what_is_damaged_is_measured_anew(

@@ -83,8 +83,8 @@ def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_prices, "PROFILE_SETTINGS", QUICK)
-        patch.setattr(fitting, "CERTIFY_SETTINGS", QUICK)
-        patch.setattr(fitting, "CERTIFY_PROCESSES", 1)
+        patch.setattr(device_prices, "CERTIFY_SETTINGS", QUICK)
+        patch.setattr(device_prices, "CERTIFY_PROCESSES", 1)
         # So few runs scatter; that something near the budget is found is not asked.
         patch.setattr(fitting, "NEAR_BUDGET", (0.5, 1.0))
         # What misses by chance is followed by something that is far below.
@@ -664,6 +664,54 @@ def made_up_prices(own: OwnNetwork) -> DevicePrices:
     runtime = get_backend("onnxruntime-cpu").runtime(threads=1)
     table = replace(table, runtime=runtime)
     return DevicePrices(price=price, table=table, step=4, residual_ratio=0.01)
+
+
+def test_files_are_timed_alone_where_nobody_else_runs(
+    dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = beside(dense, tmp_path, monkeypatch, shared_host=False, now_ms=3.0)
+    assert found.anchor_model is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("now_ms", "level_ms"), [(2.09, 2.0), (2.2, 2.2), (1.8, 1.8)])
+def test_files_are_held_against_one_level_on_shared_hosts(
+    now_ms: float,
+    level_ms: float,
+    dense: StaticNet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The table's, of 2 ms; or that of now, where the machine is another one."""
+    found = beside(dense, tmp_path, monkeypatch, shared_host=True, now_ms=now_ms)
+    assert found.anchor_model is not None
+    assert found.anchor_model.quiet_ms == level_ms
+    assert found.anchor_model.path.is_file()
+
+
+def beside(
+    network: nn.Module,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    shared_host: bool,
+    now_ms: float,
+) -> DevicePrices:
+    """Prices whose table says 2 ms of the whole network, which takes `now_ms` now."""
+    own = own_network(network)
+    prices = made_up_prices(own)
+    names = device_prices.calibration_counts(own, step=prices.step)
+    networks = {name: tiny.measurement(name, 2.0) for name in names}
+    prices = replace(prices, table=replace(prices.table, networks=networks))
+    conditions = replace(tiny.CONDITIONS, shared_host=shared_host)
+    monkeypatch.setattr(device_prices, "read_conditions", lambda: conditions)
+
+    def measure(*_: Any, **__: Any) -> FreshMeasurement:
+        return tiny_session.fresh(now_ms)
+
+    monkeypatch.setattr(device_prices, "measure_in_fresh_process", measure)
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    return prices.beside(own, target=target, folder=folder, reporter=Silent())
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])

@@ -22,7 +22,7 @@ from ofa_deploy.errors import (
 )
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink.autoprune import AutoPrune, Deciding
+from ofa_deploy.shrink.autoprune import AutoPrune, Deciding, typical_gradient
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.masks import (
     LEAK,
@@ -294,6 +294,25 @@ def test_masks_are_trained_on_images_that_weights_never_see() -> None:
     seen = {image.tobytes() for image in weights.images}
     assert not any(image.tobytes() in seen for image in masks.images)
     assert len(weights) > len(masks) > 0
+
+
+def test_the_typical_gradient_is_of_the_task_alone_and_moves_nothing() -> None:
+    _, method, net = training()
+    net.module.train()
+    state = {name: one.clone() for name, one in net.module.state_dict().items()}
+    flags = [one.requires_grad for one in net.module.parameters()]
+    latents = [mask.latent for mask in net.masks]
+    found = typical_gradient(net.module, latents, method.deciding)
+    assert found > 0
+    assert net.module.training
+    assert [one.requires_grad for one in net.module.parameters()] == flags
+    assert all(one.grad is None for one in net.module.parameters())
+    after = net.module.state_dict()
+    assert all(torch.equal(one, after[name]) for name, one in state.items())
+    # Of a classifier that looks at nothing, no mask feels anything.
+    (head,) = (one for one in net.module.modules() if isinstance(one, nn.Linear))
+    nn.init.zeros_(head.weight)
+    assert typical_gradient(net.module, latents, method.deciding) == 0
 
 
 def test_a_search_prunes_and_still_learns() -> None:

@@ -41,6 +41,7 @@ from ofa_deploy.shrink.legr import (
     affine_scores,
     bred,
 )
+from ofa_deploy.shrink.masks import BinaryMask
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.train.images import TrainingImages
@@ -381,6 +382,39 @@ def test_candidates_of_a_chain_of_branches_are_judged_without_what_they_lost(
     assert found[0] != found[1]
     with pytest.raises(TraceError, match="nothing is known of how to remove"):
         extract_module(own.module, own.graph, kept)
+
+
+def test_tuning_a_candidate_of_a_chain_brings_no_channel_back(
+    images: CandidateImages,
+) -> None:
+    torch.manual_seed(0)
+    space = replace(
+        repvgg.small(class_count=3),
+        resolutions=(SIZE,),
+        stages=(repvgg.stage(32, depths=(1,)),),
+    )
+    own = OwnNetwork.of(
+        StaticNet(lower(space, space.largest())),
+        resolution=SIZE,
+        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
+        class_names=tuple("abc"),
+    )
+    kept = [torch.arange(g.channels // 2) for g in own.graph.groups]
+    module = own.candidate(kept)
+    before = {name: one.detach().clone() for name, one in module.named_parameters()}
+    validation_loss(
+        CandidateJob(module=module, images=images, tuning_steps=3, learning_rate=0.1)
+    )
+    moved = [
+        name
+        for name, one in module.named_parameters()
+        if not torch.equal(one.detach(), before[name])
+    ]
+    assert moved  # it was tuned
+    assert not [name for name in moved if name.endswith("latent")]
+    masks = [m for m in module.modules() if isinstance(m, BinaryMask)]
+    found = [mask.kept().tolist() for mask in masks]
+    assert found == [one.tolist() for one in kept]
 
 
 def test_a_ranking_leaves_a_nested_family(images: CandidateImages) -> None:
