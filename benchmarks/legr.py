@@ -5,7 +5,8 @@ stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
     first      ResNet-20, one cycle
-    dense      it once more, from there, by the teachers of `pas.py`
+    taught     it once more, from there, by the teachers of `pas.py`, on their batches
+    dense      and once more, by them as they were trained further
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
     latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from inputs import console
 from loky import ProcessPoolExecutor
-from pas import later_teachers
+from pas import TAUGHT, TAUGHT_EPOCHS, first_teachers, later_teachers
 from report import Section
 from same_latency import compare_by_latency, shrink_to_latency_of
 from torch import nn
@@ -34,7 +36,6 @@ from trainings import (
     RESOLUTION,
     TEMPERATURE,
     OnOpenVino,
-    Remembered,
     accuracy_of,
     arrays_of,
     digest,
@@ -50,6 +51,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     origin_of,
+    remembered,
     run_stage,
     test_inputs,
     test_set,
@@ -83,7 +85,7 @@ from ofa_deploy.train.recipe import Recipe
 
 DEPTH = 20
 SHAPE = ResNetShape.dense(DEPTH)
-FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 60, 24
+FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 30, 24
 BUDGETS = (0.2, 0.3, 0.5, 0.7)
 SEEDS = (0, 1)
 RANKINGS = ("LeGR", "uniform", "norm")
@@ -94,7 +96,7 @@ FIRST = one_cycle("first", epochs=FIRST_EPOCHS, peak_learning_rate=0.1, cutmix_s
 DENSE = one_cycle(
     "dense",
     epochs=DENSE_EPOCHS,
-    peak_learning_rate=0.1,
+    peak_learning_rate=0.05,
     cutmix_share=0.5,
     temperature=TEMPERATURE,
 )
@@ -138,21 +140,34 @@ def train_first(args: argparse.Namespace) -> None:
     keep("resnet20-first", arrays_of(module), {"": log_of(folder)})
 
 
+def train_taught(args: argparse.Namespace) -> None:
+    """It once more, from there, by the first teachers of the other benchmark."""
+    train_further("resnet20-first", "taught", TAUGHT, args, first_teachers)
+
+
 def train_dense(args: argparse.Namespace) -> None:
-    """It once more, from there, by the teachers of the other benchmark."""
-    module, images = (
-        network("resnet20-first"),
-        TrainingImages(training_set(args), DENSE),
-    )
+    """And once more, by the later ones."""
+    train_further("resnet20-taught", "dense", DENSE, args, later_teachers)
+
+
+def train_further(
+    came_from: str,
+    stage: str,
+    recipe: Recipe,
+    args: argparse.Namespace,
+    teach: Callable[[TrainingImages], nn.Module],
+) -> None:
+    """Train what a stage left by other networks, and keep it."""
+    module, images = network(came_from), TrainingImages(training_set(args), recipe)
     folder = train(
         module,
-        "dense",
+        stage,
         images=images,
-        recipe=DENSE,
+        recipe=recipe,
         work=args.work / "legr",
-        teacher=later_teachers(images),
+        teacher=remembered(teach(images), args),
     )
-    keep("resnet20-dense", arrays_of(module), {"": log_of(folder)})
+    keep(f"resnet20-{stage}", arrays_of(module), {"": log_of(folder)})
 
 
 def search(
@@ -288,7 +303,7 @@ def tune(args: argparse.Namespace) -> None:
     """Fine-tune what each ranking leaves at each budget, all for as long."""
     images = TrainingImages(training_set(args), TUNE)
     own, work = owned(images), args.work / "legr"
-    teacher = Remembered(OnOpenVino(network("resnet20-dense")), work)
+    teacher = remembered(OnOpenVino(network("resnet20-dense")), args)
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
             for seed in SEEDS:
@@ -381,11 +396,12 @@ def publish(args: argparse.Namespace) -> None:
     }
     section = Section("legr", "LeGR", results=args.results)
     section.text(
-        f"ResNet-{DEPTH}, {full:.1f} MMACs, trained for {FIRST_EPOCHS} and then "
-        f"{DENSE_EPOCHS} epochs: {dense:.2%} of the test images. What each ranking "
-        f"leaves is fine-tuned for {TUNE_EPOCHS} epochs with the dense network as "
-        f"teacher. Test accuracy of the exported models, the mean of {len(SEEDS)} "
-        "trainings; and MMACs."
+        f"ResNet-{DEPTH}, {full:.1f} MMACs, trained for {FIRST_EPOCHS} epochs, "
+        f"and by other networks for {TAUGHT_EPOCHS} and {DENSE_EPOCHS} more: "
+        f"{dense:.2%} of the test images. What each ranking leaves "
+        f"is fine-tuned for {TUNE_EPOCHS} epochs with the dense network as teacher. "
+        f"Test accuracy of the exported models, the mean of {len(SEEDS)} trainings; "
+        "and MMACs."
     )
     section.table(
         ["of the MACs", *RANKINGS],
@@ -442,6 +458,7 @@ def write_search(section: Section) -> None:
 
 STAGES = {
     "first": train_first,
+    "taught": train_taught,
     "dense": train_dense,
     "ranking": learn_ranking,
     "tuned": tune,

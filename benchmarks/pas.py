@@ -61,6 +61,7 @@ from trainings import (
     loaded,
     log_of,
     one_cycle,
+    remembered,
     run_stage,
     test_inputs,
     test_set,
@@ -189,7 +190,7 @@ def train_whole(
         images=images,
         recipe=recipe,
         work=args.work / "pas",
-        teacher=None if teach is None else teach(images),
+        teacher=None if teach is None else remembered(teach(images), args),
     )
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
 

@@ -39,7 +39,6 @@ from trainings import (
     WEIGHTS,
     Lines,
     OnOpenVino,
-    Remembered,
     accuracy_of,
     arrays_of,
     digest,
@@ -53,6 +52,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     origin_of,
+    remembered,
     run_stage,
     test_inputs,
     test_set,
@@ -364,8 +364,7 @@ def train_one(
     torch.manual_seed(seed)
     module = CifarResNet(shape)
     # Of rivals that have no teacher, uniform widths are the one that is asked about.
-    work = args.work / "tas"
-    teaching = None if kind == "uniform" else Remembered(OnOpenVino(teacher()), work)
+    teaching = None if kind == "uniform" else remembered(OnOpenVino(teacher()), args)
     recipe = replace(PLAIN if teaching is None else TAUGHT, seed=seed)
     origin = digest(as_arrays(shape), origin_of(module, recipe, teaching))
     if is_kept(name, origin):
@@ -377,7 +376,7 @@ def train_one(
         name,
         images=images,
         recipe=recipe,
-        work=work,
+        work=args.work / "tas",
         teacher=teaching,
     )
     arrays = arrays_of(module) | as_arrays(shape)

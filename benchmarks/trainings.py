@@ -214,13 +214,15 @@ def digest(arrays: Mapping[str, NDArray[Any]], *others: object) -> str:
 
 
 def origin_of(network: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> str:
-    """Digest of all that decides a training.
+    """Digest of all that decides a training."""
+    taught_by = [] if teacher is None else sizes_of(teacher)
+    return digest(arrays_of(network), recipe.sha256(0), taught_by)
 
-    Of the teacher in few digits: what is calibrated has others on other machines.
-    """
-    taught_by = {} if teacher is None else arrays_of(teacher)
-    sizes = [f"{np.abs(a).sum(dtype=np.float64):.3g}" for a in taught_by.values()]
-    return digest(arrays_of(network), recipe.sha256(0), sizes)
+
+def sizes_of(teacher: nn.Module) -> list[str]:
+    """Of its arrays, in few digits: what is calibrated has others on other machines."""
+    arrays = arrays_of(teacher).values()
+    return [f"{np.abs(a).sum(dtype=np.float64):.3g}" for a in arrays]
 
 
 def loaded(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
@@ -346,7 +348,7 @@ class Remembered(nn.Module):
         super().__init__()
         self.network = network
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"said-{digest(arrays_of(network))}.sqlite"
+        path = folder / f"said-{digest({}, sizes_of(network))}.sqlite"
         self._said = sqlite3.connect(path, isolation_level=None)
         # What a power cut loses is asked again.
         self._said.execute("PRAGMA synchronous = OFF")
@@ -365,6 +367,11 @@ class Remembered(nn.Module):
         said = (batch, logits.numpy().tobytes())
         self._said.execute("INSERT INTO said VALUES (?, ?)", said)
         return logits
+
+
+def remembered(teacher: nn.Module, args: argparse.Namespace) -> Remembered:
+    """A teacher whose words are kept for whoever is trained on the same batches."""
+    return Remembered(teacher, args.work / "teachers")
 
 
 class Lines:
