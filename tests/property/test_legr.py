@@ -53,14 +53,18 @@ SIZE = own_networks.SIZE
 NORMALISATION = Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
-def own(name: str) -> OwnNetwork:
-    torch.manual_seed(0)
+def owned(network: nn.Module) -> OwnNetwork:
     return OwnNetwork.of(
-        own_networks.ALL[name]().eval(),
+        network,
         resolution=SIZE,
         normalisation=NORMALISATION,
         class_names=tuple("abcde"),
     )
+
+
+def own(name: str) -> OwnNetwork:
+    torch.manual_seed(0)
+    return owned(own_networks.ALL[name]().eval())
 
 
 RESIDUAL, CHAIN = own("residual"), own("vgg")
@@ -354,22 +358,21 @@ def test_a_search_leaves_the_network_as_it_was_and_finds_the_least_loss(
     assert validation_loss(job) == pytest.approx(one.population.best_loss, rel=1e-4)
 
 
-def test_candidates_of_a_chain_of_branches_are_judged_without_what_they_lost(
-    images: CandidateImages,
-) -> None:
+def chain_of_branches() -> StaticNet:
     torch.manual_seed(0)
     space = replace(
-        repvgg.small(class_count=3),
+        repvgg.small(class_count=own_networks.CLASS_COUNT),
         resolutions=(SIZE,),
         stages=(repvgg.stage(32, depths=(1,)),),
     )
-    network = StaticNet(lower(space, space.largest()))
-    own = OwnNetwork.of(
-        network,
-        resolution=SIZE,
-        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
-        class_names=tuple("abc"),
-    )
+    return StaticNet(lower(space, space.largest()))
+
+
+def test_candidates_of_a_chain_of_branches_are_judged_without_what_they_lost(
+    images: CandidateImages,
+) -> None:
+    network = chain_of_branches()
+    own = owned(network)
     x = torch.randn(4, 3, SIZE, SIZE)
     found = []
     for share in (0.5, 0.75):
@@ -387,18 +390,7 @@ def test_candidates_of_a_chain_of_branches_are_judged_without_what_they_lost(
 def test_tuning_a_candidate_of_a_chain_brings_no_channel_back(
     images: CandidateImages,
 ) -> None:
-    torch.manual_seed(0)
-    space = replace(
-        repvgg.small(class_count=3),
-        resolutions=(SIZE,),
-        stages=(repvgg.stage(32, depths=(1,)),),
-    )
-    own = OwnNetwork.of(
-        StaticNet(lower(space, space.largest())),
-        resolution=SIZE,
-        normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
-        class_names=tuple("abc"),
-    )
+    own = owned(chain_of_branches())
     kept = [torch.arange(g.channels // 2) for g in own.graph.groups]
     module = own.candidate(kept)
     before = {name: one.detach().clone() for name, one in module.named_parameters()}
