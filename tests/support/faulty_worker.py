@@ -33,7 +33,7 @@ def write_model(path: Path, *, us: int = 100, fault: str = "", after: int = 0) -
         us: Microseconds that a run waits.
         fault: Empty, or one of "reject", "crash loading", "crash", "raise", "exit",
             "hang", and "memory": the system kills the process as it loads the model;
-            of "fill", as it loads the next one.
+            of "fill", as it loads it and another one.
         after: Runs before the fault; of "memory", models that are open besides.
     """
     path.write_text(json.dumps({"us": us, "fault": fault, "after": after}))
@@ -56,14 +56,16 @@ class FaultyBackend:
             raise ModelRejected(f"{model.name} is rejected")
         if description["fault"] == "crash loading":
             _crash()
-        if FaultyBackend.is_full:
+        fills = description["fault"] == "fill"
+        if FaultyBackend.is_full or (fills and FaultyBackend.loaded_count):
             os.kill(os.getpid(), signal.SIGKILL)
         FaultyBackend.loaded_count += 1
-        FaultyBackend.is_full = description["fault"] == "fill"
-        if description["fault"] == "memory":
-            if FaultyBackend.loaded_count > description["after"] + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            description["fault"] = ""
+        FaultyBackend.is_full = fills
+        others = FaultyBackend.loaded_count - 1
+        if description["fault"] == "memory" and others > description["after"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if description["fault"] in ("memory", "fill"):
+            description["fault"] = ""  # once it is loaded, it runs
         os.write(1, b"a runtime's chatter\n")
         return FaultySession(**description)
 
