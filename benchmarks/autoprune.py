@@ -36,6 +36,7 @@ from trainings import (
     narrowed,
     one_cycle,
     onnx_of,
+    owned,
     run_stage,
     test_inputs,
     test_set,
@@ -50,7 +51,6 @@ from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.finetuning import finetune
 from ofa_deploy.shrink.methods import Search
-from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
 from ofa_deploy.shrink.sparse import finetune_weights, search_weights, weights_of
 from ofa_deploy.train.images import TrainingImages
@@ -82,16 +82,6 @@ def dense_network() -> nn.Module:
     return loaded(Vgg(), kept("vgg-dense"))
 
 
-def owned(images: TrainingImages) -> OwnNetwork:
-    """The dense network, ready to be pruned."""
-    return OwnNetwork.of(
-        dense_network(),
-        resolution=RESOLUTION,
-        normalisation=images.normalisation,
-        class_names=images.training.class_names,
-    )
-
-
 # -- stages ----------------------------------------------------------------------------
 
 
@@ -108,7 +98,7 @@ def prune_filters(args: argparse.Namespace) -> None:
     """Half of the MACs."""
     settings = shrink_recipe()
     images = TrainingImages(training_set(args), settings.search)
-    own = owned(images)
+    own = owned(dense_network(), images)
     folder = args.work / "autoprune" / f"filters-{digest(kept('vgg-dense'), settings)}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
@@ -146,7 +136,7 @@ def prune_weights(args: argparse.Namespace) -> None:
     """One weight in fifty."""
     settings = shrink_recipe()
     images = TrainingImages(training_set(args), settings.search)
-    own = owned(images)
+    own = owned(dense_network(), images)
     folder = args.work / "autoprune" / f"weights-{digest(kept('vgg-dense'), settings)}"
     with StageBar(console) as bar:
         pull = search_weights(
@@ -192,7 +182,7 @@ def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     images = TrainingImages(training_set(args), shrink_recipe().search)
     test = test_set(args)
-    own = owned(images)
+    own = owned(dense_network(), images)
     networks = {
         "dense": own.module,
         "filters": narrowed(own, kept("vgg-filters")),

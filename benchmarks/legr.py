@@ -5,7 +5,7 @@ stopped and leaves its weights (float16) and log in the repository; the last one
 measures and publishes. In this order:
 
     first      ResNet-20, one cycle
-    taught     it once more, from there, by the teachers of `pas.py`, on their batches
+    taught     it once more, from there, by the first teachers of `pas.py`
     dense      and once more, by them as they were trained further
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
@@ -38,6 +38,7 @@ from trainings import (
     OnOpenVino,
     accuracy_of,
     arrays_of,
+    asked_once,
     digest,
     is_kept,
     keep,
@@ -51,7 +52,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     origin_of,
-    remembered,
+    owned,
     run_stage,
     test_inputs,
     test_set,
@@ -117,16 +118,6 @@ def network(weights: str) -> nn.Module:
     return loaded(CifarResNet(SHAPE), kept(weights))
 
 
-def owned(images: TrainingImages) -> OwnNetwork:
-    """The dense network, ready to be pruned."""
-    return OwnNetwork.of(
-        network("resnet20-dense"),
-        resolution=RESOLUTION,
-        normalisation=images.normalisation,
-        class_names=images.training.class_names,
-    )
-
-
 # -- stages ----------------------------------------------------------------------------
 
 
@@ -165,7 +156,7 @@ def train_further(
         images=images,
         recipe=recipe,
         work=args.work / "legr",
-        teacher=remembered(teach(images), args),
+        teacher=asked_once(teach(images), args),
     )
     keep(f"resnet20-{stage}", arrays_of(module), {"": log_of(folder)})
 
@@ -202,7 +193,7 @@ def search(
 def learn_ranking(args: argparse.Namespace) -> None:
     """At the lowest budget; and what an evaluation costs at each."""
     images = TrainingImages(training_set(args), TUNE)
-    own = owned(images)
+    own = owned(network("resnet20-dense"), images)
     wait_until_idle()
     start = digest(kept("resnet20-dense"), SETTINGS, BUDGETS)
     folder = args.work / "legr" / f"ranking-{start}"
@@ -302,14 +293,22 @@ def uniform_counts(own: OwnNetwork, most: float) -> list[int]:
 def tune(args: argparse.Namespace) -> None:
     """Fine-tune what each ranking leaves at each budget, all for as long."""
     images = TrainingImages(training_set(args), TUNE)
-    own, work = owned(images), args.work / "legr"
-    teacher = remembered(OnOpenVino(network("resnet20-dense")), args)
+    own, work = owned(network("resnet20-dense"), images), args.work / "legr"
+    teacher = asked_once(OnOpenVino(network("resnet20-dense")), args)
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
             for seed in SEEDS:
                 name = tuned_name(ranking, share, seed)
                 recipe = replace(TUNE, seed=seed)
-                tune_one(name, own, indices, images, recipe, teacher, work)
+                tune_one(
+                    name,
+                    own,
+                    indices,
+                    images,
+                    recipe=recipe,
+                    teacher=teacher,
+                    work=work,
+                )
 
 
 def tune_one(
@@ -317,6 +316,7 @@ def tune_one(
     own: OwnNetwork,
     indices: list[torch.Tensor],
     images: TrainingImages,
+    *,
     recipe: Recipe,
     teacher: nn.Module,
     work: Path,
@@ -354,7 +354,7 @@ def prune_by_latency(args: argparse.Namespace) -> None:
     """The latency of the network with half of the MACs, as a budget."""
     data = training_set(args)
     images = TrainingImages(data, TUNE)
-    own = owned(images)
+    own = owned(network("resnet20-dense"), images)
     by_macs = onnx_of(tuned(own, "LeGR", 0.5)[0])
     recipe = replace(default_shrink_recipe(), search=TUNE, finetune=TUNE, legr=SETTINGS)
     shrink_to_latency_of(
@@ -376,7 +376,7 @@ def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     images = TrainingImages(training_set(args), TUNE)
     test = test_set(args)
-    own = owned(images)
+    own = owned(network("resnet20-dense"), images)
     inputs = test_inputs(test, images.normalisation)
     dense = accuracy_of(onnx_of(network("resnet20-dense")), inputs, test)
     price = MacPrice(own.graph)

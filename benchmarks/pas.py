@@ -53,6 +53,7 @@ from trainings import (
     Weights,
     accuracy_of,
     arrays_of,
+    asked_once,
     digest,
     keep,
     keep_facts,
@@ -61,7 +62,7 @@ from trainings import (
     loaded,
     log_of,
     one_cycle,
-    remembered,
+    owned,
     run_stage,
     test_inputs,
     test_set,
@@ -190,7 +191,7 @@ def train_whole(
         images=images,
         recipe=recipe,
         work=args.work / "pas",
-        teacher=None if teach is None else remembered(teach(images), args),
+        teacher=None if teach is None else asked_once(teach(images), args),
     )
     keep(f"pas-{stage}", network.weights(), {"": log_of(folder)})
 
@@ -335,12 +336,7 @@ def prune_by_macs(args: argparse.Namespace) -> None:
 
 def own_network(weights: Weights, training: TrainingImages) -> OwnNetwork:
     """A network of the dense plan, ready to be pruned."""
-    return OwnNetwork.of(
-        StaticNet(dense_plan(), weights),
-        resolution=RESOLUTION,
-        normalisation=training.normalisation,
-        class_names=training.training.class_names,
-    )
+    return owned(StaticNet(dense_plan(), weights), training)
 
 
 def static(own: OwnNetwork) -> StaticNet:

@@ -15,7 +15,6 @@ from report import Section
 from torch import nn
 from trainings import (
     LOGS,
-    RESOLUTION,
     WEIGHTS,
     Lines,
     accuracy_of,
@@ -23,6 +22,7 @@ from trainings import (
     digest,
     kept,
     kept_facts,
+    owned,
     time_on,
     wait_until_idle,
 )
@@ -84,7 +84,7 @@ def shrink_to_latency_of(
     if not out.exists():
         wait_until_idle()
         with StageBar(console) as bar:
-            own = owned(model, method=method, recipe=recipe, data=data)
+            own = owned(model, TrainingImages(data, recipe.search))
             budget_ms = remembered(
                 folder / "budget.json",
                 lambda: budget_of(by_macs, own, method=method, recipe=recipe, bar=bar),
@@ -102,18 +102,6 @@ def shrink_to_latency_of(
                 training_told=Lines(bar),
             )
     keep_bundle(name, out)
-
-
-def owned(
-    model: nn.Module, *, method: Method, recipe: ShrinkRecipe, data: ImageSet
-) -> OwnNetwork:
-    """A network, as the call that shrinks it has it."""
-    return OwnNetwork.of(
-        model,
-        resolution=RESOLUTION,
-        normalisation=TrainingImages(data, recipe.search).normalisation,
-        class_names=data.class_names,
-    )
 
 
 def budget_of(

@@ -41,6 +41,7 @@ from trainings import (
     OnOpenVino,
     accuracy_of,
     arrays_of,
+    asked_once,
     digest,
     is_kept,
     keep,
@@ -52,7 +53,7 @@ from trainings import (
     one_cycle,
     onnx_of,
     origin_of,
-    remembered,
+    owned,
     run_stage,
     test_inputs,
     test_set,
@@ -113,15 +114,9 @@ def teacher() -> nn.Module:
     return loaded(CifarResNet(WHOLE), kept("resnet20-dense"))
 
 
-def owned(images: TrainingImages) -> OwnNetwork:
+def searchable(images: TrainingImages) -> OwnNetwork:
     """The dense network, ready to be searched."""
-    own = OwnNetwork.of(
-        teacher(),
-        resolution=RESOLUTION,
-        normalisation=images.normalisation,
-        class_names=images.training.class_names,
-    )
-    return searched_by_tas(own)
+    return searched_by_tas(owned(teacher(), images))
 
 
 # -- structures ------------------------------------------------------------------------
@@ -288,7 +283,7 @@ def search(args: argparse.Namespace) -> None:
         last = json.loads(log.splitlines()[-1])
         minutes = last["elapsed_s"] / 60
         keep_structure(name, found, searched_share=last["price_share"], minutes=minutes)
-    own = owned(TrainingImages(data, PLAIN))
+    own = searchable(TrainingImages(data, PLAIN))
     for seed in SEEDS:
         found, share = random_network(own, seed)
         keep_structure(f"random-{seed}", found, searched_share=share)
@@ -305,7 +300,7 @@ def searching(
 ) -> Search:
     """A search to the share of the MACs that is aimed at."""
     images = TrainingImages(data, recipe.search)
-    own = owned(images)
+    own = searchable(images)
     return Search(
         own=own,
         price=MacPrice(own.graph),
@@ -364,7 +359,7 @@ def train_one(
     torch.manual_seed(seed)
     module = CifarResNet(shape)
     # Of rivals that have no teacher, uniform widths are the one that is asked about.
-    teaching = None if kind == "uniform" else remembered(OnOpenVino(teacher()), args)
+    teaching = None if kind == "uniform" else asked_once(OnOpenVino(teacher()), args)
     recipe = replace(PLAIN if teaching is None else TAUGHT, seed=seed)
     origin = digest(as_arrays(shape), origin_of(module, recipe, teaching))
     if is_kept(name, origin):

@@ -232,6 +232,16 @@ def loaded(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
     return module.eval()
 
 
+def owned(module: nn.Module, images: TrainingImages) -> OwnNetwork:
+    """A trained network, ready to be shrunk."""
+    return OwnNetwork.of(
+        module,
+        resolution=RESOLUTION,
+        normalisation=images.normalisation,
+        class_names=images.training.class_names,
+    )
+
+
 def narrowed(own: OwnNetwork, arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
     """What is left of a network: `kept.0`, … say which channels, the others what."""
     rest = dict(arrays)
@@ -333,7 +343,7 @@ class OnOpenVino(nn.Module):
         return openvino.Core().compile_model(model, "CPU", settings)
 
 
-class Remembered(nn.Module):
+class AskedOnce(nn.Module):
     """A network that is asked but once about each batch, by whichever training.
 
     Rivals of one recipe see the same batches, and the smallest of them take less time
@@ -369,9 +379,9 @@ class Remembered(nn.Module):
         return logits
 
 
-def remembered(teacher: nn.Module, args: argparse.Namespace) -> Remembered:
+def asked_once(teacher: nn.Module, args: argparse.Namespace) -> AskedOnce:
     """A teacher whose words are kept for whoever is trained on the same batches."""
-    return Remembered(teacher, args.work / "teachers")
+    return AskedOnce(teacher, args.work / "teachers")
 
 
 class Lines:
