@@ -477,7 +477,9 @@ def wait_until_idle() -> None:
         time.sleep(20)
 
 
-def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, float]:
+def time_on(
+    backend_name: str, models: Mapping[str, Path | bytes], *, threads: int = 1
+) -> dict[str, float]:
     """Quiet-state milliseconds of models, timed against each other; alone here."""
     wait_until_idle()
     with StageBar(console) as bar:
@@ -485,7 +487,7 @@ def time_on(backend_name: str, models: Mapping[str, Path | bytes]) -> dict[str, 
         run = measure_models(
             [ModelUnderTest(name=name, model=model) for name, model in models.items()],
             backend=get_backend(backend_name),
-            threads=1,
+            threads=threads,
             settings=SETTINGS,
             rng=np.random.default_rng(SETTINGS.seed),
             progress=bar.advance,
