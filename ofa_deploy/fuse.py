@@ -97,9 +97,16 @@ def merge_branches(
                 f"the identity branch has {count} channels, the convolution "
                 f"{group_inputs * groups} and {len(weight)}"
             )
+        outputs = np.arange(count)
+        if (outputs // (len(weight) // groups) != outputs // group_inputs).any():
+            raise ValueError(
+                f"with {groups} groups between {group_inputs * groups} and "
+                f"{len(weight)} channels a channel that is handed on is in another "
+                "group than the one that reads it"
+            )
         # As a convolution: a 1 from each channel to itself, counted within its group.
         kernel = np.zeros((count, group_inputs, 1, 1))
-        kernel[np.arange(count), np.arange(count) % group_inputs] = 1.0
+        kernel[outputs, outputs % group_inputs] = 1.0
         kernel, identity_bias = identity.fold(kernel)
         weight[:count, :, 1:2, 1:2] += kernel
         bias[:count] += identity_bias

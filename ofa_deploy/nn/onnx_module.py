@@ -14,6 +14,7 @@ from ofa_deploy.plan import IMAGE_CHANNELS
 from ofa_deploy.target import Target
 
 if TYPE_CHECKING:
+    import onnx_ir
     from torch import nn
 
 ONNX_FILE, IR_FILE = "model.onnx", "model.xml"
@@ -53,14 +54,12 @@ def _export(module: nn.Module, resolution: int, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 module,
                 (image,),
-                path,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
                 opset_version=OPSET + 1,  # the least that the exporter writes itself
-                external_data=False,
                 dynamo=True,
                 verbose=False,
             )
@@ -68,3 +67,24 @@ def _export(module: nn.Module, resolution: int, path: Path) -> None:
         raise MissingDependency("onnxscript", extra="shrink") from error
     finally:
         logging.disable(disabled)
+    assert program is not None  # as it is where no path is given
+    _forget_sources(program.model)
+    program.save(path, external_data=False)
+
+
+def _forget_sources(model: onnx_ir.Model) -> None:
+    """Take out which lines of whose files each operator comes from.
+
+    Whoever gets a bundle is not to read them, and a file that is to be small need not
+    hold them.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    graph = model.graph
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()

@@ -51,12 +51,19 @@ def drop_needless(network: nn.Module) -> nn.Module:
 
 
 def put_module(network: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace a module of a network.
+    """Replace a module of a network, under all names that it has there.
 
     Args:
         network: Changed in place.
         path: Of what is replaced.
         module: Takes its place.
     """
-    parent, _, last = path.rpartition(".")
-    setattr(network.get_submodule(parent), last, module)
+    before = network.get_submodule(path)
+    names = [
+        name
+        for name, one in network.named_modules(remove_duplicate=False)
+        if one is before
+    ]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(network.get_submodule(parent), last, module)

@@ -260,12 +260,13 @@ class ByChannels:
             if found.fresh:
                 torch.manual_seed(call.recipe.finetune.seed)
                 reset_parameters(remainder)
-            trainings.append(folder / fitted.name)
+            finetuning = call.recipe.finetune_of(self.method)
+            trainings.append(folder / call.tuned_name(fitted.name, finetuning))
             call.reporter.begin("fine-tuning")
             finetune(
                 remainder,
                 resolution=call.own.resolution,
-                recipe=call.recipe.finetune_of(self.method),
+                recipe=finetuning,
                 images=call.images,
                 folder=trainings[-1],
                 teacher=teacher,

@@ -74,13 +74,14 @@ class ByWeights:
         )
         count = self._settled(pull, fitting, memory=folder / "weights.json")
         pull.freeze(count)
-        tuning = folder / f"finetune-{count}"
+        finetuning = call.recipe.finetune
+        tuning = folder / call.tuned_name(f"finetune-{count}", finetuning)
         call.reporter.begin("fine-tuning")
         trained = finetune_weights(
             pull,
             resolution=call.own.resolution,
             images=call.images,
-            recipe=call.recipe.finetune,
+            recipe=finetuning,
             folder=tuning,
             teacher=copy.deepcopy(model) if call.recipe.distill else None,
             told=call.tell,

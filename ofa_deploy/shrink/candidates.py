@@ -11,9 +11,11 @@ import copy
 import hashlib
 import multiprocessing
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +99,20 @@ class CandidateImages:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def batches(self, part: str) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and labels of `training` or `validation`."""
+    def count(self, part: str) -> int:
+        """Images of `training` or `validation`."""
+        return len(_loaded(self.folder, part)[1])
+
+    def batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of `training` or `validation`, one batch at a time."""
         images, labels = _loaded(self.folder, part)
-        return [
-            (
-                network_input(
-                    torch.from_numpy(images[start : start + BATCH_SIZE].copy()),
-                    resolution=self.resolution,
-                    normalisation=self.normalisation,
-                ),
-                torch.from_numpy(labels[start : start + BATCH_SIZE].copy()),
+        for start in range(0, len(labels), BATCH_SIZE):
+            inputs = network_input(
+                torch.from_numpy(images[start : start + BATCH_SIZE].copy()),
+                resolution=self.resolution,
+                normalisation=self.normalisation,
             )
-            for start in range(0, len(labels), BATCH_SIZE)
-        ]
+            yield inputs, torch.from_numpy(labels[start : start + BATCH_SIZE].copy())
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
@@ -151,9 +153,8 @@ def validation_loss(job: CandidateJob) -> float:
         torch.set_num_threads(1)  # the others have the other cores
     torch.manual_seed(job.seed)
     module = job.module
-    training = job.images.batches("training")
-    _tune(module, training, steps=job.tuning_steps, rate=job.learning_rate)
-    update_bn([inputs for inputs, _ in training], module)
+    _tune(module, job.images, steps=job.tuning_steps, rate=job.learning_rate)
+    update_bn((inputs for inputs, _ in job.images.batches("training")), module)
     return float(_losses(module, job.images).mean())
 
 
@@ -176,9 +177,9 @@ def warn_if_few(network: nn.Module, images: CandidateImages) -> None:
         network: Whole.
         images: To judge candidates on.
     """
-    losses = _losses(copy.deepcopy(network), images)
-    if len(losses) >= FEW_IMAGES:
+    if images.count("validation") >= FEW_IMAGES:
         return
+    losses = _losses(copy.deepcopy(network), images)
     error = float(losses.std() / len(losses) ** 0.5)
     warnings.warn(
         f"candidates are ranked on {len(losses)} held-out images, on which the whole "
@@ -190,11 +191,7 @@ def warn_if_few(network: nn.Module, images: CandidateImages) -> None:
 
 
 def _tune(
-    module: nn.Module,
-    batches: list[tuple[Tensor, Tensor]],
-    *,
-    steps: int,
-    rate: float,
+    module: nn.Module, images: CandidateImages, *, steps: int, rate: float
 ) -> None:
     if steps == 0:
         return
@@ -202,8 +199,8 @@ def _tune(
     optimizer = torch.optim.SGD(
         module.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
-    for step in range(steps):
-        inputs, labels = batches[step % len(batches)]
+    batches = chain.from_iterable(map(images.batches, repeat("training")))
+    for inputs, labels in islice(batches, steps):
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(module(inputs), labels))
         optimizer.step()

@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 
 # Channel counts of a layer at which it is timed, on either side.
 GRID_POINTS = 5
-# Weights of the least linear layer that is timed: a classifier behind a pool takes no
-# longer than the clock's error.
+# Weights of the least linear layer that is timed, times the places that it is called
+# at: a classifier behind a pool takes no longer than the clock's error.
 TIMED_WEIGHTS = 2**16
 
 
@@ -57,6 +57,7 @@ def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
     """A layer between that many channels, as a block to be timed.
 
     A grouped convolution as one that multiplies as often: it reads what a group reads.
+    A linear layer that is called on maps as a 1×1 convolution.
     """
     if not layer.depthwise:
         read //= layer.groups
@@ -71,7 +72,7 @@ def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
 
 
 def _timed_operation(layer: TracedLayer, *, read: int, written: int) -> Layer:
-    if layer.is_linear:
+    if layer.is_linear and layer.in_size == 1:
         return LinearLayer(name="linear", in_channels=read, out_channels=written)
     return ConvLayer(
         name="conv",
@@ -106,7 +107,8 @@ def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
 
 def _is_priced(graph: ChannelGraph, layer: TracedLayer) -> bool:
     cuts = graph.cuts_at(layer.name, "in") + graph.cuts_at(layer.name, "out")
-    if layer.is_linear and layer.in_channels * layer.out_channels < TIMED_WEIGHTS:
+    weights = layer.in_channels * layer.out_channels
+    if layer.is_linear and weights * layer.in_size**2 < TIMED_WEIGHTS:
         return False
     return bool(cuts) or layer.name in graph.removable
 

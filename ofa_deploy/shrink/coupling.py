@@ -140,6 +140,7 @@ def _traced_layer(
     name: str, module: nn.Module, read: Tensor, written: Tensor
 ) -> TracedLayer:
     if isinstance(module, nn.Linear):
+        places = written[0].numel() // module.out_features
         return TracedLayer(
             name=name,
             is_linear=True,
@@ -148,8 +149,9 @@ def _traced_layer(
             groups=1,
             in_channels=module.in_features,
             out_channels=module.out_features,
-            in_size=1,
-            places=written[0].numel() // module.out_features,
+            # Of a square map with as many places.
+            in_size=max(1, round(places**0.5)),
+            places=places,
         )
     assert isinstance(module, nn.Conv2d)
     square = (

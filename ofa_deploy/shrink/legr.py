@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,6 +50,8 @@ STATE_FILE = "legr.json"
 FAMILY_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # How the spread of mutations falls: to this share of it at the last evaluation.
 LAST_SPREAD = 0.2
+# Networks that wait to be judged; all of a first population would fill the memory.
+CANDIDATES_PER_CORE = 2
 
 
 _COUNTS = (
@@ -317,12 +321,9 @@ class RankingSearch:
                 )
                 for index in range(first, end)
             ]
-            jobs = [
-                executor.submit(validation_loss, self._job(self._kept(one, self.most)))
-                for one in brood
-            ]
-            for one, job in zip(brood, jobs, strict=True):
-                self.population.take(one, _finite(job.result()))
+            kept = (self._kept(one, self.most) for one in brood)
+            for one, loss in zip(brood, self._judged(kept, executor), strict=True):
+                self.population.take(one, loss)
                 now_s = time.monotonic()
                 self.population.seconds += now_s - began_s
                 began_s = now_s
@@ -348,16 +349,33 @@ class RankingSearch:
         least = float(self.price(torch.tensor(self.floors, dtype=torch.float64)))
         prices = [s * full for s in FAMILY_SHARES if s * full >= max(least, self.most)]
         kept = [self._kept(affine, most) for most in sorted({self.most, *prices})]
-        jobs = [executor.submit(validation_loss, self._job(one)) for one in kept]
         counts = [tuple(len(indices) for indices in one) for one in kept]
         return tuple(
             Member(
                 price=float(self.price(torch.tensor(count, dtype=torch.float64))),
                 counts=count,
-                loss=_finite(job.result()),
+                loss=loss,
             )
-            for count, job in zip(counts, jobs, strict=True)
+            for count, loss in zip(counts, self._judged(kept, executor), strict=True)
         )
+
+    def _judged(
+        self, kept: Iterable[Sequence[Tensor]], executor: Executor
+    ) -> Iterator[float]:
+        """Losses of candidates in turn, of which no more than a few are there at once.
+
+        Args:
+            kept: Channels that stay, of each candidate.
+            executor: Runs the judging.
+        """
+        most = max(self.settings.together, CANDIDATES_PER_CORE * (os.cpu_count() or 1))
+        jobs: deque[Future[float]] = deque()
+        for one in kept:
+            if len(jobs) == most:
+                yield _finite(jobs.popleft().result())
+            jobs.append(executor.submit(validation_loss, self._job(one)))
+        while jobs:
+            yield _finite(jobs.popleft().result())
 
     def _kept(self, affine: Affine, most: float) -> tuple[Tensor, ...]:
         """Channels that a ranking keeps at a price."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ofa_deploy.nn.projection import put_module
 from ofa_deploy.shrink.groups import ChannelGraph, Cut
 
 # Strictly above it a channel is kept.
@@ -264,7 +265,6 @@ def insert_masks(
     masks = [BinaryMask(group.channels, estimator=estimator) for group in graph.groups]
     width = {layer.name: layer.in_channels for layer in graph.layers}
     for name, cuts in graph.readers().items():
-        parent, _, last = name.rpartition(".")
         masked = MaskedInput(
             shared.get_submodule(name),
             width=width[name],
@@ -272,7 +272,7 @@ def insert_masks(
             masks=[masks[cut.group] for cut in cuts],
             rule=rule,
         )
-        setattr(shared.get_submodule(parent), last, masked)
+        put_module(shared, name, masked)
     module = MaskedModule(shared, masks)
     module.train(network.training)
     return MaskedNetwork(module=module, graph=graph, masks=tuple(masks))

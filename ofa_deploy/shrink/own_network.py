@@ -62,7 +62,7 @@ class OwnNetwork:
         class_names: tuple[str, ...],
         narrowed: bool = True,
     ) -> OwnNetwork:
-        """A copy of a network, traced.
+        """A copy of a network, traced: on the CPU, in float32, with nothing frozen.
 
         Args:
             module: From images to logits.
@@ -74,9 +74,12 @@ class OwnNetwork:
 
         Raises:
             TraceError: It cannot be traced; names the layer.
-            DataError: It has another number of outputs than there are classes.
+            DataError: It has another number of outputs than there are classes, or
+                weights that are no numbers.
         """
-        module = copy.deepcopy(module)
+        module = copy.deepcopy(module).cpu().float()
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         if isinstance(module, PlannedNet) and module.plan.resolution != resolution:
             raise DataError(
                 f"the network's plan is for images of {module.plan.resolution} pixels; "
@@ -90,6 +93,7 @@ class OwnNetwork:
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
         _require_logits_in_training(module, shape)
+        _require_numbers(module)
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "
@@ -388,6 +392,20 @@ def _logits(module: nn.Module, outputs: object) -> Tensor:
         f"{type(module).__name__} gives{mode} {type(outputs).__name__}, not a tensor; "
         "wrap it in a module that gives the logits alone"
     )
+
+
+def _require_numbers(module: nn.Module) -> None:
+    """Refuse weights of a training that came to nothing.
+
+    Raises:
+        DataError: Names the first tensor that is infinite, or no number.
+    """
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"{type(module).__name__}'s {name} is not finite; look at the weights "
+                "that were brought"
+            )
 
 
 def _require_logits_in_training(module: nn.Module, shape: tuple[int, int, int]) -> None:

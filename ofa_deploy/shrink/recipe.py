@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args
 
 from ofa_deploy.errors import SpaceError
@@ -67,6 +67,13 @@ class ShrinkRecipe:
     lowest_share: float | None = None
 
     def __post_init__(self) -> None:
+        for name, recipe in (("search", self.search), ("finetune", self.finetune)):
+            epochs = [phase.epochs for phase in recipe.phases]
+            if len(epochs) != 1 or epochs[0] < 1:
+                raise SpaceError(
+                    f"{name} has phases of {epochs} epochs; give one phase, of at "
+                    "least 1"
+                )
         if self.floor < 1 or (self.step is not None and self.step < 1):
             raise SpaceError(f"floor={self.floor}, step={self.step}; give at least 1")
         if self.latent_rate is not None and not self.latent_rate > 0:
@@ -90,6 +97,12 @@ class ShrinkRecipe:
     def aligned_floor(self, step: int) -> int:
         """The floor of channels, as a multiple of the step."""
         return math.ceil(self.floor / step) * step
+
+    @property
+    def of_search(self) -> dict[str, object]:
+        """What decides a search, and not how what it finds is trained further."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k not in ("finetune", "distill")}
 
     def finetune_of(self, method: ChannelMethod) -> Recipe:
         """Of tas with a teacher at a temperature, as published, if there is none."""

@@ -30,6 +30,7 @@ from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress
+from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.verify import judge
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -138,8 +139,18 @@ class Shrinking:
         """
         decides = [self.method, self.own.sha256, prices.table.space_sha256]
         decides += [prices.table.created_at, self.images.sha256, *map(str, others)]
-        decides += [str(asdict(self.recipe)), str(asdict(self.own.normalisation))]
+        decides += [str(self.recipe.of_search), str(asdict(self.own.normalisation))]
         return short_digest(decides)
+
+    def tuned_name(self, found: str, finetuning: Recipe) -> str:
+        """Of everything that decides a fine-tuning, besides the search.
+
+        Args:
+            found: Name of what is trained.
+            finetuning: How.
+        """
+        decides = [str(asdict(finetuning)), str(self.recipe.distill)]
+        return f"{found}-{short_digest(decides)}"
 
     @property
     def limits_name(self) -> str:

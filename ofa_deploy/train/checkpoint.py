@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -78,13 +79,16 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Save a run's state."""
-    tensors = {k: v.detach().contiguous() for k, v in checkpoint.weights.items()}
+    tensors: dict[str, Tensor] = {}
     for prefix, others in (
+        ("", checkpoint.weights),
         (_MOMENTUM, checkpoint.momentum),
         (_EXTRA, checkpoint.extra),
     ):
         for name, tensor in others.items():
-            tensors[prefix + name] = tensor.detach().contiguous()
+            # A copy: safetensors refuses a module's tensors under two names.
+            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+            tensors[prefix + name] = copied
     metadata = {
         "format_version": FORMAT_VERSION,
         "position": json.dumps(asdict(checkpoint.position), sort_keys=True),

@@ -195,6 +195,8 @@ class TrainingLoop:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / CHECKPOINT_FILE).exists():
                 self._restore(read_checkpoint(folder / CHECKPOINT_FILE))
+            # Of epochs that end after the checkpoint, and are trained again.
+            self._cut_log(self._step // images.batches_per_epoch)
 
     @property
     def steps(self) -> int:
@@ -329,7 +331,6 @@ class TrainingLoop:
         self._elapsed_before_s = position.elapsed_s
         self._optimizer.restore_momentum(checkpoint.momentum)
         self.regulariser.restore(checkpoint.extra)
-        self._cut_log(self._step // self.images.batches_per_epoch)
 
     def _cut_log(self, epochs: int) -> None:
         """Leave out what the log says of epochs that will be trained again."""

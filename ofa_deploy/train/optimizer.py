@@ -172,5 +172,5 @@ def _sgd(
         groups,
         lr=1.0,
         momentum=recipe.momentum,
-        nesterov=True,
+        nesterov=recipe.momentum > 0,
     )

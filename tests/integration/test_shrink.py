@@ -31,6 +31,7 @@ from ofa_deploy.errors import DataError, SpaceError, TraceError, TrainingError
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.cifar_resnet import Block
+from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
 from ofa_deploy.report.page import REPORT_FILE
@@ -61,7 +62,7 @@ from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
-from tests.support import tiny, tiny_session
+from tests.support import own_networks, tiny, tiny_session
 from tests.support.quick import QUICK
 
 # Few images will do to see that they are used.
@@ -140,6 +141,14 @@ class ResidualNet(nn.Module):
         x = F.relu(self.norm(self.stem(x)))
         y = self.outer_norm(self.outer(F.relu(self.inner_norm(self.inner(x)))))
         return cast(Tensor, self.head(F.relu(x + y).mean((2, 3))))
+
+
+def with_infinite_weight() -> nn.Module:
+    network = own_networks.Vgg()
+    parameter = next(network.parameters())
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("inf")
+    return network
 
 
 def train(network: nn.Module, *, epochs: int = 6) -> nn.Module:
@@ -791,6 +800,45 @@ def test_a_ranking_on_other_images_is_another_one(
     assert len(names) == 2
 
 
+def test_how_what_is_found_is_trained_decides_no_search(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    call, prices = call_of(dense, tmp_path, budget_share=0.5)
+    slower = replace(call.recipe.finetune, momentum=0.5)
+    other = replace(call, recipe=replace(call.recipe, finetune=slower, distill=False))
+    assert other.name(prices) == call.name(prices)
+    named = {
+        one.tuned_name("found", one.recipe.finetune)
+        for one in (call, other, replace(call, recipe=recipe(distill=False)))
+    }
+    assert len(named) == 3
+    narrow = replace(call, recipe=recipe(floor=8))
+    assert narrow.name(prices) != call.name(prices)
+
+
+def test_what_was_frozen_is_trained_and_the_users_network_is_left_alone() -> None:
+    network = branched().requires_grad_(False)
+    own = own_network(network)
+    assert all(parameter.requires_grad for parameter in own.module.parameters())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_half_precision_is_shrunk_as_float32() -> None:
+    own = own_network(branched().half())
+    kinds = {p.dtype for p in own.module.parameters()}
+    assert kinds == {torch.float32}
+
+
+def test_files_do_not_tell_whose_lines_they_come_from(tmp_path: Path) -> None:
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    name = write_module(
+        ResidualNet().eval(), resolution=SIZE, target=target, folder=tmp_path
+    )
+    content = (tmp_path / name).read_bytes()
+    for told in (Path(__file__).name, "forward", "nn_module", "fx_node"):
+        assert told.encode() not in content, told
+
+
 def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
     dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1062,11 +1110,25 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
             SpaceError,
             "and a network no faster: give compressed_bytes",
         ),
+        (
+            {"model": with_infinite_weight()},
+            DataError,
+            r"features\.0\.weight is not finite",
+        ),
         ({"seed": 3}, SpaceError, "seed: these are for supernets"),
         ({"data": None}, DataError, "give labelled images as data="),
         ({"device": "abacus"}, DeployError, "device 'abacus' is unknown"),
     ],
-    ids=["method", "latency", "nothing", "weights", "seed", "data", "device"],
+    ids=[
+        "method",
+        "latency",
+        "nothing",
+        "weights",
+        "numbers",
+        "seed",
+        "data",
+        "device",
+    ],
 )
 def test_what_cannot_be_shrunk_is_refused_with_a_reason(
     changes: dict[str, Any],

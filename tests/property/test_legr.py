@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from ofa_deploy.shrink.candidates import (
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import extract_module, extract_plan
 from ofa_deploy.shrink.legr import (
+    CANDIDATES_PER_CORE,
     STATE_FILE,
     Affine,
     LegrSettings,
@@ -440,6 +442,27 @@ def test_whoever_judges_the_ranking_is_the_same(images: CandidateImages) -> None
         side_by_side = search(images).run(threads)
     in_turn = search(images).run(InTurn())
     assert np.array_equal(side_by_side.alpha, in_turn.alpha)
+
+
+def test_few_candidates_wait_at_a_time(images: CandidateImages) -> None:
+    class Counting(InTurn):
+        """Remembers how many jobs nobody has looked at, and how many there were."""
+
+        waiting: ClassVar[list[int]] = []
+        count = 0
+
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            job = Future[Any]()
+            job.set_result(fn(*args, **kwargs))
+            self.count += 1
+            self.waiting.append(self.count - searched.population.done)
+            return job
+
+    searched, executor = search(images), Counting()
+    searched.run(executor)
+    assert executor.count == searched.settings.evaluations
+    most = max(searched.settings.together, CANDIDATES_PER_CORE * (os.cpu_count() or 1))
+    assert max(executor.waiting) <= most
 
 
 def test_a_search_that_was_killed_goes_on(

@@ -10,16 +10,18 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
 from ofa_deploy.fuse import fuse
+from ofa_deploy.layers import ConvLayer
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink.channel_prices import timed_layers
+from ofa_deploy.shrink.channel_prices import timed_layer, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.extract import extract_module, extract_plan
@@ -309,6 +311,31 @@ def test_only_linear_layers_that_take_time_are_timed() -> None:
     }
     assert (1024, 128) in widths
     assert (8, 8) in widths
+
+
+class MapLinear(nn.Module):
+    """Linear layers that are called at every place of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.inner, self.outer = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = self.outer(F.relu(self.inner(x))).mean((1, 2))
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_linear_layers_on_maps_are_timed_as_convolutions_of_as_many_products() -> None:
+    graph = trace_channels(MapLinear(), input_shape=SHAPE)
+    widest = {b.name: b for b in timed_layers(graph, step=8).values()}
+    assert set(widest) == {"stem", "inner", "outer"}
+    of_inner = timed_layer(graph.layers[1], read=64, written=128)
+    assert isinstance(of_inner.layers[0], ConvLayer)
+    assert of_inner.mac_count == 64 * 128 * SHAPE[1] * SHAPE[2]
 
 
 # -- P7: a removed channel can come back -----------------------------------------------

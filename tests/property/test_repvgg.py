@@ -71,17 +71,20 @@ def apply_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     stride=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2, 4]),
     size=st.integers(3, 9),
+    wider=st.sampled_from([0.5, 1, 2]),
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_one_convolution_gives_what_the_branches_give(
-    seed: int, stride: int, groups: int, size: int
+    seed: int, stride: int, groups: int, size: int, wider: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    channels = 8
-    dense = rng.standard_normal((channels, channels // groups, 3, 3), dtype=np.float32)
-    point = rng.standard_normal((channels, channels // groups, 1, 1), dtype=np.float32)
-    norms = [random_norm(channels, rng) for _ in range(3)]
-    identity = norms[2] if stride == 1 else None
+    channels, out = 8, int(8 * wider)
+    dense = rng.standard_normal((out, channels // groups, 3, 3), dtype=np.float32)
+    point = rng.standard_normal((out, channels // groups, 1, 1), dtype=np.float32)
+    norms = [random_norm(out, rng) for _ in range(2)]
+    # Of those of the first group, where later ones would be of another on each side.
+    handed_on = min(channels, out) // (groups if wider != 1 else 1)
+    identity = random_norm(handed_on, rng) if stride == 1 else None
     weight, bias = merge_branches(
         dense=(dense, norms[0]),
         point=(point, norms[1]),
@@ -102,7 +105,7 @@ def test_one_convolution_gives_what_the_branches_give(
     expected = apply_norm(convolved(dense), norms[0])
     expected = expected + apply_norm(convolved(point), norms[1])
     if identity is not None:
-        expected = expected + apply_norm(x, identity)
+        expected[:, :handed_on] += apply_norm(x[:, :handed_on], identity)
     found = convolved(weight) + torch.from_numpy(bias).double()[:, None, None]
     # The weights are rounded to float32 at the end, and nothing before.
     assert relative_error(found, expected) < 1e-6
@@ -119,6 +122,13 @@ def test_branches_that_do_not_fit_are_refused() -> None:
             dense=(dense, norm),
             point=(dense[..., :1, :1], norm),
             identity=random_norm(9, rng),
+        )
+    with pytest.raises(ValueError, match="in another group than the one that reads it"):
+        merge_branches(
+            dense=(dense[:, :2], norm),
+            point=(dense[:, :2, :1, :1], norm),
+            identity=random_norm(4, rng),
+            groups=4,
         )
 
 

@@ -230,6 +230,22 @@ class AskingNet(nn.Module):
         return cast(Tensor, self.head(x.view(-1, self.head.in_features)))
 
 
+class AliasedNet(nn.Module):
+    """Layers under two names, the second of which it calls them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16)
+        self.second, self.norm2 = nn.Conv2d(16, 24, 3, 2, 1), nn.BatchNorm2d(24)
+        self.features = nn.Sequential(
+            self.first, self.norm1, nn.ReLU(), self.second, self.norm2, nn.ReLU()
+        )
+        self.head = nn.Linear(24, CLASS_COUNT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.features(x).mean((2, 3))))
+
+
 ALL: dict[str, type[nn.Module]] = {
     "residual": ResidualNet,
     "padded": PaddedResidualNet,
@@ -239,4 +255,5 @@ ALL: dict[str, type[nn.Module]] = {
     "vgg": Vgg,
     "shared": SharedNet,
     "asking": AskingNet,
+    "aliased": AliasedNet,
 }

@@ -1,0 +1,111 @@
+"""What a training of one network leaves on disk, and takes up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import (
+    CHECKPOINT_FILE,
+    LOG_FILE,
+    LoopProgress,
+    TrainingLoop,
+)
+from ofa_deploy.train.recipe import Phase, Recipe
+from tests.support import tiny
+
+EPOCHS = 3
+
+
+class Net(nn.Module):
+    """A convolution under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.features = nn.Sequential(self.first, self.norm)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(F.relu(self.features(x)).mean((2, 3)))
+        return found
+
+
+def loop_of(network: nn.Module, folder: Path, *, momentum: float = 0.9) -> TrainingLoop:
+    phase = Phase(name="dense", epochs=EPOCHS, peak_learning_rate=0.01, distill=False)
+    recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1, momentum=momentum)
+    return TrainingLoop(
+        network,
+        images=TrainingImages(tiny.images(per_class=20, seed=11), recipe),
+        recipe=recipe,
+        resolution=tiny.IMAGE_SIZE,
+        folder=folder,
+        bf16=False,
+    )
+
+
+def stop(progress: LoopProgress) -> None:
+    if progress.epoch == 2:
+        raise KeyboardInterrupt
+
+
+def epochs_logged(folder: Path) -> list[int]:
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["epoch"] for line in lines]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_network_with_a_layer_under_two_names_goes_on(
+    momentum: float, tmp_path: Path
+) -> None:
+    whole, cut, resumed = Net(), Net(), Net()
+    loop_of(whole, tmp_path / "whole", momentum=momentum).run()
+    with pytest.raises(KeyboardInterrupt):
+        loop_of(cut, tmp_path / "cut", momentum=momentum).run(stop)
+    loop_of(resumed, tmp_path / "cut", momentum=momentum).run()
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(
+            whole.state_dict().values(), resumed.state_dict().values(), strict=True
+        )
+    )
+    assert epochs_logged(tmp_path / "cut") == [1, 2, 3]
+
+
+def test_epochs_that_no_checkpoint_holds_leave_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(self: TrainingLoop) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_save", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            loop_of(Net(), tmp_path).run()
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+    assert epochs_logged(tmp_path) == [1]
+    loop_of(Net(), tmp_path).run()
+    assert epochs_logged(tmp_path) == [1, 2, 3]
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+    network = Net()
+    # No output depends on it: the loss stays a number.
+    network.register_buffer("spare", torch.zeros(1))
+
+    def poison(progress: LoopProgress) -> None:
+        if progress.epoch == 2:
+            network.get_buffer("spare").fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="weights are no numbers any more"):
+        loop_of(network, tmp_path).run(poison)
+    loop_of(network, tmp_path)  # loads the last good one
+    assert network.get_buffer("spare").item() == 0.0
