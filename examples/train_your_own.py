@@ -4,11 +4,12 @@
 
 `images/` holds one folder per class. The command line does the same:
 
-    ofa-deploy train --data images/ --out runs/mine
-    ofa-deploy specialize --supernet runs/mine/supernet --latency-ms 0.5 --out bundle
+    ofa-deploy train --data images/ --out runs/mine/run
+    ofa-deploy specialize --supernet runs/mine/run/supernet --latency-ms 0.5 --out bundle
 
 Without `--data`, a space of a few tiny networks is trained on generated images of three
-colours, which shows every step in a minute or two. A second call goes on with it.
+colours, which shows every step in a minute or two. A call that was interrupted goes on
+when it is made again; a bundle that is there already must be removed first.
 """
 
 from __future__ import annotations
