@@ -375,7 +375,7 @@ class AskedOnce(nn.Module):
             return torch.from_numpy(values.copy())
         logits: Tensor = self.network(x).float()
         said = (batch, logits.numpy().tobytes())
-        self._said.execute("INSERT INTO said VALUES (?, ?)", said)
+        self._said.execute("INSERT OR IGNORE INTO said VALUES (?, ?)", said)
         return logits
 
 
