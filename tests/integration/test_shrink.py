@@ -350,7 +350,7 @@ def shrunk(
 def trained_weights(bundle: Bundle, folder: Path) -> Mapping[str, Tensor]:
     """As fine-tuning left them."""
     name = bundle.manifest.config_id
-    (checkpoint,) = (folder / "work").glob(f"*/{name}/{CHECKPOINT_FILE}")
+    (checkpoint,) = (folder / "work").glob(f"*/{name}-*/{CHECKPOINT_FILE}")
     return read_checkpoint(checkpoint).weights
 
 
