@@ -5,7 +5,7 @@
 `images/` holds one folder per class. The command line does the same:
 
     ofa-deploy train --data images/ --out runs/mine/run
-    ofa-deploy specialize --supernet runs/mine/run/supernet --latency-ms 0.5 --out bundle
+    ofa-deploy specialize --supernet runs/mine/run/supernet --latency-ms 0.5 --out mine
 
 Without `--data`, a space of a few tiny networks is trained on generated images of three
 colours, which shows every step in a minute or two. A call that was interrupted goes on

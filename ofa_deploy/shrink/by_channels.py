@@ -260,13 +260,12 @@ class ByChannels:
             if found.fresh:
                 torch.manual_seed(call.recipe.finetune.seed)
                 reset_parameters(remainder)
-            finetuning = call.recipe.finetune_of(self.method)
-            trainings.append(folder / call.tuned_name(fitted.name, finetuning))
+            trainings.append(folder / call.tuned_name(fitted.name))
             call.reporter.begin("fine-tuning")
             finetune(
                 remainder,
                 resolution=call.own.resolution,
-                recipe=finetuning,
+                recipe=call.finetuning,
                 images=call.images,
                 folder=trainings[-1],
                 teacher=teacher,

@@ -74,14 +74,13 @@ class ByWeights:
         )
         count = self._settled(pull, fitting, memory=folder / "weights.json")
         pull.freeze(count)
-        finetuning = call.recipe.finetune
-        tuning = folder / call.tuned_name(f"finetune-{count}", finetuning)
+        tuning = folder / call.tuned_name(f"finetune-{count}")
         call.reporter.begin("fine-tuning")
         trained = finetune_weights(
             pull,
             resolution=call.own.resolution,
             images=call.images,
-            recipe=finetuning,
+            recipe=call.finetuning,
             folder=tuning,
             teacher=copy.deepcopy(model) if call.recipe.distill else None,
             told=call.tell,

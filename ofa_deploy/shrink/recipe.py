@@ -104,7 +104,7 @@ class ShrinkRecipe:
         found = asdict(self)
         return {k: v for k, v in found.items() if k not in ("finetune", "distill")}
 
-    def finetune_of(self, method: ChannelMethod) -> Recipe:
+    def finetune_of(self, method: Method) -> Recipe:
         """Of tas with a teacher at a temperature, as published, if there is none."""
         if method != "tas" or self.finetune.temperature is not None:
             return self.finetune

@@ -142,14 +142,18 @@ class Shrinking:
         decides += [str(self.recipe.of_search), str(asdict(self.own.normalisation))]
         return short_digest(decides)
 
-    def tuned_name(self, found: str, finetuning: Recipe) -> str:
+    @property
+    def finetuning(self) -> Recipe:
+        """How what is found is trained."""
+        return self.recipe.finetune_of(self.method)
+
+    def tuned_name(self, found: str) -> str:
         """Of everything that decides a fine-tuning, besides the search.
 
         Args:
             found: Name of what is trained.
-            finetuning: How.
         """
-        decides = [str(asdict(finetuning)), str(self.recipe.distill)]
+        decides = [str(asdict(self.finetuning)), str(self.recipe.distill)]
         return f"{found}-{short_digest(decides)}"
 
     @property

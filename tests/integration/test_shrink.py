@@ -808,7 +808,7 @@ def test_how_what_is_found_is_trained_decides_no_search(
     other = replace(call, recipe=replace(call.recipe, finetune=slower, distill=False))
     assert other.name(prices) == call.name(prices)
     named = {
-        one.tuned_name("found", one.recipe.finetune)
+        one.tuned_name("found")
         for one in (call, other, replace(call, recipe=recipe(distill=False)))
     }
     assert len(named) == 3
