@@ -7,9 +7,8 @@
     ofa-deploy train --data images/ --out runs/mine/run
     ofa-deploy specialize --supernet runs/mine/run/supernet --latency-ms 0.5 --out mine
 
-Without `--data`, a space of a few tiny networks is trained on generated images of three
-colours, which shows every step in a minute or two. A call that was interrupted goes on
-when it is made again; a bundle that is there already must be removed first.
+Without `--data`, a few tiny networks are trained on generated images of three colours, in
+a minute or two. An interrupted call goes on; remove a bundle that is there already first.
 """
 
 from __future__ import annotations
