@@ -7,8 +7,8 @@
     ofa-deploy train --data images/ --out runs/mine/run
     ofa-deploy specialize --supernet runs/mine/run/supernet --latency-ms 0.5 --out mine
 
-Without `--data`, a few tiny networks are trained on generated images of three colours, in
-a minute or two. An interrupted call goes on; remove a bundle that is there already first.
+Without `--data`, a few tiny networks learn generated images of three colours, in a
+minute or two. An interrupted call goes on; remove a bundle that is there already.
 """
 
 from __future__ import annotations
