@@ -852,6 +852,20 @@ def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
     assert not list(tmp_path.glob("*/search"))
 
 
+@pytest.mark.parametrize("part", ["search", "finetune"])
+@pytest.mark.parametrize("epochs", [(0,), (1, 1)])
+def test_a_recipe_whose_trainings_are_not_of_one_phase_is_refused(
+    part: str, epochs: tuple[int, ...]
+) -> None:
+    phases = tuple(
+        Phase(name=f"{k}", epochs=count, peak_learning_rate=0.1, distill=False)
+        for k, count in enumerate(epochs)
+    )
+    other = replace(recipe().search, phases=phases)
+    with pytest.raises(SpaceError, match=f"{part} has phases of .* give one phase"):
+        recipe(**{part: other})
+
+
 def test_floors_that_leave_nothing_to_remove_refuse_what_the_whole_misses(
     dense: StaticNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
