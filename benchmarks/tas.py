@@ -181,7 +181,8 @@ def random_network(own: OwnNetwork, seed: int) -> tuple[Found, float]:
             torch.nn.init.normal_(one.logits)
         share = price.settled(searched.widths(), searched.depths()) / price.full
         if abs(share / TARGET_SHARE - 1) <= MOST_OFF:
-            return likeliest(own, searched, step=1), share
+            found = likeliest(own, searched, depths=searched.depths(), step=1)
+            return found, share
     raise SystemExit(f"none of {MAX_DRAWS} random networks costs {MOST_MACS:.0f} MACs")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ LEAP = 1.1
 # budget may be below it, so that a structure of which more is asked for becomes wider.
 FIT_TOLERANCE = 0.01
 ROUNDING = 1e-9
+LEAST_CHANCE = 1e-12
+# Share of a price that the narrowest widths may cost at the depths that are kept: what
+# is fitted by measuring is narrowed further than its price says.
+NARROWEST_SHARE = 0.9
 
 
 class ExpectedPrice:
@@ -88,6 +92,26 @@ class ExpectedPrice:
         return self.settled(
             [choices[0] for choices in self._choices], [1] * len(self.searched.stages)
         )
+
+    def depths_within(self, most: float) -> tuple[int, ...]:
+        """The likeliest depths, or fewer blocks where no width keeps a price at these.
+
+        Args:
+            most: The price, with some room below it for the narrowest widths.
+        """
+        narrowest = [choices[0] for choices in self._choices]
+
+        def cost(depths: Sequence[int]) -> float:
+            return self.settled(narrowest, depths)
+
+        searched = self.searched.depth_distributions
+        choices = [one.choices for one in searched]
+        chances = [one.probabilities.detach() for one in searched]
+        least = [each[0] for each in choices]
+        depths = list(self.searched.depths())
+        while cost(depths) > NARROWEST_SHARE * most and depths != least:
+            depths = _with_less(depths, choices, chances, cost)
+        return tuple(depths)
 
     def _sum(self, widths: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
         total = torch.tensor(self.constant, dtype=torch.float64)
@@ -261,7 +285,7 @@ class LikeliestOrder:
             )
         counts = self.likeliest
         while cost(counts) > most:
-            counts = self._narrowed(counts, cost)
+            counts = _with_less(counts, self.choices, self.probabilities, cost)
         if cost(counts) >= (1 - FIT_TOLERANCE) * most:
             return counts
         return self._widened(counts, cost, most)
@@ -269,32 +293,6 @@ class LikeliestOrder:
     def kept(self, counts: Sequence[int]) -> tuple[Tensor, ...]:
         """See `ChannelOrder`: the first ones."""
         return tuple(torch.arange(count) for count in counts)
-
-    def _narrowed(self, counts: list[int], cost: _RememberedPrice) -> list[int]:
-        """With one group less wide: the one that loses the least chance for its price.
-
-        Where no single one saves anything, as a projection that is needed then may cost
-        more, all of them.
-        """
-        now, fewer = cost(counts), [self._fewer(*pair) for pair in enumerate(counts)]
-        best, least_lost = fewer, float("inf")
-        for index, count in enumerate(fewer):
-            moved = [*counts[:index], count, *counts[index + 1 :]]
-            saved = now - cost(moved)
-            lost = self._log_chance(index, counts[index]) - self._log_chance(
-                index, count
-            )
-            if saved > 0 and lost / saved < least_lost:
-                best, least_lost = moved, lost / saved
-        return best
-
-    def _fewer(self, index: int, count: int) -> int:
-        choices = self.choices[index]
-        return choices[max(0, choices.index(count) - 1)]
-
-    def _log_chance(self, index: int, count: int) -> float:
-        chance = self.probabilities[index][self.choices[index].index(count)]
-        return float(chance.double().clamp(min=1e-12).log())
 
     def _widened(
         self, counts: Sequence[int], cost: _RememberedPrice, most: float
@@ -339,6 +337,37 @@ class LikeliestOrder:
         """How many channels more than it has a group has on average."""
         values = torch.tensor(self.choices[index], dtype=torch.float64)
         return float(self.probabilities[index].double() @ values) - count
+
+
+def _with_less(
+    counts: Sequence[int],
+    choices: Sequence[Sequence[int]],
+    probabilities: Sequence[Tensor],
+    cost: Callable[[Sequence[int]], float],
+) -> list[int]:
+    """With one count's next lower choice: what loses the least chance for its price.
+
+    Where no single one saves anything, as a projection that is needed then may cost
+    more, of all of them.
+
+    Args:
+        counts: Each one of its choices.
+        choices: Ascending.
+        probabilities: Of these.
+        cost: Of counts.
+    """
+    now = cost(counts)
+    places = [one.index(count) for one, count in zip(choices, counts, strict=True)]
+    fewer = [one[max(0, place - 1)] for one, place in zip(choices, places, strict=True)]
+    best, least_lost = fewer, float("inf")
+    for index, place in enumerate(places):
+        moved = [*counts[:index], fewer[index], *counts[index + 1 :]]
+        saved = now - cost(moved)
+        chances = probabilities[index].double().clamp(min=LEAST_CHANCE).log()
+        lost = float(chances[place] - chances[max(0, place - 1)])
+        if saved > 0 and lost / saved < least_lost:
+            best, least_lost = moved, lost / saved
+    return best
 
 
 class _RememberedPrice:

@@ -319,8 +319,8 @@ def searched_by_tas(
     if not groups:
         raise TraceError(
             f"{own.family} has no channels that pass a batch norm right where they are "
-            "written, and are not concatenated with others: nothing can be searched by "
-            "tas; take pas, legr or autoprune"
+            "written, or none at all, and are not concatenated with others: nothing "
+            "can be searched by tas; take pas, legr or autoprune"
         )
     graph = own.graph.only(groups)
     stages = find_stages(own.module, graph, own.image)
@@ -378,7 +378,9 @@ def _tas(search: Search) -> Found:
     loop = search.loop(searched.module, of_weights, regulariser)
     search.announced(_preflight(search, regulariser))
     search.train(loop)
-    return likeliest(own, searched, step=search.step)
+    price = regulariser.price
+    depths = price.depths_within(search.share * price.full)
+    return likeliest(own, searched, depths=depths, step=search.step)
 
 
 def _preflight(search: Search, regulariser: TransformableSearch) -> Preflight:
@@ -394,15 +396,18 @@ def _preflight(search: Search, regulariser: TransformableSearch) -> Preflight:
     return preflight([regulariser.passes], [training, *teaching])
 
 
-def likeliest(own: OwnNetwork, searched: SearchedNetwork, *, step: int) -> Found:
+def likeliest(
+    own: OwnNetwork, searched: SearchedNetwork, *, depths: Sequence[int], step: int
+) -> Found:
     """What is left of a network by what is likeliest in its searched form.
 
     Args:
         own: The network.
         searched: Its form with distributions.
+        depths: Of its stages.
         step: Widths are multiples of this.
     """
-    left = own.left_of(shallower(own.module, searched.stages, searched.depths()))
+    left = own.left_of(shallower(own.module, searched.stages, depths))
     widths = {
         group.name: distribution
         for group, distribution in zip(
@@ -422,7 +427,7 @@ def likeliest(own: OwnNetwork, searched: SearchedNetwork, *, step: int) -> Found
         fresh=True,
         depths=tuple(
             (stage.name, stage.blocks, depth)
-            for stage, depth in zip(searched.stages, searched.depths(), strict=True)
+            for stage, depth in zip(searched.stages, depths, strict=True)
         ),
     )
 

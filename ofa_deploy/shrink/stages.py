@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -114,12 +114,31 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
     return found
 
 
+def _writes_elsewhere(network: nn.Module, image: Tensor) -> set[str]:
+    """Linear layers whose channels are not `(N, channels)`: of tokens, or maps."""
+    found = set()
+
+    def note(name: str, output: Tensor) -> None:
+        if output.ndim != 2:
+            found.add(name)
+
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: note(name, output)
+        )
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    run_hooked(network, image, handles)
+    return found
+
+
 def searchable_groups(
     network: nn.Module, graph: ChannelGraph, image: Tensor
 ) -> list[int]:
-    """Groups whose channels pass batch norms right where they are written.
+    """Groups whose channels pass batch norms right where they are written, or none.
 
-    A convolution without one, as some shortcuts are, may write to them, too.
+    What is written without one, as some shortcuts are, is mixed as it is.
 
     Args:
         network: Traced.
@@ -127,7 +146,7 @@ def searchable_groups(
         image: `(1, 3, H, W)`.
     """
     norm_of = normed_layers(network, image)
-    behind = set(norm_of.values())
+    behind, elsewhere = set(norm_of.values()), _writes_elsewhere(network, image)
     layers = {layer.name: layer for layer in graph.layers}
     shared = [cut.module for cut in graph.cuts if cut.side == "out"]
     found = []
@@ -146,9 +165,8 @@ def searchable_groups(
         norms = [cut.module for cut in written if cut.module not in layers]
         if (
             whole
-            and any(
-                name in norm_of and not layers[name].is_projection for name in convs
-            )
+            and any(not layers[name].is_projection for name in convs)
+            and elsewhere.isdisjoint(convs)
             and all(name in behind for name in norms)
         ):
             found.append(index)
@@ -160,6 +178,8 @@ def find_stages(
 ) -> tuple[Stage, ...]:
     """Runs of alike blocks in `nn.Sequential`s whose outputs are like their inputs.
 
+    These are called once, as such: of what takes their blocks out of them and calls
+    these itself, another forward would be needed.
     The first one of a run may change the shape; it is always kept. What has such a run
     in it is no block of another. Blocks may go even if no width of them is searched.
 
@@ -173,17 +193,24 @@ def find_stages(
     searched = {group.name: index for index, group in enumerate(graph.groups)}
     group_of = [searched.get(group.name) for group in whole.groups]
     rank = {layer.name: place for place, layer in enumerate(whole.layers)}
-    keeping = _shape_keepers(network, image)
+    keeps_shape = _calls(network, image)
     stages: list[Stage] = []
     for container, module in reversed(list(network.named_modules())):  # innermost first
-        if type(module).forward is not nn.Sequential.forward:
+        if (
+            type(module).forward is not nn.Sequential.forward
+            or len(keeps_shape.get(container, ())) != 1  # what only iterates calls none
+        ):
             continue
         blocks: list[_Block | None] = []
         for child, block in module._modules.items():
             path = f"{container}.{child}".removeprefix(".")
             within = any(_is_in(f"{stage.container}.", path) for stage in stages)
             found = _Block.of(
-                whole, path, type(block), group_of, keeps_shape=path in keeping
+                whole,
+                path,
+                type(block),
+                group_of,
+                keeps_shape=all(keeps_shape.get(path, [False])),
             )
             blocks.append(None if within else found)
         stages += [
@@ -200,9 +227,9 @@ def find_stages(
     return tuple(sorted(stages, key=lambda stage: rank[stage.layers[0][0]]))
 
 
-def _shape_keepers(network: nn.Module, image: Tensor) -> set[str]:
-    """Modules whose output is of the shape of their input, whenever called."""
-    kept: dict[str, bool] = {}
+def _calls(network: nn.Module, image: Tensor) -> dict[str, list[bool]]:
+    """Of each module, call by call, whether its output has the shape of its input."""
+    found: dict[str, list[bool]] = defaultdict(list)
 
     def note(name: str, read: object, written: object) -> None:
         same = (
@@ -210,7 +237,7 @@ def _shape_keepers(network: nn.Module, image: Tensor) -> set[str]:
             and isinstance(written, Tensor)
             and read.shape == written.shape
         )
-        kept[name] = same and kept.get(name, True)
+        found[name].append(same)
 
     handles = [
         module.register_forward_hook(
@@ -221,7 +248,7 @@ def _shape_keepers(network: nn.Module, image: Tensor) -> set[str]:
         for name, module in network.named_modules()
     ]
     run_hooked(network, image, handles)
-    return {name for name, same in kept.items() if same}
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

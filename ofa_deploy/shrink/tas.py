@@ -13,6 +13,7 @@ projections; elsewhere what is summed has one width.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -173,6 +174,11 @@ def preflight(
     )
 
 
+def _rounded_up(share: float) -> float:
+    """To three decimals."""
+    return math.ceil(1000 * share) / 1000
+
+
 class TransformableSearch:
     """A `Regulariser` that trains distributions on images of their own.
 
@@ -208,12 +214,12 @@ class TransformableSearch:
         self.deciding, self.steps = deciding, steps
         self.price = ExpectedPrice(searched, price)
         self._full = self.price.full
-        if self.price.least > target_share * self._full:
+        least_share = self.price.least / self._full
+        if least_share > target_share:
             raise SpaceError(
                 f"target {target_share:.3g} of {self._full:.4g} {price.unit}: "
                 "the least that there is to choose costs "
-                f"{self.price.least:.4g}. Ask for {self.price.least / self._full:.3g} "
-                "to 1"
+                f"{self.price.least:.4g}. Ask for {_rounded_up(least_share):g} to 1"
             )
         self._logits = [one.logits for one in searched.module.distributions]
         for logits in self._logits:

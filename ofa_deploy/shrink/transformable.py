@@ -173,18 +173,22 @@ def interpolation_matrix(channels: int, out: int) -> Tensor:
 
 
 def interpolate_channels(x: Tensor, out: int) -> Tensor:
-    """Channel-wise interpolation of `(N, channels, H, W)` to `(N, out, H, W)`."""
+    """Interpolation of `(N, channels)`, or `(N, channels, H, W)`, to `out` channels."""
     channels = x.shape[1]
     if channels == out:
         return x
     matrix = interpolation_matrix(channels, out).to(x.dtype)
+    if x.ndim == 2:
+        return F.linear(x, matrix)
     return F.conv2d(x, matrix[:, :, None, None])
 
 
 def padded_channels(x: Tensor, channels: int) -> Tensor:
     """Zeros for the channels that are missing."""
     missing = channels - x.shape[1]
-    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+    if not missing:
+        return x
+    return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, missing))
 
 
 class SearchedNorm(nn.Module):
@@ -210,7 +214,7 @@ class SearchedNorm(nn.Module):
         return self._width[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the drawn widths of `(N, channels, H, W)`; zeros beyond the widest."""
+        """Mix the drawn widths of `(N, channels, …)`; zeros beyond the widest."""
         drawn = self.width.drawn
         assert drawn is not None
         choices = [self.width.choices[index] for index in drawn.indices]

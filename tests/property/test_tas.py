@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -355,17 +356,94 @@ def test_a_network_that_is_narrower_than_a_step_is_refused() -> None:
         searched_by_tas(own, step=24)
 
 
-def test_a_network_whose_norms_come_first_is_refused() -> None:
-    found = owned(own_networks.DenseNet(), resolution=SIZE, class_count=5)
-    left = searched_by_tas(found)
-    assert [group.name for group in left.graph.groups] == ["transition.0"]
-    chain = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(16, 5),
+def names_searched(network: nn.Module) -> list[str]:
+    found = owned(network, resolution=SIZE, class_count=5)
+    return [group.name for group in searched_by_tas(found).graph.groups]
+
+
+def test_what_passes_norms_together_with_others_is_left_whole() -> None:
+    assert names_searched(own_networks.DenseNet()) == ["layers.2.2", "transition.0"]
+
+
+class Tokens(nn.Module):
+    """Linear layers on rows of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.mix = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        return cast(Tensor, self.head(self.mix(tokens).mean(1)))
+
+
+def test_linear_layers_of_tokens_are_left_whole() -> None:
+    assert names_searched(Tokens()) == ["stem"]
+
+
+class LinearGate(nn.Module):
+    """Squeeze-and-excite of linear layers, which read and write rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = own_networks.conv(3, 16)
+        self.reduce, self.expand = nn.Linear(16, 8), nn.Linear(8, 16)
+        self.last = own_networks.conv(16, 20)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
+        x = self.last(x * gate[:, :, None, None])
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+def plain_chain() -> nn.Module:
+    """Of a time before norms."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(),
+        nn.Linear(16, 5),
     )  # fmt: skip
-    found = owned(chain, resolution=SIZE, class_count=5)
-    with pytest.raises(TraceError, match="nothing can be searched by tas"):
-        searched_by_tas(found)
+
+
+# Layers whose widths are searched.
+WITHOUT_NORMS = {
+    own_networks.DenseNet: ["layers.2.2", "transition.0"],
+    plain_chain: ["0", "2", "6"],
+    own_networks.Vgg: ["features.0", "features.4", "classifier.0"],
+    own_networks.GatedGroupedNet: ["stem.0", "gate.reduce", "last.0"],
+    LinearGate: ["stem.0", "reduce", "last.0"],
+}
+
+
+@pytest.mark.parametrize("network", WITHOUT_NORMS)
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_layers_without_norms_are_searched_as_they_are(
+    network: Callable[[], nn.Module], data: st.DataObject
+) -> None:
+    torch.manual_seed(0)
+    module = network().eval()
+    assert names_searched(module) == WITHOUT_NORMS[network]
+    found = searched_by_tas(owned(module, resolution=SIZE, class_count=5))
+    net = searched(found)
+    x = drawn(0, 4, 3, SIZE, SIZE)
+    for one in net.module.distributions:
+        peaked(one, one.choices[-1])
+    torch.testing.assert_close(net.module.eval()(x), module(x), rtol=1e-4, atol=1e-5)
+    # Settled at any widths, it is the network that is left.
+    widths, depths = chosen(data, net)
+    for one, choice in zip(net.module.distributions, [*widths, *depths], strict=True):
+        peaked(one, choice)
+    left = found.left_of(shallower(found.module, net.stages, depths))
+    by_name = dict(zip(WITHOUT_NORMS[network], widths, strict=True))
+    kept = [torch.arange(by_name[group.name]) for group in left.graph.groups]
+    narrow = extract_module(left.module, left.graph, kept)
+    torch.testing.assert_close(net.module(x), narrow(x), rtol=1e-4, atol=1e-5)
+    assert net.module.train()(x).shape == (4, 5)
 
 
 @pytest.mark.parametrize(("projects", "groups"), [(True, 19), (False, 12)])
@@ -577,10 +655,26 @@ def test_rows_of_blocks_are_found_in_plain_chains_and_in_chains_of_chains() -> N
     assert stages_of(*two) == [("1", 0, 2), ("2", 0, 2)]
 
 
+class Iterating(nn.Module):
+    """Calls the blocks of a chain itself, and looks at what is between them."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x)
+        return torch.stack(seen).mean(0)
+
+
 def test_what_is_no_row_of_blocks_is_left_alone() -> None:
     block, again = own_networks.conv, own_networks.conv(16, 16)
     assert stages_of(own_networks.conv(16, 16, stride=2)) == []
     assert stages_of(OwnOrder(block(16, 16), block(16, 16))) == []
+    assert stages_of(Iterating(block(16, 16), block(16, 16))) == []
     assert stages_of(block(16, 16, 1)) == []  # of another kernel than the stem's
     assert stages_of(again, nn.ReLU(), again) == []
     assert stages_of(block(16, 24), last=24) == []
@@ -641,7 +735,11 @@ def test_a_norm_that_padded_channels_pass_is_left_whole() -> None:
 
 
 def training(
-    folder: Path | None = None, *, share: float = 0.5, epochs: int = 6
+    folder: Path | None = None,
+    *,
+    share: float = 0.5,
+    epochs: int = 6,
+    cost_weight: float = 2.0,
 ) -> tuple[TrainingLoop, TransformableSearch, SearchedNetwork]:
     phase = Phase(name="search", epochs=epochs, peak_learning_rate=0.02, distill=False)
     recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
@@ -653,7 +751,7 @@ def training(
         net,
         price=MacPrice(network.graph),
         target_share=share,
-        settings=TasSettings(rate=0.05),
+        settings=TasSettings(rate=0.05, cost_weight=cost_weight),
         deciding=Deciding(
             images=of_choices, resolution=SIZE, label_smoothing=0.0, bf16=False
         ),
@@ -711,6 +809,35 @@ def test_a_search_ends_near_its_target_and_still_learns(tmp_path: Path) -> None:
     assert lines[-1]["temperature"] == pytest.approx(0.1)
 
 
+def stepped(cost_weight: float, room: float) -> tuple[float, list[Tensor]]:
+    """Expected price, and logits, after a step from what is within `room` likeliest."""
+    _, method, net = training(share=0.4)
+    for one in net.module.distributions:
+        middle = len(one.choices) // 2
+        one.logits.data = 0.5 * (torch.arange(len(one.choices)) == middle)
+    share = room * method.settled_price / method.price.full
+    _, method, other = training(share=share, cost_weight=cost_weight)
+    pairs = zip(net.module.distributions, other.module.distributions, strict=True)
+    for one, same in pairs:
+        same.logits.data = one.logits.data.clone()
+    torch.manual_seed(0)
+    method.after_step()
+    found = [one.logits.detach().clone() for one in other.module.distributions]
+    return float(method.price.expected().detach()), found
+
+
+@pytest.mark.parametrize(("room", "sign"), [(0.9, -1), (1.02, 0), (1.2, 1)])
+def test_the_price_moves_the_distributions_towards_the_target(
+    room: float, sign: int
+) -> None:
+    free, unpulled = stepped(0.0, room)
+    priced, pulled = stepped(100.0, room)
+    if sign:
+        assert sign * (priced - free) > 0
+    else:
+        assert all(map(torch.equal, unpulled, pulled))
+
+
 def test_a_search_that_was_killed_goes_on_to_the_same_choices(tmp_path: Path) -> None:
     whole, _, net = training()
     whole.run()
@@ -732,8 +859,13 @@ def test_a_search_that_was_killed_goes_on_to_the_same_choices(tmp_path: Path) ->
 
 
 def test_a_target_below_the_least_choice_is_refused() -> None:
-    with pytest.raises(SpaceError, match=r"Ask for 0\.\d+ to 1"):
+    with pytest.raises(SpaceError, match=r"Ask for 0\.\d+ to 1") as caught:
         training(share=0.01)
+    # What is offered is allowed, and not much more than that is refused.
+    offered = float(str(caught.value).split()[-3])
+    training(share=offered)
+    with pytest.raises(SpaceError):
+        training(share=offered - 0.001)
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(SpaceError, match="above 0 and at most 1"):
             training(share=share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -17,7 +18,7 @@ from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import trace_channels
-from ofa_deploy.shrink.expected_price import ExpectedPrice
+from ofa_deploy.shrink.expected_price import NARROWEST_SHARE, ExpectedPrice
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
@@ -74,6 +75,45 @@ def test_the_expected_price_is_the_mean_where_depths_are_left_out() -> None:
     spread = float(torch.tensor(found).std()) / math.sqrt(len(found))
     mean = sum(found) / len(found)
     assert mean == pytest.approx(float(price.expected().detach()), abs=4 * spread)
+
+
+# Of the whole network.
+NARROW_SHARES = st.floats(0.1, 1.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), NARROW_SHARES)
+def test_blocks_go_only_where_no_width_keeps_the_price_with_them(
+    seed: int, share: float
+) -> None:
+    net = searched(resnet(32))
+    scattered(net, seed)
+    price = ExpectedPrice(net, MacPrice(net.graph))
+    most = share * price.full
+    likely, kept = net.depths(), price.depths_within(most)
+    narrowest = [one.choices[0] for one in net.width_distributions]
+
+    def fits(depths: Sequence[int]) -> bool:
+        return price.settled(narrowest, depths) <= NARROWEST_SHARE * most
+
+    assert all(few <= many for few, many in zip(kept, likely, strict=True))
+    assert fits(kept) or kept == (1, 1, 1)
+    assert (kept == likely) == (fits(likely) or likely == (1, 1, 1))
+
+
+def test_the_blocks_that_go_first_are_the_least_likely_for_their_price() -> None:
+    net = searched(resnet(20), step=1)
+    for one in net.width_distributions:
+        peaked(one, one.choices[-1])
+    unsure, *sure = net.depth_distributions
+    unsure.logits.data = torch.tensor([0.0, 0.1, 0.2])
+    for one in sure:
+        one.logits.data = torch.tensor([0.0, 0.0, 9.0])
+    price = ExpectedPrice(net, MacPrice(net.graph))
+    narrowest = [one.choices[0] for one in net.width_distributions]
+    for depths in ((3, 3, 3), (2, 3, 3), (1, 3, 3)):
+        most = price.settled(narrowest, depths) / NARROWEST_SHARE
+        assert price.depths_within((1 + 1e-9) * most) == depths
 
 
 # -- bottlenecks -----------------------------------------------------------------------

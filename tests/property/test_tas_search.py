@@ -221,7 +221,7 @@ class Stubbed(Fitting):
 def left() -> Found:
     net = searched(resnet(20))
     scattered(net, 0)
-    return likeliest(resnet(20), net, step=1)
+    return likeliest(resnet(20), net, depths=net.depths(), step=1)
 
 
 @pytest.mark.parametrize("used_share", [0.90, 0.93, 0.955, 1.0, 1.05])
