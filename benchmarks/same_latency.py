@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -59,6 +61,7 @@ def shrink_to_latency_of(
     recipe: ShrinkRecipe,
     data: ImageSet,
     work: Path,
+    seeds: Sequence[int] = (0,),
 ) -> None:
     """Shrink a network to the latency that its form found by MACs has on OpenVINO.
 
@@ -68,40 +71,56 @@ def shrink_to_latency_of(
         by_macs: That form, as an ONNX model.
         came_from: Name of the kept result that it is of; the model's own bytes tell of
             the folder that it was exported in, too.
-        name: Of the bundle that is kept.
+        name: Of the bundle that is kept, and of further seeds' with these behind it.
         model: The network.
         method: That found both.
         recipe: Likewise.
         data: To train on.
         work: Folder of what is not kept.
+        seeds: Of the training of what is found; the search is one for all.
     """
     # Milliseconds are of a machine.
     start = digest(
         arrays_of(model), digest(kept(came_from)), recipe, this_device().fingerprint
     )
     folder = work / f"{name}-{start}"
-    out = folder / "bundle"
-    if not out.exists():
-        wait_until_idle()
-        with StageBar(console) as bar:
-            own = owned(model, TrainingImages(data, recipe.search))
-            budget_ms = remembered(
-                folder / "budget.json",
-                lambda: budget_of(by_macs, own, method=method, recipe=recipe, bar=bar),
-            )
-            specialize(
-                SHRUNK_FOR.backend,
-                latency_ms=budget_ms,
-                model=model,
-                method=method,
-                data=data,
-                out=out,
-                recipe=recipe,
-                work=folder,
-                reporter=bar,
-                training_told=Lines(bar),
-            )
-    keep_bundle(name, out)
+    for seed in seeds:
+        out = folder / seeded("bundle", seed)
+        if not out.exists():
+            wait_until_idle()
+            with StageBar(console) as bar:
+                own = owned(model, TrainingImages(data, recipe.search))
+                budget_ms = remembered(
+                    folder / "budget.json",
+                    partial(
+                        budget_of, by_macs, own, method=method, recipe=recipe, bar=bar
+                    ),
+                )
+                specialize(
+                    SHRUNK_FOR.backend,
+                    latency_ms=budget_ms,
+                    model=model,
+                    method=method,
+                    data=data,
+                    out=out,
+                    recipe=replace(
+                        recipe, finetune=replace(recipe.finetune, seed=seed)
+                    ),
+                    work=folder,
+                    reporter=bar,
+                    training_told=Lines(bar),
+                )
+        keep_bundle(seeded(name, seed), out)
+
+
+def seeded(name: str, seed: int) -> str:
+    """Name of what a seed left; of the first, as it is."""
+    return f"{name}-{seed}" if seed else name
+
+
+def kept_model(name: str) -> bytes:
+    """The ONNX model of a bundle that was kept."""
+    return (Bundle.open(WEIGHTS / name).path / "model.onnx").read_bytes()
 
 
 def budget_of(
@@ -187,7 +206,7 @@ def compare_by_latency(
     if not kept_facts(name)["search"]:
         section.text("The whole network kept the latency: nothing was searched.")
     require_this_device(bundle.manifest.device.fingerprint, name)
-    by_ms = (bundle.path / "model.onnx").read_bytes()
+    by_ms = kept_model(name)
     found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs[0]})
     accuracies = {
         "ms": mean(accuracy_of(one, inputs, test) for one in (by_ms, *again)),

@@ -3,8 +3,8 @@
 Beside uniform widths trained without a teacher, and random networks of the same cost
 trained with one. Trainings take hours, so each stage is a command of its own, which
 goes on where it was stopped and leaves its weights (float16) and log in the repository;
-the last one measures and publishes. The teacher is what the stage `dense` of `legr.py`
-leaves. In this order:
+the last one measures and publishes. Searches start from new weights; the teacher of
+what they find is what the stage `dense` of `legr.py` leaves. In this order:
 
     search     widths and depths; widths alone; random rivals; nothing else may run, as
                epochs are timed
@@ -115,8 +115,8 @@ def teacher() -> nn.Module:
 
 
 def searchable(images: TrainingImages) -> OwnNetwork:
-    """The dense network, ready to be searched."""
-    return searched_by_tas(owned(teacher(), images))
+    """The network, ready to be searched from new weights, whatever they are."""
+    return searched_by_tas(owned(CifarResNet(WHOLE), images))
 
 
 # -- structures ------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def kept_structure(name: str) -> dict[str, Any]:
     return kept_facts(f"tas-search-{name}")
 
 
-def keep_structure(name: str, found: Found, **facts: float) -> None:
+def keep_structure(name: str, found: Found, **facts: float | str) -> None:
     """Put a structure, at the cost of all networks here, where it is committed."""
     shape = fitted_shape(found)
     content = {
@@ -276,14 +276,22 @@ def search(args: argparse.Namespace) -> None:
     data = training_set(args)
     for name, searches_depth in (("found", True), ("widths", False)):
         recipe = shrink_recipe(searches_depth=searches_depth)
-        folder = args.work / "tas" / f"search-{name}-{start_of(recipe)}"
+        origin = digest({}, recipe, WHOLE, TARGET_SHARE)
+        if is_searched(name, origin):
+            continue
+        folder = args.work / "tas" / f"search-{name}-{origin}"
         with StageBar(console) as bar:
             found = searching(data, recipe, folder=folder, told=Lines(bar)).run("tas")
         log = log_of(folder).read_text()
         (LOGS / f"tas-search-{name}.jsonl").write_text(log)
         last = json.loads(log.splitlines()[-1])
-        minutes = last["elapsed_s"] / 60
-        keep_structure(name, found, searched_share=last["price_share"], minutes=minutes)
+        keep_structure(
+            name,
+            found,
+            origin=origin,
+            searched_share=last["price_share"],
+            minutes=last["elapsed_s"] / 60,
+        )
     own = searchable(TrainingImages(data, PLAIN))
     for seed in SEEDS:
         found, share = random_network(own, seed)
@@ -291,9 +299,10 @@ def search(args: argparse.Namespace) -> None:
     keep_facts("tas-search-epochs", timed_epochs(data))
 
 
-def start_of(recipe: ShrinkRecipe) -> str:
-    """Name of what a search starts from."""
-    return digest(kept("resnet20-dense"), recipe)
+def is_searched(name: str, origin: str) -> bool:
+    """Whether the structure is there that a search by this recipe found."""
+    path = LOGS / f"tas-search-{name}.json"
+    return path.is_file() and kept_structure(name)["origin"] == origin
 
 
 def searching(
