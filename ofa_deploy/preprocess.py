@@ -41,6 +41,23 @@ def measure_normalisation(images: NDArray[np.uint8]) -> Normalisation:
     )
 
 
+def require_pixel_scale(normalisation: Normalisation) -> None:
+    """Refuse statistics of pixels of 0 to 1, as frameworks have them, and none at all.
+
+    Raises:
+        DataError: Says what to give instead.
+    """
+    mean, std = normalisation.mean, normalisation.std
+    told = f"normalisation has mean {mean} and std {std}"
+    if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise DataError(f"{told}; give finite numbers, and a std above 0")
+    if max(std) < 1:
+        raise DataError(
+            f"{told}, which are of pixels of 0 to 1; give those of pixels of 0 to 255, "
+            "255 times as much"
+        )
+
+
 def decode_normalisation(node: JsonNode) -> Normalisation:
     """A normalisation from JSON."""
     entries = node.fields("mean", "std")

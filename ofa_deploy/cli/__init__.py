@@ -20,11 +20,19 @@ from ofa_deploy.cli.options import (
     AsJson,
     BundleFolder,
     Device,
+    EvalData,
+    LatencyMs,
     Out,
+    PeakMemoryMb,
+    Percentile,
+    RateHz,
     Reprofile,
     Seed,
+    SizeBytes,
     SupernetName,
+    SustainedS,
     TableFile,
+    Threads,
     on_drift_of,
 )
 from ofa_deploy.cli.outputs import require_folder
@@ -162,31 +170,17 @@ def profile(
 @app.command()
 def specialize(
     out: Out,
-    latency_ms: Annotated[
-        float | None, typer.Option(help="Budget in milliseconds.")
-    ] = None,
-    percentile: Annotated[
-        int, typer.Option(help="Of the runs the budget speaks of: 50, 90, 95 or 99.")
-    ] = 50,
-    size_bytes: Annotated[
-        int | None, typer.Option(help="Largest model that will do, in bytes.")
-    ] = None,
-    peak_memory_mb: Annotated[
-        float | None, typer.Option(help="Memory that loading and running may take.")
-    ] = None,
+    latency_ms: LatencyMs = None,
+    percentile: Percentile = 50,
+    size_bytes: SizeBytes = None,
+    peak_memory_mb: PeakMemoryMb = None,
     min_accuracy: Annotated[
         float | None,
         typer.Option(help="Accuracy to keep, 0..1; the fastest that does is taken."),
     ] = None,
-    rate_hz: Annotated[
-        float | None, typer.Option(help="The application's runs per second.")
-    ] = None,
-    sustained_s: Annotated[
-        float, typer.Option(help="Seconds of load before the first timed run.")
-    ] = 0.0,
-    threads: Annotated[
-        int | None, typer.Option(help="Of one inference; default: the device's, or 1.")
-    ] = None,
+    rate_hz: RateHz = None,
+    sustained_s: SustainedS = 0.0,
+    threads: Threads = None,
     device: Device = "openvino-cpu",
     supernet: SupernetName = "cifar10-small",
     table: TableFile = None,
@@ -195,9 +189,7 @@ def specialize(
     calibration: Annotated[
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
-    ] = None,
+    eval_data: EvalData = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -243,9 +235,13 @@ def shrink(
         Path, typer.Option(help="Folder, .zip or .npz of labelled images.")
     ],
     out: Out,
-    latency_ms: Annotated[
-        float | None, typer.Option(help="Budget in milliseconds.")
-    ] = None,
+    latency_ms: LatencyMs = None,
+    percentile: Percentile = 50,
+    size_bytes: SizeBytes = None,
+    peak_memory_mb: PeakMemoryMb = None,
+    rate_hz: RateHz = None,
+    sustained_s: SustainedS = 0.0,
+    threads: Threads = None,
     compressed_bytes: Annotated[
         int | None,
         typer.Option(help="Largest compressed file that will do; autoprune-weights."),
@@ -291,9 +287,7 @@ def shrink(
         float | None, typer.Option(help="Accuracy to keep besides, 0..1.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
-    ] = None,
+    eval_data: EvalData = None,
     work: Annotated[
         Path | None,
         typer.Option(help="Folder of checkpoints; the same command goes on from it."),
@@ -313,8 +307,14 @@ def shrink(
             data=data,
             out=out,
             latency_ms=latency_ms,
+            percentile=percentile,
+            size_bytes=size_bytes,
             compressed_bytes=compressed_bytes,
+            peak_memory_mb=peak_memory_mb,
             min_accuracy=min_accuracy,
+            rate_hz=rate_hz,
+            sustained_s=sustained_s,
+            threads=threads,
             eval_data=eval_data,
             normalisation=shrinking.normalisation(mean, std),
             recipe=replace(
@@ -349,9 +349,7 @@ def fleet(
     calibration: Annotated[
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Labelled images to measure accuracy on.")
-    ] = None,
+    eval_data: EvalData = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle for each of several devices, of a few networks in all."""

@@ -15,6 +15,28 @@ SupernetName = Annotated[
     str, typer.Option(help="Name in the zoo, or folder of a trained supernet.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the bundle; new or empty.")]
+LatencyMs = Annotated[float | None, typer.Option(help="Budget in milliseconds.")]
+Percentile = Annotated[
+    int, typer.Option(help="Of the runs the budget speaks of: 50, 90, 95 or 99.")
+]
+SizeBytes = Annotated[
+    int | None, typer.Option(help="Largest model that will do, in bytes.")
+]
+PeakMemoryMb = Annotated[
+    float | None, typer.Option(help="Memory that loading and running may take.")
+]
+RateHz = Annotated[
+    float | None, typer.Option(help="The application's runs per second.")
+]
+SustainedS = Annotated[
+    float, typer.Option(help="Seconds of load before the first timed run.")
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Of one inference; default: the device's, or 1.")
+]
+EvalData = Annotated[
+    Path | None, typer.Option(help="Labelled images to measure accuracy on.")
+]
 BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the search.")]
 TableFile = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
@@ -21,7 +23,7 @@ from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
-from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import called_layers, trace_channels
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
@@ -32,6 +34,8 @@ from ofa_deploy.target import Target
 Floats = NDArray[np.float32]
 # Between masked and removed channels, over the largest output; rounding makes 1e-6.
 MOST_DIFFERENCE = 1e-4
+# Images that tell what a network knows from a guess.
+MANY = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -382,6 +386,38 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
         module.train(training)
     result: Floats = _logits(module, outputs).float().numpy()
     return result
+
+
+def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
+    """Warn of a network that knows no more of held-out images than a guess would.
+
+    Args:
+        own: As it was brought.
+        images: Held out; of fewer than `MANY` nothing can be told.
+    """
+    if len(images) < MANY:
+        return
+    seen = images.take(np.random.default_rng(0).permutation(len(images))[:MANY])
+    inputs = prepare(
+        seen.images, resolution=own.resolution, normalisation=own.normalisation
+    )
+    share = float((run(own.module, inputs).argmax(1) == seen.labels).mean())
+    guessed = 1 / len(own.class_names)
+    error = (guessed * (1 - guessed) / MANY) ** 0.5
+    if share > guessed + 3 * error:
+        return
+    warnings.warn(
+        f"{own.family} classifies {share:.0%} of {MANY} held-out images right, and a "
+        f"guess {guessed:.0%}: there is nothing to keep of what it knows. Look at the "
+        f"order of its outputs, which must be {_few(own.class_names)}, at the "
+        "normalisation, and at the weights",
+        stacklevel=3,
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _logits(module: nn.Module, outputs: object) -> Tensor:

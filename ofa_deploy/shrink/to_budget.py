@@ -18,7 +18,7 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError, DeviceError, SpaceError
 from ofa_deploy.exporting import compare_exported
-from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.report.shrunk import ShrinkHistory, shrunk_report
@@ -32,7 +32,7 @@ from ofa_deploy.shrink.device_prices import (
 )
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.methods import DECIDING_SETTING, searched_by_tas
-from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.recipe import (
     METHODS,
     Method,
@@ -103,6 +103,8 @@ def shrink(
     if constraints.peak_memory_mb is not None:
         require_memory_gauge()
     _require_limit(known, constraints)
+    if normalisation is not None:
+        require_pixel_scale(normalisation)
     out = Path(out).resolve()
     require_free(out)
     target = parse_target(device, threads=threads)
@@ -136,6 +138,7 @@ def shrink(
     if known == "tas":
         own = searched_by_tas(own, projects=recipe.tas.projects)
     require_classes(evaluation, Source(own=own, sha256=""))
+    warn_if_by_chance(own, evaluation)
     if target.backend == "litert-cpu" and not own.is_chain:
         raise DeviceError(
             f"{own.family} on litert-cpu: only chains of branched convolutions (the "

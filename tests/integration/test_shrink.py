@@ -34,6 +34,7 @@ from ofa_deploy.nn.cifar_resnet import Block
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
+from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.shrink import device_prices, fitting, to_budget
@@ -50,7 +51,7 @@ from ofa_deploy.shrink.methods import (
     _executor,
     searched_by_tas,
 )
-from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
 from ofa_deploy.shrink.shrinking import Shrinking
@@ -1018,6 +1019,35 @@ def test_the_command_shrinks_a_network_of_a_file(
     assert Bundle.open(tmp_path / "out").check().agrees
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--latency-ms 1 --percentile 51", "percentile=51 is not one of"),
+        ("--latency-ms 1 --size-bytes 0", "size_bytes=0 makes no sense"),
+        ("--latency-ms 1 --peak-memory-mb 0", "peak_memory_mb=0.0 makes no sense"),
+        ("--latency-ms 1 --rate-hz 5000", "runs would pile up"),
+        ("--latency-ms 1 --sustained-s -1", "sustained_s=-1.0 makes no sense"),
+        ("--latency-ms 1 --threads 0", "threads"),
+    ],
+)
+def test_the_command_takes_every_limit(
+    words: str,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    where = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    model = ["--model", f"{tmp_path / 'net.py'}:build", *words.split()]
+    monkeypatch.setattr("sys.argv", ["ofa-deploy", "shrink", *model, *where])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code != 0
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(autouse=True)
 def _own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of one name are other modules in every test."""
@@ -1129,6 +1159,11 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
             DataError,
             r"features\.0\.weight is not finite",
         ),
+        (
+            {"normalisation": Normalisation(mean=(0.5,) * 3, std=(0.2,) * 3)},
+            DataError,
+            "which are of pixels of 0 to 1",
+        ),
         ({"seed": 3}, SpaceError, "seed: these are for supernets"),
         ({"data": None}, DataError, "give labelled images as data="),
         ({"device": "abacus"}, DeployError, "device 'abacus' is unknown"),
@@ -1139,6 +1174,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         "nothing",
         "weights",
         "numbers",
+        "pixels",
         "seed",
         "data",
         "device",
@@ -1163,6 +1199,20 @@ def test_what_cannot_be_shrunk_is_refused_with_a_reason(
     with pytest.raises(kind, match=told):
         specialize(**given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_knows_nothing_of_the_images_is_warned_of(
+    dense: StaticNet,
+) -> None:
+    images = tiny.images(per_class=100)
+    names = images.class_names
+    warn_if_by_chance(own_network(dense), images)
+    # Outputs in another order than the folders' names.
+    moved = replace(images, labels=(images.labels + 1) % len(names))
+    with pytest.warns(UserWarning, match=rf"which must be {', '.join(names)}, at the"):
+        warn_if_by_chance(own_network(dense), moved)
+    few = moved.take(np.arange(len(moved)) < 100)
+    warn_if_by_chance(own_network(dense), few)  # that tells nothing
 
 
 def test_data_of_another_number_of_classes_is_refused(

@@ -14,6 +14,7 @@ from ofa_deploy.preprocess import (
     decode_normalisation,
     measure_normalisation,
     prepare,
+    require_pixel_scale,
     resize,
 )
 from ofa_deploy.train.augment import (
@@ -39,6 +40,27 @@ def test_each_channel_is_normalised_by_its_own_figures() -> None:
     normalisation = Normalisation(mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
     image = np.full((1, 1, 1, 3), 40, dtype=np.uint8)
     assert normalisation.apply(image)[0, :, 0, 0].tolist() == [30.0, 10.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "255 times as much"),
+        ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), "which are of pixels of 0 to 1"),
+        ((0.0, 0.0, 0.0), (60.0, 0.0, 60.0), "a std above 0"),
+        ((0.0, float("nan"), 0.0), (60.0, 60.0, 60.0), "give finite numbers"),
+    ],
+)
+def test_statistics_of_other_pixels_are_refused(
+    mean: tuple[float, float, float], std: tuple[float, float, float], told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        require_pixel_scale(Normalisation(mean=mean, std=std))
+
+
+def test_inputs_that_are_pixels_as_they_are_are_allowed() -> None:
+    require_pixel_scale(PLAIN)
+    require_pixel_scale(tiny.NORMALISATION)
 
 
 def test_channels_come_before_rows_and_columns() -> None:
