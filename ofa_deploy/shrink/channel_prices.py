@@ -155,7 +155,7 @@ class LatencyPrice:
         self.scale, self.constant_ms = scale, constant_ms
         self._counts = Counts(graph)
         self._surfaces = [
-            (place, layer.calls, _surface(graph, layer, latency_ms, step=step))
+            (place, layer.repeats, _surface(graph, layer, latency_ms, step=step))
             for place, layer in enumerate(graph.layers)
             if _is_priced(graph, layer)
         ]
@@ -165,8 +165,8 @@ class LatencyPrice:
         read, written = self._counts.of_layers(counts)
         total = sum(
             (
-                calls * surface.at(read[place], written[place])
-                for place, calls, surface in self._surfaces
+                repeats * surface.at(read[place], written[place])
+                for place, repeats, surface in self._surfaces
                 if not self._is_left_out(place, read[place], written[place])
             ),
             start=torch.zeros((), dtype=torch.float64),
@@ -185,11 +185,11 @@ class LatencyPrice:
 
     def of_layer(self, place: int, read: float, written: float) -> float:
         """See `LayerPrices`."""
-        for index, calls, surface in self._surfaces:
+        for index, repeats, surface in self._surfaces:
             if index == place and not self._is_left_out(place, read, written):
                 both = torch.tensor([read, written], dtype=torch.float64)
                 at = surface.at(both[0], both[1])
-                return self.scale * calls * float(at)
+                return self.scale * repeats * float(at)
         return 0.0
 
     def of_graph(self, graph: ChannelGraph) -> LatencyPrice:

@@ -107,11 +107,14 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
 
     def note(name: str, module: nn.Module, read: Tensor, written: Tensor) -> None:
         if name in found:
+            before = found[name]
             more = _traced_layer(name, module, read, written)
+            places = before.places + more.places
             found[name] = replace(
-                found[name],
-                places=found[name].places + more.places,
-                calls=found[name].calls + 1,
+                before,
+                places=places,
+                calls=before.calls + 1,
+                repeats=before.repeats * places / before.places,
             )
         else:
             found[name] = _traced_layer(name, module, read, written)

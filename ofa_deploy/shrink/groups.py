@@ -63,6 +63,8 @@ class TracedLayer:
         in_size: Height and width of its input.
         places: Places of its output at which it computes, all calls together.
         calls: How often the network calls it.
+        repeats: Places of all calls, as a multiple of the first one's, of whose maps
+            its latency is measured.
         is_projection: Whether it is left out where it reads as many channels as it
             writes.
     """
@@ -77,6 +79,7 @@ class TracedLayer:
     in_size: int
     places: int
     calls: int = 1
+    repeats: float = 1.0
     is_projection: bool = False
 
     @property

@@ -21,7 +21,7 @@ from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink.channel_prices import timed_layer, timed_layers
+from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layer, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.extract import extract_module, extract_plan
@@ -157,6 +157,33 @@ def test_a_latent_at_the_threshold_is_removed_and_one_above_is_kept() -> None:
 
 
 # -- P4, P5: the price -----------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """One convolution on maps of several sizes, and once on each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.stem(x))
+        x = self.shared(F.max_pool2d(x, 2)) + self.shared(F.max_pool2d(x, 2))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+def test_a_layer_costs_what_its_maps_are_worth_whatever_their_sizes() -> None:
+    graph = trace_channels(Pyramid(), input_shape=(3, 12, 12))
+    blocks = timed_layers(graph, step=4)
+    price = LatencyPrice(
+        graph,
+        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
+        step=4,
+    )
+    counts = torch.tensor([8.0], dtype=torch.float64)
+    convs = 3 * 9 * 8 * 144 + 8 * 8 * (144 + 36 + 36)
+    assert float(price(counts)) == pytest.approx(convs / 1e6)
 
 
 @every_network
