@@ -31,8 +31,7 @@ from pas import TAUGHT, TAUGHT_EPOCHS, first_teachers, later_teachers
 from report import Section
 from same_latency import (
     compare_by_latency,
-    kept_model,
-    seeded,
+    further_models,
     shrink_to_latency_of,
 )
 from torch import nn
@@ -450,7 +449,7 @@ def publish(args: argparse.Namespace) -> None:
         [onnx_of(one) for one in tuned(own, "LeGR", 0.5)],
         inputs,
         test,
-        again=[kept_model(seeded(LATENCY, seed)) for seed in SEEDS[1:]],
+        again=further_models(LATENCY, SEEDS[1:]),
     )
     section.publish()
 

@@ -36,9 +36,10 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.fitting import AIMED_SHARE
-from ofa_deploy.shrink.methods import remembered, searched_by_tas
+from ofa_deploy.shrink.methods import remembered
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
@@ -116,6 +117,22 @@ def shrink_to_latency_of(
 def seeded(name: str, seed: int) -> str:
     """Name of what a seed left; of the first, as it is."""
     return f"{name}-{seed}" if seed else name
+
+
+def further_models(name: str, seeds: Sequence[int]) -> list[bytes]:
+    """Models of a bundle's structure, trained with further seeds.
+
+    Raises:
+        SystemExit: One is of another structure.
+    """
+    structure = kept_facts(name)["kept"]
+    for seed in seeds:
+        if kept_facts(seeded(name, seed))["kept"] != structure:
+            raise SystemExit(
+                f"{seeded(name, seed)} is of another structure than {name}: timing "
+                "left another one; run the stage again on an idle machine"
+            )
+    return [kept_model(seeded(name, seed)) for seed in seeds]
 
 
 def kept_model(name: str) -> bytes:
@@ -200,7 +217,7 @@ def compare_by_latency(
         by_macs: The other one, as ONNX models of several trainings.
         inputs: To test both on.
         test: Their labels.
-        again: The bundle's structure, of further trainings.
+        again: Models of further trainings by that latency.
     """
     bundle = Bundle.open(WEIGHTS / name)
     if not kept_facts(name)["search"]:

@@ -70,9 +70,10 @@ from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.expected_price import ExpectedPrice
 from ofa_deploy.shrink.finetuning import Told, finetune
-from ofa_deploy.shrink.methods import Found, Search, likeliest, searched_by_tas
+from ofa_deploy.shrink.methods import Found, Search, likeliest
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import KNOWLEDGE_TEMPERATURE, ShrinkRecipe
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.tas import TasSettings
 from ofa_deploy.train.images import TrainingImages
@@ -302,7 +303,7 @@ def search(args: argparse.Namespace) -> None:
 def is_searched(name: str, origin: str) -> bool:
     """Whether the structure is there that a search by this recipe found."""
     path = LOGS / f"tas-search-{name}.json"
-    return path.is_file() and kept_structure(name)["origin"] == origin
+    return path.is_file() and kept_structure(name).get("origin") == origin
 
 
 def searching(

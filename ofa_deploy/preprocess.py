@@ -51,7 +51,7 @@ def require_pixel_scale(normalisation: Normalisation) -> None:
     told = f"normalisation has mean {mean} and std {std}"
     if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise DataError(f"{told}; give finite numbers, and a std above 0")
-    if max(std) < 1:
+    if max(std) < 1 or (max(std) == 1 and 0 < max(mean) <= 1):
         raise DataError(
             f"{told}, which are of pixels of 0 to 1; give those of pixels of 0 to 255, "
             "255 times as much"

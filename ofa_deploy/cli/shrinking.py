@@ -117,7 +117,7 @@ def normalisation(mean: str | None, std: str | None) -> Normalisation | None:
     if mean is None and std is None:
         return None
     return Normalisation(
-        mean=_three("--mean", mean, least=0.0), std=_three("--std", std, least=1e-3)
+        mean=_three("--mean", mean, least=0.0), std=_three("--std", std, least=1 / 255)
     )
 
 

@@ -108,13 +108,11 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
     def note(name: str, module: nn.Module, read: Tensor, written: Tensor) -> None:
         if name in found:
             before = found[name]
-            more = _traced_layer(name, module, read, written)
-            places = before.places + more.places
+            again = _traced_layer(name, module, read, written)
             found[name] = replace(
                 before,
-                places=places,
-                calls=before.calls + 1,
-                repeats=before.repeats * places / before.places,
+                in_size=max(before.in_size, again.in_size),
+                call_places=before.call_places + again.call_places,
             )
         else:
             found[name] = _traced_layer(name, module, read, written)
@@ -154,7 +152,7 @@ def _traced_layer(
             out_channels=module.out_features,
             # Of a square map with as many places.
             in_size=max(1, round(places**0.5)),
-            places=places,
+            call_places=(places,),
         )
     assert isinstance(module, nn.Conv2d)
     square = (
@@ -177,7 +175,7 @@ def _traced_layer(
         in_channels=module.in_channels,
         out_channels=module.out_channels,
         in_size=int(read.shape[2]),
-        places=written[0, 0].numel(),
+        call_places=(written[0, 0].numel(),),
     )
 
 

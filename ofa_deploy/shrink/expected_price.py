@@ -22,7 +22,7 @@ LEAP = 1.1
 # budget may be below it, so that a structure of which more is asked for becomes wider.
 FIT_TOLERANCE = 0.01
 ROUNDING = 1e-9
-LEAST_CHANCE = 1e-12
+LEAST_PROBABILITY = 1e-12
 # Share of a price that the narrowest widths may cost at the depths that are kept: what
 # is fitted by measuring is narrowed further than its price says.
 NARROWEST_SHARE = 0.9
@@ -94,10 +94,10 @@ class ExpectedPrice:
         )
 
     def depths_within(self, most: float) -> tuple[int, ...]:
-        """The likeliest depths, or fewer blocks where no width keeps a price at these.
+        """The likeliest depths, or fewer blocks where these leave widths too little.
 
         Args:
-            most: The price, with some room below it for the narrowest widths.
+            most: Of the price; the narrowest widths are to be below it by some room.
         """
         narrowest = [choices[0] for choices in self._choices]
 
@@ -363,7 +363,7 @@ def _with_less(
     for index, place in enumerate(places):
         moved = [*counts[:index], fewer[index], *counts[index + 1 :]]
         saved = now - cost(moved)
-        chances = probabilities[index].double().clamp(min=LEAST_CHANCE).log()
+        chances = probabilities[index].double().clamp(min=LEAST_PROBABILITY).log()
         lost = float(chances[place] - chances[max(0, place - 1)])
         if saved > 0 and lost / saved < least_lost:
             best, least_lost = moved, lost / saved

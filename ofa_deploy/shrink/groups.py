@@ -60,11 +60,8 @@ class TracedLayer:
         groups: Of the convolution.
         in_channels: Of the whole network.
         out_channels: Of the whole network.
-        in_size: Height and width of its input.
-        places: Places of its output at which it computes, all calls together.
-        calls: How often the network calls it.
-        repeats: Places of all calls, as a multiple of the first one's, of whose maps
-            its latency is measured.
+        in_size: Height and width of its input; of the largest, if it has several.
+        call_places: Places of its output at which it computes, of each call.
         is_projection: Whether it is left out where it reads as many channels as it
             writes.
     """
@@ -77,15 +74,23 @@ class TracedLayer:
     in_channels: int
     out_channels: int
     in_size: int
-    places: int
-    calls: int = 1
-    repeats: float = 1.0
+    call_places: tuple[int, ...]
     is_projection: bool = False
 
     @property
     def depthwise(self) -> bool:
         """Whether each channel is filtered alone."""
         return 1 < self.groups == self.in_channels == self.out_channels
+
+    @property
+    def places(self) -> int:
+        """Places of its output at which it computes, all calls together."""
+        return sum(self.call_places)
+
+    @property
+    def repeats(self) -> float:
+        """What all its calls are, as a multiple of the largest."""
+        return self.places / max(self.call_places)
 
     @property
     def macs_per_pair(self) -> float:
@@ -165,7 +170,7 @@ def planned_channels(network: PlannedNet) -> ChannelGraph:
                     in_channels=layer.in_channels,
                     out_channels=layer.out_channels,
                     in_size=1 if conv is None else conv.in_size,
-                    places=1 if conv is None else conv.out_size**2,
+                    call_places=(1 if conv is None else conv.out_size**2,),
                 )
             )
             if not is_linear:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.nn.projection import put_module
+from ofa_deploy.nn.stand_in import StandIn
 from ofa_deploy.shrink.groups import ChannelGraph, Cut
 
 # Strictly above it a channel is kept.
@@ -137,7 +138,7 @@ class BinaryMask(nn.Module):
         self.latent[indices] = INITIAL_LATENT
 
 
-class MaskedInput(nn.Module):
+class MaskedInput(StandIn):
     """A layer that reads zeros in place of the channels that are not kept.
 
     Args:
@@ -157,8 +158,7 @@ class MaskedInput(nn.Module):
         masks: Sequence[BinaryMask],
         rule: Rule = "product",
     ) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         self._rule: Rule = rule
         self._masks = tuple(masks)
         index, begin = np.zeros(width, dtype=np.int64), 1
@@ -169,15 +169,6 @@ class MaskedInput(nn.Module):
         self.register_buffer("index", torch.from_numpy(index), persistent=False)
         # Features are last, channels second.
         self._is_linear = isinstance(layer, nn.Linear)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the layer has: a forward may ask, such as for `in_features`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "layer":  # while it is being copied
-                raise
-            return getattr(self.layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to `(N, width, ...)`, or of a linear layer `(..., width)`."""

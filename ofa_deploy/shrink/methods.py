@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import MissingDependency, TraceError, TrainingError
-from ofa_deploy.nn.projection import projection_paths
+from ofa_deploy.errors import MissingDependency, TrainingError
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
@@ -28,7 +27,6 @@ from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
 from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.groups import ChannelGraph, Side
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -38,12 +36,11 @@ from ofa_deploy.shrink.masks import (
 )
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
-from ofa_deploy.shrink.projecting import with_projections
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
 from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
 from ofa_deploy.shrink.shrinking import short_digest
-from ofa_deploy.shrink.stages import find_stages, searchable_groups, shallower
+from ofa_deploy.shrink.stages import shallower
 from ofa_deploy.shrink.tas import (
     Passes,
     Preflight,
@@ -284,71 +281,6 @@ def remembered(path: Path | None, find: Callable[[], Any]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(found).encode())
     return found
-
-
-def searched_by_tas(
-    own: OwnNetwork, *, step: int = 1, projects: bool = True
-) -> OwnNetwork:
-    """The network with those groups alone whose widths tas can search, and its stages.
-
-    Args:
-        own: The network.
-        step: Widths are multiples of this: a group that leaves no choice stays whole.
-        projects: Whether shortcuts that are modules may become projections.
-
-    Raises:
-        TraceError: There are none.
-    """
-    if own.is_chain:
-        raise TraceError(
-            f"{own.family}: the branches of its layers have batch norms of their own, "
-            "which tas cannot search; take pas, legr or autoprune"
-        )
-    if projects:
-        own = _projecting(own)
-    searchable = searchable_groups(own.module, own.graph, own.image)
-    groups = [index for index in searchable if own.graph.groups[index].channels > step]
-    if searchable and not groups:
-        widest = max(own.graph.groups[index].channels for index in searchable)
-        raise TraceError(
-            f"{own.family} has at most {widest} channels in a layer that tas can "
-            f"search, and its widths are multiples of {step}: there is no choice. Give "
-            "a smaller recipe.step, or take pas, legr or autoprune"
-        )
-    groups = _apart(own.graph, groups)
-    if not groups:
-        raise TraceError(
-            f"{own.family} has no channels that pass a batch norm right where they are "
-            "written, or none at all, and are not concatenated with others: nothing "
-            "can be searched by tas; take pas, legr or autoprune"
-        )
-    graph = own.graph.only(groups)
-    stages = find_stages(own.module, graph, own.image)
-    removable = {name for stage in stages for names in stage.layers for name in names}
-    return replace(own, graph=replace(graph, removable=frozenset(removable)))
-
-
-def _projecting(own: OwnNetwork) -> OwnNetwork:
-    """With projections on its shortcuts, if it can be narrowed exactly then, too."""
-    projected = with_projections(own.module, own.image)
-    if not projection_paths(projected):
-        return own
-    try:
-        return own.grown(projected)
-    except TraceError:
-        return own
-
-
-def _apart(graph: ChannelGraph, groups: Sequence[int]) -> list[int]:
-    """Of some groups those that no layer reads, or writes, beside another of them."""
-    beside = {
-        cut.group
-        for layer in graph.layers
-        for side in get_args(Side)
-        if len(cuts := graph.only(groups).cuts_at(layer.name, side)) > 1
-        for cut in cuts
-    }
-    return [group for place, group in enumerate(groups) if place not in beside]
 
 
 def _tas(search: Search) -> Found:

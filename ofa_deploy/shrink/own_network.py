@@ -34,8 +34,8 @@ from ofa_deploy.target import Target
 Floats = NDArray[np.float32]
 # Between masked and removed channels, over the largest output; rounding makes 1e-6.
 MOST_DIFFERENCE = 1e-4
-# Images that tell what a network knows from a guess.
-MANY = 200
+# Images that tell what a network knows from a guess: at least, at most, at a time.
+FEW, MOST_SEEN, AT_A_TIME = 100, 1000, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -166,13 +166,22 @@ class OwnNetwork:
         masked = self.masked()
         for mask, indices in zip(masked.masks, kept, strict=True):
             mask.keep_only(indices)
+        return self.computes_what_is_left(masked.module, kept)
+
+    def computes_what_is_left(self, form: nn.Module, kept: Sequence[Tensor]) -> bool:
+        """Whether a form of it computes what it does without its other channels.
+
+        Args:
+            form: Takes the same images.
+            kept: Indices of the channels that stay, of each group.
+        """
         shape = (2, IMAGE_CHANNELS, self.resolution, self.resolution)
-        noise = rng.standard_normal(shape, dtype=np.float32)
+        noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         narrow = self._narrowed(kept)
         if isinstance(narrow, FusedNetwork):
             narrow = FusedNet(narrow.plan, narrow.weights)
         try:
-            expected = run(masked.module, noise)
+            expected = run(form, noise)
             found = run(narrow, noise)
         except Exception:  # whatever its forward makes of shapes that do not fit
             return False
@@ -357,7 +366,7 @@ class OwnNetwork:
         shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
         peak = max(
             layer.in_channels * layer.in_size**2
-            + layer.out_channels * layer.places // layer.calls
+            + layer.out_channels * max(layer.call_places)
             for layer in called_layers(narrow, torch.zeros(1, *shape))
         )
         return NetworkCost(
@@ -391,25 +400,34 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
 def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
     """Warn of a network that knows no more of held-out images than a guess would.
 
+    Classes count alike, however many images they have.
+
     Args:
         own: As it was brought.
-        images: Held out; of fewer than `MANY` nothing can be told.
+        images: Held out; of fewer than `FEW` nothing is told.
     """
-    if len(images) < MANY:
+    if len(images) < FEW:
         return
-    seen = images.take(np.random.default_rng(0).permutation(len(images))[:MANY])
+    seen = images.take(np.random.default_rng(0).permutation(len(images))[:MOST_SEEN])
     inputs = prepare(
         seen.images, resolution=own.resolution, normalisation=own.normalisation
     )
-    share = float((run(own.module, inputs).argmax(1) == seen.labels).mean())
-    guessed = 1 / len(own.class_names)
-    error = (guessed * (1 - guessed) / MANY) ** 0.5
-    if share > guessed + 3 * error:
+    guesses = np.concatenate(
+        [
+            run(own.module, inputs[begin : begin + AT_A_TIME]).argmax(1)
+            for begin in range(0, len(inputs), AT_A_TIME)
+        ]
+    )
+    right = guesses == seen.labels
+    known = float(np.mean([right[seen.labels == c].mean() for c in set(seen.labels)]))
+    by_chance = 1 / len(own.class_names)
+    error = (by_chance * (1 - by_chance) / len(seen)) ** 0.5
+    if known > by_chance + 3 * error:
         return
     warnings.warn(
-        f"{own.family} classifies {share:.0%} of {MANY} held-out images right, and a "
-        f"guess {guessed:.0%}: there is nothing to keep of what it knows. Look at the "
-        f"order of its outputs, which must be {_few(own.class_names)}, at the "
+        f"{own.family} classifies {known:.1%} of {len(seen)} held-out images right, "
+        f"and a guess {by_chance:.1%}: there is nothing to keep of what it knows. Look "
+        f"at the order of its outputs, which must be {_few(own.class_names)}, at the "
         "normalisation, and at the weights",
         stacklevel=3,
     )

@@ -15,6 +15,7 @@ from ofa_deploy.shrink.stages import Stage, find_stages, normed_layers
 from ofa_deploy.shrink.transformable import (
     Distribution,
     SearchedNorm,
+    SearchedOutput,
     SearchedStage,
     depth_choices,
     width_choices,
@@ -138,8 +139,7 @@ def insert_distributions(
             continue
         module, width = copied.get_submodule(cut.module), widths[cut.group]
         if cut.module in layers:  # without a norm: its output is mixed as it is
-            mixed = nn.Sequential(module, SearchedNorm(None, width))
-            put_module(copied, cut.module, mixed)
+            put_module(copied, cut.module, SearchedOutput(module, width))
         else:
             assert isinstance(module, nn.BatchNorm2d)
             put_module(copied, cut.module, _searched_norm(module, width))

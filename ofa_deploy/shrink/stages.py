@@ -114,8 +114,8 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
     return found
 
 
-def _writes_elsewhere(network: nn.Module, image: Tensor) -> set[str]:
-    """Linear layers whose channels are not `(N, channels)`: of tokens, or maps."""
+def _layers_of_tokens(network: nn.Module, image: Tensor) -> set[str]:
+    """Linear layers that write more than `(N, channels)`: of tokens, or of maps."""
     found = set()
 
     def note(name: str, output: Tensor) -> None:
@@ -146,7 +146,7 @@ def searchable_groups(
         image: `(1, 3, H, W)`.
     """
     norm_of = normed_layers(network, image)
-    behind, elsewhere = set(norm_of.values()), _writes_elsewhere(network, image)
+    behind, of_tokens = set(norm_of.values()), _layers_of_tokens(network, image)
     layers = {layer.name: layer for layer in graph.layers}
     shared = [cut.module for cut in graph.cuts if cut.side == "out"]
     found = []
@@ -166,7 +166,7 @@ def searchable_groups(
         if (
             whole
             and any(not layers[name].is_projection for name in convs)
-            and elsewhere.isdisjoint(convs)
+            and of_tokens.isdisjoint(convs)
             and all(name in behind for name in norms)
         ):
             found.append(index)
@@ -178,8 +178,8 @@ def find_stages(
 ) -> tuple[Stage, ...]:
     """Runs of alike blocks in `nn.Sequential`s whose outputs are like their inputs.
 
-    These are called once, as such: of what takes their blocks out of them and calls
-    these itself, another forward would be needed.
+    The network calls them once each. Where its forward loops over their blocks itself,
+    it may do more than call one after the other, so that none of them may go.
     The first one of a run may change the shape; it is always kept. What has such a run
     in it is no block of another. Blocks may go even if no width of them is searched.
 
@@ -193,12 +193,12 @@ def find_stages(
     searched = {group.name: index for index, group in enumerate(graph.groups)}
     group_of = [searched.get(group.name) for group in whole.groups]
     rank = {layer.name: place for place, layer in enumerate(whole.layers)}
-    keeps_shape = _calls(network, image)
+    calls = _calls(network, image)
     stages: list[Stage] = []
     for container, module in reversed(list(network.named_modules())):  # innermost first
         if (
             type(module).forward is not nn.Sequential.forward
-            or len(keeps_shape.get(container, ())) != 1  # what only iterates calls none
+            or len(calls.get(container, [])) != 1
         ):
             continue
         blocks: list[_Block | None] = []
@@ -210,7 +210,7 @@ def find_stages(
                 path,
                 type(block),
                 group_of,
-                keeps_shape=all(keeps_shape.get(path, [False])),
+                keeps_shape=all(calls.get(path, [False])),
             )
             blocks.append(None if within else found)
         stages += [
@@ -285,7 +285,7 @@ class _Block:
     ) -> _Block | None:
         """None of what writes several searched groups, or is called several times."""
         layers = [layer for layer in graph.layers if _is_in(layer.name, path)]
-        if not layers or any(layer.calls > 1 for layer in layers):
+        if not layers or any(len(layer.call_places) > 1 for layer in layers):
             return None
         cuts = [cut for cut in graph.cuts if _is_in(cut.module, path)]
         others = [cut for cut in graph.cuts if not _is_in(cut.module, path)]

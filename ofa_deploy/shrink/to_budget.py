@@ -31,7 +31,7 @@ from ofa_deploy.shrink.device_prices import (
     runtime_step,
 )
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.methods import DECIDING_SETTING, searched_by_tas
+from ofa_deploy.shrink.methods import DECIDING_SETTING
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.recipe import (
     METHODS,
@@ -39,6 +39,7 @@ from ofa_deploy.shrink.recipe import (
     ShrinkRecipe,
     default_shrink_recipe,
 )
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking, Shrunk, Source
 from ofa_deploy.target import parse_target
 from ofa_deploy.train.images import TrainingImages
@@ -138,7 +139,8 @@ def shrink(
     if known == "tas":
         own = searched_by_tas(own, projects=recipe.tas.projects)
     require_classes(evaluation, Source(own=own, sha256=""))
-    warn_if_by_chance(own, evaluation)
+    if recipe.distill or not (known == "tas" and recipe.tas.fresh):  # it is needed
+        warn_if_by_chance(own, images.validation)
     if target.backend == "litert-cpu" and not own.is_chain:
         raise DeviceError(
             f"{own.family} on litert-cpu: only chains of branched convolutions (the "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError
+from ofa_deploy.nn.stand_in import StandIn
 
 # Widths are these tenths of a layer's own, rounded down.
 TENTHS = range(3, 11)
@@ -119,6 +120,11 @@ class Distribution(nn.Module):
     def likeliest(self) -> int:
         """The choice of the highest probability."""
         return self.choices[int(self.logits.detach().argmax())]
+
+    def prefer(self, choice: int) -> None:
+        """Let one choice be the likeliest, by far."""
+        certain = [50.0 * (one == choice) for one in self.choices]
+        self.logits.data = torch.tensor(certain)
 
     def draw(self, tau: float) -> None:
         """Draw two choices for the passes that come."""
@@ -238,6 +244,25 @@ def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
         affine=norm.affine,
         track_running_stats=norm.track_running_stats,
     )
+
+
+class SearchedOutput(StandIn):
+    """A layer without a norm, whose output is mixed as it is.
+
+    Args:
+        layer: The layer.
+        width: The distribution of its width.
+    """
+
+    def __init__(self, layer: nn.Module, width: Distribution) -> None:
+        super().__init__(layer)
+        self.mixed = SearchedNorm(None, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `SearchedNorm`."""
+        result = self.mixed(self.layer(x))
+        assert isinstance(result, Tensor)
+        return result
 
 
 class SearchedStage(nn.Module):

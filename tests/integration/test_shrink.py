@@ -49,11 +49,11 @@ from ofa_deploy.shrink.methods import (
     SEARCHING,
     Search,
     _executor,
-    searched_by_tas,
 )
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
@@ -1027,7 +1027,7 @@ def test_the_command_shrinks_a_network_of_a_file(
         ("--latency-ms 1 --peak-memory-mb 0", "peak_memory_mb=0.0 makes no sense"),
         ("--latency-ms 1 --rate-hz 5000", "runs would pile up"),
         ("--latency-ms 1 --sustained-s -1", "sustained_s=-1.0 makes no sense"),
-        ("--latency-ms 1 --threads 0", "threads"),
+        ("--latency-ms 1 --threads 0", "must be a whole number from 1 to"),
     ],
 )
 def test_the_command_takes_every_limit(
@@ -1211,8 +1211,34 @@ def test_a_network_that_knows_nothing_of_the_images_is_warned_of(
     moved = replace(images, labels=(images.labels + 1) % len(names))
     with pytest.warns(UserWarning, match=rf"which must be {', '.join(names)}, at the"):
         warn_if_by_chance(own_network(dense), moved)
-    few = moved.take(np.arange(len(moved)) < 100)
+    few = moved.take(np.arange(len(moved)) < 50)
     warn_if_by_chance(own_network(dense), few)  # that tells nothing
+    # Whoever always says the most frequent class knows nothing.
+    constant = copy.deepcopy(dense)
+    with torch.no_grad():
+        *_, weight, bias = constant.parameters()
+        weight.zero_()
+        bias.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    mostly = (images.labels == 1) | (np.arange(len(images)) < 30)
+    with pytest.warns(UserWarning, match=r"33\.3% of 120 .* a guess 33\.3%"):
+        warn_if_by_chance(own_network(constant), images.take(mostly))
+
+
+def test_a_call_warns_of_such_a_network_before_anything_is_measured(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    images = tiny.images(per_class=400)
+    moved = replace(images, labels=(images.labels + 1) % 3)
+    with pytest.raises(UserWarning, match="nothing to keep of what it knows"):
+        specialize(
+            "onnxruntime-cpu",
+            model=dense,
+            data=moved,
+            out=tmp_path / "out",
+            latency_ms=GENEROUS_MS,
+            recipe=recipe(),
+            normalisation=tiny.NORMALISATION,
+        )
 
 
 def test_data_of_another_number_of_classes_is_refused(

@@ -25,9 +25,9 @@ from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder, cost_loss
 from ofa_deploy.shrink.extract import extract_module
-from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.projecting import with_projections
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.shrink.tas import TasSettings, TransformableSearch
@@ -52,7 +52,6 @@ from tests.support.searching import (
     chosen,
     drawn,
     owned,
-    peaked,
     picked,
     resnet,
     scattered,
@@ -226,7 +225,7 @@ def test_at_full_width_and_depth_the_price_is_the_whole_networks() -> None:
     network = own()
     net = searched(network)
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     price = ExpectedPrice(net, MacPrice(network.graph))
     full = float(MacPrice(network.graph)(full_counts(network.graph)))
     assert float(price.expected().detach()) == pytest.approx(full, rel=1e-6)
@@ -321,7 +320,7 @@ def test_at_full_width_and_depth_the_searched_network_is_the_network() -> None:
     network = own()
     net = searched(network)
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     x = drawn(0, 4, 3, SIZE, SIZE)
     network.module.eval()
     torch.testing.assert_close(
@@ -409,8 +408,40 @@ def plain_chain() -> nn.Module:
     )  # fmt: skip
 
 
+class Asking(nn.Module):
+    """Asks layers how many features they read, and of what type their weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2)
+        self.hidden, self.head = nn.Linear(16 * 25, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x.to(self.stem.weight.dtype)))
+        x = F.relu(self.hidden(x.view(-1, self.hidden.in_features)))
+        return cast(Tensor, self.head(x))
+
+
+class Halves(nn.Module):
+    """What is zero in one of its layers is a half behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 16, 3), own_networks.conv(16, 20)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.sigmoid(self.stem(x)))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+def test_what_zeros_do_not_stay_zero_behind_is_left_whole() -> None:
+    assert names_searched(Halves()) == ["last.0"]
+
+
 # Layers whose widths are searched.
 WITHOUT_NORMS = {
+    Asking: ["stem", "hidden"],
     own_networks.DenseNet: ["layers.2.2", "transition.0"],
     plain_chain: ["0", "2", "6"],
     own_networks.Vgg: ["features.0", "features.4", "classifier.0"],
@@ -432,12 +463,12 @@ def test_layers_without_norms_are_searched_as_they_are(
     net = searched(found)
     x = drawn(0, 4, 3, SIZE, SIZE)
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     torch.testing.assert_close(net.module.eval()(x), module(x), rtol=1e-4, atol=1e-5)
     # Settled at any widths, it is the network that is left.
     widths, depths = chosen(data, net)
     for one, choice in zip(net.module.distributions, [*widths, *depths], strict=True):
-        peaked(one, choice)
+        one.prefer(choice)
     left = found.left_of(shallower(found.module, net.stages, depths))
     by_name = dict(zip(WITHOUT_NORMS[network], widths, strict=True))
     kept = [torch.arange(by_name[group.name]) for group in left.graph.groups]
@@ -454,7 +485,7 @@ def test_the_residual_network_is_searched_whole(projects: bool, groups: int) -> 
     assert [stage.blocks for stage in net.stages] == [3, 3, 3]
     x = drawn(0, 2, 3, 32, 32)
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     left.module.eval()
     torch.testing.assert_close(
         net.module.eval()(x), left.module(x), rtol=1e-4, atol=1e-5
@@ -874,7 +905,7 @@ def test_a_target_below_the_least_choice_is_refused() -> None:
 def test_what_is_told_has_the_expected_and_the_likeliest_price() -> None:
     _, method, net = training()
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     (told,) = method.remarks()
     assert told == (
         "of the price 100.0% are expected, 100.0% likeliest, 50.0% asked for; "
@@ -930,7 +961,7 @@ def test_room_goes_into_widths_that_need_no_projections() -> None:
     net = searched(network)
     equal = {16: 8, 32: 16, 64: 32}
     for one in net.width_distributions:
-        peaked(one, equal[one.choices[-1]])
+        one.prefer(equal[one.choices[-1]])
     price = MacPrice(network.graph)
     cost = float(price(torch.tensor(net.widths(), dtype=torch.float64)))
     counts = order_of(net).within(price, 1.2 * cost)

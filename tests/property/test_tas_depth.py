@@ -20,8 +20,9 @@ from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.expected_price import NARROWEST_SHARE, ExpectedPrice
 from ofa_deploy.shrink.extract import extract_module
-from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.searchable import searched_by_tas
+from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import find_stages, shallower
 from tests.support import own_networks
 from tests.support.mac_counter import counted_macs
@@ -29,7 +30,6 @@ from tests.support.searching import (
     chosen,
     drawn,
     owned,
-    peaked,
     picked,
     resnet,
     scattered,
@@ -77,42 +77,54 @@ def test_the_expected_price_is_the_mean_where_depths_are_left_out() -> None:
     assert mean == pytest.approx(float(price.expected().detach()), abs=4 * spread)
 
 
-# Of the whole network.
-NARROW_SHARES = st.floats(0.1, 1.0)
+def narrowest(net: SearchedNetwork) -> list[int]:
+    return [one.choices[0] for one in net.width_distributions]
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), NARROW_SHARES)
-def test_blocks_go_only_where_no_width_keeps_the_price_with_them(
-    seed: int, share: float
+# Of what the narrowest widths cost at the likeliest depths.
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.2, 1.3))
+def test_blocks_go_only_where_they_leave_widths_too_little(
+    seed: int, room: float
 ) -> None:
     net = searched(resnet(32))
     scattered(net, seed)
     price = ExpectedPrice(net, MacPrice(net.graph))
-    most = share * price.full
-    likely, kept = net.depths(), price.depths_within(most)
-    narrowest = [one.choices[0] for one in net.width_distributions]
+    likely = net.depths()
 
-    def fits(depths: Sequence[int]) -> bool:
-        return price.settled(narrowest, depths) <= NARROWEST_SHARE * most
+    def cost(depths: Sequence[int]) -> float:
+        return price.settled(narrowest(net), depths)
 
+    most = room * cost(likely)
+    kept = price.depths_within(most)
     assert all(few <= many for few, many in zip(kept, likely, strict=True))
-    assert fits(kept) or kept == (1, 1, 1)
-    assert (kept == likely) == (fits(likely) or likely == (1, 1, 1))
+    if room >= 1.2 or set(likely) == {1}:
+        assert kept == likely
+    elif room <= 1.0:
+        assert kept != likely
+    if kept != (1, 1, 1):  # there is room for widths
+        assert cost(kept) < most
+    if kept != likely:  # with the last ones that went there was too little
+        choices = [one.choices for one in net.depth_distributions]
+        with_more = [
+            [*kept[:place], each[each.index(kept[place]) + 1], *kept[place + 1 :]]
+            for place, each in enumerate(choices)
+            if kept[place] < likely[place]
+        ]
+        assert max(map(cost, with_more)) > NARROWEST_SHARE * most
 
 
 def test_the_blocks_that_go_first_are_the_least_likely_for_their_price() -> None:
     net = searched(resnet(20), step=1)
     for one in net.width_distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     unsure, *sure = net.depth_distributions
     unsure.logits.data = torch.tensor([0.0, 0.1, 0.2])
     for one in sure:
         one.logits.data = torch.tensor([0.0, 0.0, 9.0])
     price = ExpectedPrice(net, MacPrice(net.graph))
-    narrowest = [one.choices[0] for one in net.width_distributions]
     for depths in ((3, 3, 3), (2, 3, 3), (1, 3, 3)):
-        most = price.settled(narrowest, depths) / NARROWEST_SHARE
+        most = price.settled(narrowest(net), depths) / NARROWEST_SHARE
         assert price.depths_within((1 + 1e-9) * most) == depths
 
 
@@ -283,7 +295,7 @@ def test_depth_is_searched_where_the_width_of_what_is_handed_on_is_not(
     found = [stage.blocks for stage in net.stages]
     assert found == ([3] if case == "grouped" else [3, 3])
     for one in net.module.distributions:
-        peaked(one, one.choices[-1])
+        one.prefer(one.choices[-1])
     x = drawn(0, 4, 3, SIZE, SIZE)
     torch.testing.assert_close(
         net.module.eval()(x), own.module.eval()(x), rtol=1e-4, atol=1e-5

@@ -28,11 +28,12 @@ from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.channel_prices import LatencyPrice
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.device_prices import DevicePrices
-from ofa_deploy.shrink.expected_price import LikeliestOrder
+from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder
 from ofa_deploy.shrink.fitting import NEAR_BUDGET, Fitted, Fitting
-from ofa_deploy.shrink.methods import Found, Search, likeliest, searched_by_tas
+from ofa_deploy.shrink.methods import Found, Search, likeliest
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe, default_shrink_recipe
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.tas import PREFLIGHT_PASSES, Preflight, TasSettings, preflight
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
@@ -70,6 +71,7 @@ def search(
     network: OwnNetwork,
     *,
     fresh: bool = False,
+    share: float = 0.5,
     folder: Path | None = None,
     distill: bool = True,
     told: Callable[[str, LoopProgress], None] = lambda stage, progress: None,
@@ -80,7 +82,7 @@ def search(
     return Search(
         own=network,
         price=MacPrice(network.graph),
-        share=0.5,
+        share=share,
         step=1,
         recipe=settings,
         images=images,
@@ -107,6 +109,18 @@ def test_a_fresh_search_is_the_same_whatever_weights_were_brought() -> None:
     brought = [search(own(seed)) for seed in (0, 1)]
     pairs = zip(*map(learned, brought), strict=False)
     assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_search_for_less_than_whole_stages_leaves_fewer_blocks() -> None:
+    network = own()
+    distributions = searched(network)
+    price = ExpectedPrice(distributions, MacPrice(network.graph))
+    narrowest = [one.choices[0] for one in distributions.width_distributions]
+    (blocks,) = (stage.blocks for stage in distributions.stages)
+    share = price.settled(narrowest, [blocks]) / price.full
+    assert share > price.least / price.full
+    ((_, _, depth),) = search(network, share=share).depths
+    assert depth < blocks
 
 
 # -- what it says before it begins -----------------------------------------------------

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink.methods import searched_by_tas
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
-from ofa_deploy.shrink.transformable import Distribution
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -54,11 +53,6 @@ def searched(
         searches_depth=True,
         fresh=fresh,
     )
-
-
-def peaked(one: Distribution, choice: int) -> None:
-    """Let one choice have nearly all the probability."""
-    one.logits.data = torch.tensor([50.0 * (c == choice) for c in one.choices])
 
 
 def scattered(net: SearchedNetwork, seed: int, *, spread: float = 2.0) -> None:

@@ -47,6 +47,7 @@ def test_each_channel_is_normalised_by_its_own_figures() -> None:
     [
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "255 times as much"),
         ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), "which are of pixels of 0 to 1"),
+        ((0.485, 0.456, 0.406), (1.0, 1.0, 1.0), "which are of pixels of 0 to 1"),
         ((0.0, 0.0, 0.0), (60.0, 0.0, 60.0), "a std above 0"),
         ((0.0, float("nan"), 0.0), (60.0, 60.0, 60.0), "give finite numbers"),
     ],
