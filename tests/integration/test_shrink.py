@@ -37,12 +37,20 @@ from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.shrink import device_prices, fitting, to_budget
+from ofa_deploy.shrink import (
+    by_channels,
+    device_prices,
+    fitting,
+    methods,
+    sparse,
+    to_budget,
+)
+from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
-from ofa_deploy.shrink.finetuning import freeze
+from ofa_deploy.shrink.finetuning import Told, finetune, freeze, nobody
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.methods import (
@@ -52,9 +60,14 @@ from ofa_deploy.shrink.methods import (
 )
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
-from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
+from ofa_deploy.shrink.recipe import (
+    ChannelMethod,
+    Method,
+    ShrinkRecipe,
+    default_shrink_recipe,
+)
 from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.shrinking import Shrinking
+from ofa_deploy.shrink.shrinking import Shrinking, Shrunk
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
@@ -295,7 +308,9 @@ def test_a_network_with_skips_keeps_them(
     parity = compare_exported(exported, data().images, normalisation=tiny.NORMALISATION)
     assert parity.agrees
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
-    assert "Add" in {node.op_type for node in nodes}
+    kinds = {node.op_type for node in nodes}
+    assert "Add" in kinds
+    assert "BatchNormalization" not in kinds
     bundle = specialize(
         backend,
         model=network,
@@ -310,13 +325,30 @@ def test_a_network_with_skips_keeps_them(
 
 @pytest.mark.parametrize("method", ["pas", "legr", "autoprune", "tas"])
 def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
-    method: Method, caches: Path, tmp_path: Path
+    method: Method, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
     latency_ms = 0.8 * priced_ms(own, caches)
+    taught: list[tuple[nn.Module | None, Recipe]] = []
+
+    def noted(*args: Any, **others: Any) -> float:
+        taught.append((others["teacher"], others["recipe"]))
+        return finetune(*args, **others)
+
+    monkeypatch.setattr(by_channels, "finetune", noted)
     bundle = shrunk(network, method, latency_ms, tmp_path)
+    for teacher, learned in taught:  # by the network that was brought
+        assert teacher is not None
+        same = teacher.state_dict()
+        assert all(torch.equal(same[k], v) for k, v in network.state_dict().items())
+        published = (4.0, 0.9)  # of tas
+        assert method != "tas" or (
+            (learned.temperature, learned.teacher_share) == published
+        )
+        assert (learned.temperature is None) == (method != "tas")
+    assert taught
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
     assert sum(history["kept"]) < sum(history["channels"])
     trained = trained_weights(bundle, tmp_path)
@@ -614,16 +646,23 @@ def own_network(network: nn.Module) -> OwnNetwork:
 
 
 def call_of(
-    network: nn.Module, work: Path, *, budget_share: float, **limits: Any
+    network: nn.Module,
+    work: Path,
+    *,
+    budget_share: float,
+    method: Method = "pas",
+    **limits: Any,
 ) -> tuple[Shrinking, DevicePrices]:
     """A call, with a share of what a network is priced at as its budget."""
     own = own_network(network)
+    if method == "tas":
+        own = searched_by_tas(own, step=4)
     prices = made_up_prices(own)
     full_ms = float(prices.price(full_counts(own.graph)))
     settings = recipe()
     call = Shrinking(
         own=own,
-        method="pas",
+        method=method,
         target=Target(backend="onnxruntime-cpu", threads=1),
         constraints=Constraints(latency_ms=budget_share * full_ms, **limits),
         recipe=settings,
@@ -855,6 +894,48 @@ def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
 
 @pytest.mark.parametrize("part", ["search", "finetune"])
 @pytest.mark.parametrize("epochs", [(0,), (1, 1)])
+def test_a_ranking_below_its_safeguards_is_refused_before_it_is_learned(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    call, prices = call_of(dense, tmp_path, budget_share=0.9)
+    low = replace(call.recipe, lowest_share=0.001)
+    with ExitStack() as stack:
+        shrinking = ByChannels(
+            call=replace(call, recipe=low), method="legr", prices=prices, stack=stack
+        )
+        with pytest.raises(SpaceError, match=r"lowest_share=0\.001.* give at least"):
+            shrinking.run()
+    assert not list(tmp_path.glob("*/search"))
+
+
+def test_a_chain_of_branches_is_not_searched_by_tas(dense: StaticNet) -> None:
+    with pytest.raises(TraceError, match="take pas, legr or autoprune"):
+        searched_by_tas(own_network(dense))
+
+
+@pytest.mark.parametrize(
+    ("floor", "step", "least"), [(8, 16, 16), (8, 3, 9), (8, 4, 8)]
+)
+def test_floors_are_multiples_of_the_runtimes_step(
+    floor: int, step: int, least: int
+) -> None:
+    assert recipe(floor=floor).aligned_floor(step) == least
+
+
+@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated", "shared"])
+def test_batch_norms_behind_convolutions_are_folded_into_files(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    network = own_networks.ALL[name]().eval()
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    file = write_module(
+        network, resolution=own_networks.SIZE, target=target, folder=tmp_path
+    )
+    nodes = onnx.load(tmp_path / file).graph.node
+    assert "BatchNormalization" not in {node.op_type for node in nodes}
+
+
 def test_a_recipe_whose_trainings_are_not_of_one_phase_is_refused(
     part: str, epochs: tuple[int, ...]
 ) -> None:
@@ -944,6 +1025,115 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(
     assert (tmp_path / "cut" / CHECKPOINT_FILE).exists()
     resumed = search(tmp_path / "cut", stop_after=None)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(branched, "pas"), (ResidualNet, "pas"), (ResidualNet, "tas")],
+)
+def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
+    kind: Callable[[], nn.Module],
+    method: ChannelMethod,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind is ResidualNet:
+        pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    measured_as(monkeypatch, factor=1.0)
+    torch.manual_seed(0)
+    network = kind()
+
+    def run(folder: Path, told: Told) -> tuple[Shrunk, Mapping[str, Tensor]]:
+        call, prices = call_of(network, folder, budget_share=0.6, method=method)
+        with ExitStack() as stack:
+            shrinking = ByChannels(
+                call=replace(call, told=told),
+                method=method,
+                prices=prices,
+                stack=stack,
+            )
+            found = shrinking.run()
+        return found, read_checkpoint(found.trainings[-1] / CHECKPOINT_FILE).weights
+
+    def kill(stage: str, progress: LoopProgress) -> None:
+        if stage == "fine-tuning" and progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    whole, weights = run(tmp_path / "whole", nobody)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill)
+    stages: list[str] = []
+    again, same = run(tmp_path / "killed", lambda stage, _: stages.append(stage))
+    assert set(stages) == {"fine-tuning"}  # what was searched is there
+    assert again.kept == whole.kept
+    assert sum(whole.kept) < sum(whole.had)
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in same.items())
+
+
+def begin_search(
+    method: Method, images: TrainingImages, settings: ShrinkRecipe
+) -> None:
+    own = own_network(ResidualNet())
+    if method == "autoprune-weights":
+        sparse.search_weights(
+            own.module,
+            target_share=0.5,
+            settings=settings.sparsity,
+            estimator=settings.estimator,
+            deciding_share=settings.deciding_share,
+            resolution=SIZE,
+            images=images,
+            recipe=settings.search,
+            folder=None,
+        )
+        return
+    own = searched_by_tas(own, step=4) if method == "tas" else own
+    Search(
+        own=own,
+        price=MacPrice(own.graph),
+        share=0.5,
+        step=4,
+        recipe=settings,
+        images=images,
+        held_out=data(),
+        folder=None,
+    ).run(method)
+
+
+@pytest.mark.parametrize("method", ["autoprune", "tas", "autoprune-weights"])
+def test_what_decides_learns_from_images_that_no_weights_are_trained_on(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(Exception):
+        pass
+
+    seen: dict[str, TrainingImages] = {}
+    original = Deciding.of
+
+    def of(images: TrainingImages, *args: Any, **others: Any) -> Deciding:
+        seen["choices"] = images
+        return original(images, *args, **others)
+
+    def loop(*args: Any, images: TrainingImages, **others: Any) -> None:
+        seen["weights"] = images
+        raise Noted
+
+    monkeypatch.setattr(Deciding, "of", of)
+    monkeypatch.setattr(methods, "TrainingLoop", loop)
+    monkeypatch.setattr(sparse, "TrainingLoop", loop)
+    settings = recipe()
+    images = TrainingImages(data(), settings.search)
+    with pytest.raises(Noted):
+        begin_search(method, images, settings)
+    first, second = (
+        {image.tobytes() for image in one.training.images} for one in seen.values()
+    )
+    assert not first & second
+    share = 0.5 if method == "tas" else settings.deciding_share
+    assert len(seen["choices"].training) == pytest.approx(
+        share * len(images.training), abs=2
+    )
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(

@@ -440,25 +440,35 @@ def test_what_zeros_do_not_stay_zero_behind_is_left_whole() -> None:
 
 
 # Layers whose widths are searched.
-WITHOUT_NORMS = {
-    Asking: ["stem", "hidden"],
-    own_networks.DenseNet: ["layers.2.2", "transition.0"],
+SEARCHED: dict[Callable[[], nn.Module], list[str]] = {
     plain_chain: ["0", "2", "6"],
-    own_networks.Vgg: ["features.0", "features.4", "classifier.0"],
-    own_networks.GatedGroupedNet: ["stem.0", "gate.reduce", "last.0"],
     LinearGate: ["stem.0", "reduce", "last.0"],
-}
+    Asking: ["stem", "hidden"],
+    own_networks.ResidualNet: [
+        "stem", "blocks.0.first", "blocks.1.first", "blocks.1.second", "blocks.2.first",
+    ],
+    own_networks.PaddedResidualNet: [f"blocks.{k}.first" for k in range(4)],
+    own_networks.DenseNet: ["layers.2.2", "transition.0"],
+    own_networks.GatedGroupedNet: ["stem.0", "gate.reduce", "last.0"],
+    own_networks.MobileNet: [
+        "0", "3.layers.0", "3.layers.6", "4.layers.0", "5.layers.0", "5.layers.6", "6",
+    ],
+    own_networks.Vgg: ["features.0", "features.4", "classifier.0"],
+    own_networks.SharedNet: ["stem.0", "last.0"],
+    own_networks.AskingNet: ["stem", "last"],
+    own_networks.AliasedNet: ["first", "second"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("network", WITHOUT_NORMS)
+@pytest.mark.parametrize("network", SEARCHED)
 @settings(max_examples=5, deadline=None)
 @given(st.data())
-def test_layers_without_norms_are_searched_as_they_are(
+def test_whatever_is_searched_settles_to_what_is_left(
     network: Callable[[], nn.Module], data: st.DataObject
 ) -> None:
     torch.manual_seed(0)
     module = network().eval()
-    assert names_searched(module) == WITHOUT_NORMS[network]
+    assert names_searched(module) == SEARCHED[network]
     found = searched_by_tas(owned(module, resolution=SIZE, class_count=5))
     net = searched(found)
     x = drawn(0, 4, 3, SIZE, SIZE)
@@ -470,11 +480,15 @@ def test_layers_without_norms_are_searched_as_they_are(
     for one, choice in zip(net.module.distributions, [*widths, *depths], strict=True):
         one.prefer(choice)
     left = found.left_of(shallower(found.module, net.stages, depths))
-    by_name = dict(zip(WITHOUT_NORMS[network], widths, strict=True))
+    by_name = dict(zip(SEARCHED[network], widths, strict=True))
     kept = [torch.arange(by_name[group.name]) for group in left.graph.groups]
     narrow = extract_module(left.module, left.graph, kept)
     torch.testing.assert_close(net.module(x), narrow(x), rtol=1e-4, atol=1e-5)
     assert net.module.train()(x).shape == (4, 5)
+    # And costs as much.
+    price = ExpectedPrice(net, MacPrice(found.graph))
+    counted = counted_macs(narrow, SIZE) / 1e6
+    assert price.settled(widths, depths) == pytest.approx(counted)
 
 
 @pytest.mark.parametrize(("projects", "groups"), [(True, 19), (False, 12)])

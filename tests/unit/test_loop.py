@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
+from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import (
     CHECKPOINT_FILE,
@@ -109,3 +111,57 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
         loop_of(network, tmp_path).run(poison)
     loop_of(network, tmp_path)  # loads the last good one
     assert network.get_buffer("spare").item() == 0.0
+
+
+@pytest.mark.parametrize("temperature", [None, 4.0])
+def test_what_a_teacher_says_is_learned_and_it_stays_as_it_is(
+    temperature: float | None,
+) -> None:
+    phase = Phase(name="dense", epochs=1, peak_learning_rate=0.01, distill=False)
+    recipe = Recipe(
+        phases=(phase,), batch_size=18, crop_padding=1, temperature=temperature
+    )
+    images = TrainingImages(tiny.images(per_class=20, seed=11), recipe)
+    teacher = Net()
+    with torch.no_grad():
+        teacher.head.weight.mul_(30)
+    teacher.train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+
+    def first_loss(taught_by: nn.Module | None) -> float:
+        loop = TrainingLoop(
+            Net(),
+            images=images,
+            recipe=recipe,
+            resolution=tiny.IMAGE_SIZE,
+            folder=None,
+            bf16=False,
+            teacher=taught_by,
+        )
+        return loop._train_step(0)
+
+    rng = np.random.default_rng([recipe.seed, 0, 0])
+    inputs, targets = images.batch(0, 0, resolution=tiny.IMAGE_SIZE, rng=rng)
+    logits, taught = Net().train()(inputs), teacher.eval()(inputs)
+    if temperature is None:
+        expected = supernet_loss(
+            logits,
+            targets,
+            soft_targets=taught.softmax(1),
+            label_smoothing=recipe.label_smoothing,
+            distillation_ratio=recipe.distillation_ratio,
+        )
+    else:
+        expected = knowledge_loss(
+            logits,
+            targets,
+            taught,
+            temperature=temperature,
+            teacher_share=recipe.teacher_share,
+            label_smoothing=recipe.label_smoothing,
+        )
+    found = first_loss(teacher.train())  # it answers in eval mode all the same
+    assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert found != pytest.approx(first_loss(None), rel=1e-3)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(before[name], tensor)
