@@ -258,7 +258,7 @@ def structures(own: OwnNetwork, share: float) -> dict[str, list[torch.Tensor]]:
     price = MacPrice(own.graph)
     most = share * float(price(full_counts(own.graph)))
     floors = quota_floors(own.graph, safeguard=SETTINGS.safeguard, step=1)
-    sources = writers(own.module, own.graph)
+    sources = writers(own.module, own.graph, norm_power=SETTINGS.norm_power)
 
     def order(affine: Affine) -> RemovalOrder:
         scores = affine_scores(own.graph, sources, affine)

@@ -75,6 +75,7 @@ class LegrSettings:
         mutated_share: Of the layers, whose numbers change in a child.
         spread: Standard deviation of the logarithm of `alpha` at the beginning.
         safeguard: Share of each group's channels that is kept in any case.
+        norm_power: See `writers`.
         tuning_steps: Of SGD before a candidate is judged; 0 re-estimates batch norms
             only.
         learning_rate: Of these steps.
@@ -90,6 +91,7 @@ class LegrSettings:
     mutated_share: float = 0.1
     spread: float = 1.0
     safeguard: float = 0.1
+    norm_power: int = 2
     tuning_steps: int = 0
     learning_rate: float = 0.01
     together: int = 8
@@ -101,6 +103,10 @@ class LegrSettings:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise SpaceError(f"{name}={getattr(self, name)}; give at least 1")
+        if self.norm_power not in (1, 2):
+            raise SpaceError(
+                f"norm_power={self.norm_power}; give 2 for squared norms, or 1"
+            )
         if self.tuning_steps < 0 or not self.spread > 0:
             raise SpaceError(
                 f"tuning_steps={self.tuning_steps}, spread={self.spread:g}; give at "
@@ -281,7 +287,7 @@ class RankingSearch:
         self.own, graph = own, own.graph
         self.price, self.most, self.step = price, most, step
         self.settings, self.images, self.folder = settings, images, folder
-        self.sources = writers(own.module, graph)
+        self.sources = writers(own.module, graph, norm_power=settings.norm_power)
         self.floors = list(
             floors or quota_floors(graph, safeguard=settings.safeguard, step=step)
         )

@@ -28,7 +28,7 @@ INITIAL_LATENT = 1.0
 
 
 # What stands for the derivative of the step, of the height above the threshold.
-Estimator = Literal["identity", "leaky_relu", "softplus"]
+Estimator = Literal["identity", "leaky_relu", "softplus", "relu"]
 LEAK = 0.01
 # What the gradient of a mask is made of: the channel's values, or their signs alone.
 Rule = Literal["product", "sign"]
@@ -40,8 +40,11 @@ def estimated_slope(height: Tensor, estimator: Estimator) -> Tensor:
     Args:
         height: Above the threshold.
         estimator: `identity`: 1; `leaky_relu`: 1 above and a little below, so that what
-            was removed may come back; `softplus`: the sigmoid.
+            was removed may come back; `softplus`: the sigmoid; `relu`: 1 above and
+            nothing below, so that what was removed is gone for good.
     """
+    if estimator == "relu":
+        return (height > 0).to(height.dtype)
     if estimator == "leaky_relu":
         return torch.where(height > 0, 1.0, LEAK).to(height.dtype)
     if estimator == "softplus":

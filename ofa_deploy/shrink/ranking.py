@@ -42,14 +42,16 @@ class Writer:
     channels: Indices
 
 
-def writers(network: nn.Module, graph: ChannelGraph) -> list[Writer]:
+def writers(
+    network: nn.Module, graph: ChannelGraph, *, norm_power: int = 2
+) -> list[Writer]:
     """Convolutions and linear layers that write channels which can go.
-
-    The norm is squared and summed over the filter, as LeGR's code has it.
 
     Args:
         network: That the graph is of.
         graph: Its channels.
+        norm_power: 2 for the filters' squared norms, as LeGR's code has them; 1 for
+            the norms, as its text does.
     """
     found = []
     merged = _merged_kernels(network)
@@ -57,7 +59,7 @@ def writers(network: nn.Module, graph: ChannelGraph) -> list[Writer]:
         cuts = graph.cuts_at(layer.name, "out")
         if not cuts:
             continue
-        norms = _filter_norms(network, layer.name, merged)
+        norms = _filter_norms(network, layer.name, merged) ** (norm_power / 2)
         groups = np.full(len(norms), -1, dtype=np.intp)
         channels = np.zeros(len(norms), dtype=np.intp)
         for cut in cuts:
@@ -72,7 +74,7 @@ def writers(network: nn.Module, graph: ChannelGraph) -> list[Writer]:
 def _filter_norms(
     network: nn.Module, name: str, merged: Mapping[str, NDArray[np.float32]]
 ) -> Floats:
-    """Of a layer's filters; of a branched layer, of those that its branches make."""
+    """Squared, of a layer's filters; of a branched one's, that its branches make."""
     if name in merged:
         weight = torch.from_numpy(merged[name])
     else:

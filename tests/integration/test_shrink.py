@@ -892,8 +892,6 @@ def test_a_limit_that_only_the_file_tells_is_asked_before_the_search(
     assert not list(tmp_path.glob("*/search"))
 
 
-@pytest.mark.parametrize("part", ["search", "finetune"])
-@pytest.mark.parametrize("epochs", [(0,), (1, 1)])
 def test_a_ranking_below_its_safeguards_is_refused_before_it_is_learned(
     dense: StaticNet, tmp_path: Path
 ) -> None:
@@ -922,7 +920,7 @@ def test_floors_are_multiples_of_the_runtimes_step(
     assert recipe(floor=floor).aligned_floor(step) == least
 
 
-@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated", "shared"])
+@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated"])
 def test_batch_norms_behind_convolutions_are_folded_into_files(
     name: str, tmp_path: Path
 ) -> None:
@@ -936,6 +934,8 @@ def test_batch_norms_behind_convolutions_are_folded_into_files(
     assert "BatchNormalization" not in {node.op_type for node in nodes}
 
 
+@pytest.mark.parametrize("part", ["search", "finetune"])
+@pytest.mark.parametrize("epochs", [(0,), (1, 1)])
 def test_a_recipe_whose_trainings_are_not_of_one_phase_is_refused(
     part: str, epochs: tuple[int, ...]
 ) -> None:

@@ -189,6 +189,25 @@ def test_no_estimator_is_flat_where_channels_are_removed() -> None:
     assert estimated_slope(around, "leaky_relu").tolist() == pytest.approx([LEAK, 1.0])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=20), st.floats(-1, 0.5))
+def test_behind_a_rectifier_what_was_removed_never_returns(
+    gradients: list[float], latent: float
+) -> None:
+    mask = BinaryMask(1, estimator="relu")
+    mask.latent.data.fill_(latent)
+    optimizer = torch.optim.SGD([mask.latent], lr=1.0, momentum=0.9)
+    for gradient in gradients:
+        optimizer.zero_grad()
+        torch.autograd.backward(gradient * mask.binary.sum())
+        optimizer.step()
+        assert not len(mask.kept())
+    kept = BinaryMask(1, estimator="relu")
+    torch.autograd.backward(kept.binary.sum())
+    assert kept.latent.grad is not None
+    assert kept.latent.grad.item() == 1.0
+
+
 # -- P7, P8: alone with the price, and on a toy ------------------------------------
 
 

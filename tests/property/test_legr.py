@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
@@ -147,6 +147,29 @@ def test_of_single_layers_a_common_summand_changes_nothing(
     other = Affine(alpha=one.alpha, kappa=one.kappa + summand)
     first, second = order_of(CHAIN, one), order_of(CHAIN, other)
     assert first.counts(steps) == second.counts(steps)
+
+
+def test_of_layers_in_one_group_a_common_summand_counts_as_often_as_they_are() -> None:
+    """Groups of more layers get more of it, and go later."""
+    one = affine(0)
+    orders = [
+        order_of(RESIDUAL, Affine(alpha=one.alpha, kappa=one.kappa + summand))
+        for summand in (0.0, 1e6)
+    ]
+    first, second = ([o.counts(n) for n in range(len(o))] for o in orders)
+    assert first != second
+
+
+def test_norms_are_squared_unless_they_are_not_to_be() -> None:
+    plain = writers(RESIDUAL.module, RESIDUAL.graph, norm_power=1)
+    for one, squared in zip(plain, SOURCES, strict=True):
+        weight = RESIDUAL.module.get_submodule(one.name).weight
+        assert isinstance(weight, Tensor)
+        norms = weight.detach().double().flatten(1).norm(dim=1).numpy()
+        np.testing.assert_allclose(one.norms, norms)
+        np.testing.assert_allclose(squared.norms, norms**2)
+    with pytest.raises(SpaceError, match="norm_power=3; give 2"):
+        LegrSettings(norm_power=3)
 
 
 def test_a_layer_of_large_kappa_goes_last_and_of_small_kappa_first() -> None:

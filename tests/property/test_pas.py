@@ -796,6 +796,72 @@ def test_channels_of_grouped_convolutions_stay() -> None:
     assert names == ["stem.0", "gate.reduce", "last.0"]
 
 
+class Normed(nn.Module):
+    """A norm over several channels behind a convolution."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), norm
+        self.last, self.head = nn.Conv2d(16, 24, 3, padding=1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.last(F.relu(self.norm(self.stem(x)))))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
+class Mixing(nn.Module):
+    """Channels that are parted, multiplied, and handed on in another order."""
+
+    def __init__(self, *, shuffles: bool) -> None:
+        super().__init__()
+        self.stem, self.shuffles = nn.Conv2d(3, 16, 3, padding=1), shuffles
+        self.last = nn.Conv2d(16 if shuffles else 8, 24, 3, padding=1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        if self.shuffles:
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        else:
+            one, other = x.chunk(2, dim=1)
+            x = one * torch.sigmoid(other)
+        return cast(Tensor, self.head(F.relu(self.last(x)).mean((2, 3))))
+
+
+MIXED: dict[str, Callable[[], nn.Module]] = {
+    "group norm": lambda: Normed(nn.GroupNorm(4, 16)),
+    "layer norm": lambda: Normed(nn.GroupNorm(1, 16)),
+    "instance norm": lambda: Normed(nn.InstanceNorm2d(16, affine=True)),
+    "parted": lambda: Mixing(shuffles=False),
+    "shuffled": lambda: Mixing(shuffles=True),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_channels_that_are_mixed_stay_whole_or_go_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    brought = OwnNetwork.of(
+        MIXED[name]().eval(),
+        resolution=12,
+        normalisation=Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        class_names=tuple("abcde"),
+    )
+    groups = brought.graph.groups
+    assert groups[-1].name == "last"
+    if name in ("group norm", "layer norm", "shuffled"):
+        assert len(groups) == 1
+    masked = brought.masked()
+    kept = [torch.arange(0, group.channels, 2) for group in groups]
+    for mask, indices in zip(masked.masks, kept, strict=True):
+        mask.keep_only(indices)
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        expected = masked.module.eval()(x)
+        found = brought.remainder(masked, kept).eval()(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # -- what was fused already ------------------------------------------------------------
 
 
