@@ -497,6 +497,32 @@ def test_the_pull_alone_takes_the_smallest_weights_in_the_time_that_is_set(
             assert weight.abs()[kept].min() >= weight.abs()[~kept].max()
 
 
+def test_without_a_task_single_weights_go_and_never_return() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    shares: list[list[float]] = []
+    for stronger in (1.0, 2.0):
+        copied = copy.deepcopy(network)
+        pull = sparsity(copied, 1 / 256)  # of the 256 weights one
+        pull.scale_to(0.01)
+        pull._strength *= stronger
+        steps = torch.optim.SGD(
+            pull.latents, lr=pull.latent_rate, momentum=pull.momentum
+        )
+        found = [pull.current_share()]
+        for _ in range(2 * STEPS):
+            steps.zero_grad()
+            torch.autograd.backward(pull.loss() + 0 * pull.latents[0].sum())
+            steps.step()
+            found.append(pull.current_share())
+        shares.append(found)
+    for found in shares:
+        assert all(later <= earlier for earlier, later in itertools.pairwise(found))
+        assert found[-1] <= 1 / 256
+    assert all(more <= less for less, more in zip(*shares, strict=True))
+    assert shares[0] != shares[1]
+
+
 def test_a_larger_gradient_of_the_task_makes_a_smaller_rate_and_a_stronger_pull() -> (
     None
 ):

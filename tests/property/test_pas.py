@@ -431,6 +431,22 @@ def test_what_is_removed_stays_as_it_was_while_the_rest_is_trained(name: str) ->
     assert sum(int(changed.sum()) for changed in moved.values()) > 1000
 
 
+@every_network
+def test_layers_without_a_channel_make_no_number_infinite(
+    build: Callable[[], nn.Module],
+) -> None:
+    net = masked(build())
+    x = torch.randn(4, *SHAPE)
+    for emptied in (*net.masks, None):
+        for mask in net.masks:
+            mask.latent.data.fill_(0.0 if mask is emptied or emptied is None else 1.0)
+        logits = net.module.train()(x)
+        torch.autograd.backward(logits.square().sum())
+        assert torch.isfinite(logits).all()
+        for parameter in net.module.parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all()
+
+
 # -- P8, P9: the regulariser alone -----------------------------------------------------
 
 
