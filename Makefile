@@ -16,7 +16,7 @@ ORACLE_STAMP := $(ORACLE)/ofa-deploy.stamp
 
 # What only computes is tested on all cores, a thread each: more would wait for each other.
 # What measures has the machine for itself.
-COMPUTE_TESTS := tests/unit tests/property tests/packaging
+COMPUTE_TESTS := tests/unit tests/property tests/packaging tests/training
 MEASURE_TESTS := tests/contract tests/integration
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -25,15 +25,11 @@ from torch import Tensor, nn
 from ofa_deploy import Bundle, DeployError, InfeasibleBudget, specialize
 from ofa_deploy.cli import main
 from ofa_deploy.cli.shrinking import load_model
-from ofa_deploy.constraints import Constraints
-from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, SpaceError, TraceError, TrainingError
-from ofa_deploy.exporting import ExportedNetwork, compare_exported
-from ofa_deploy.families import repvgg
+from ofa_deploy.exporting import compare_exported
 from ofa_deploy.nn.cifar_resnet import Block
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import StaticNet
-from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
@@ -41,56 +37,49 @@ from ofa_deploy.shrink import (
     by_channels,
     device_prices,
     fitting,
-    methods,
-    sparse,
     to_budget,
 )
-from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.by_channels import ByChannels
-from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
-from ofa_deploy.shrink.cost import MacPrice, full_counts
+from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
-from ofa_deploy.shrink.finetuning import Told, finetune, freeze, nobody
+from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import Fitting
-from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.methods import (
     SEARCHING,
-    Search,
     _executor,
 )
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import (
-    ChannelMethod,
     Method,
-    ShrinkRecipe,
-    default_shrink_recipe,
 )
 from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.shrinking import Shrinking, Shrunk
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
-from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress
 from ofa_deploy.train.recipe import Phase, Recipe
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.quick import QUICK
+from tests.support.shrinking import (
+    SIZE,
+    ResidualNet,
+    branched,
+    call_of,
+    data,
+    made_up_prices,
+    measured_as,
+    own_network,
+    recipe,
+    train,
+)
 
 # Few images will do to see that they are used.
 pytestmark = pytest.mark.filterwarnings("ignore:candidates are ranked on")
 
-SIZE = tiny.IMAGE_SIZE
 GENEROUS_MS = 10_000.0
-QUICK_LEGR = LegrSettings(
-    evaluations=8,
-    population=4,
-    samples=2,
-    training_count=36,
-    validation_count=12,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,74 +98,12 @@ def _quick_timing() -> Iterator[None]:
         yield
 
 
-def data() -> ImageSet:
-    return tiny.images(per_class=40, seed=11)
-
-
-def recipe(**changes: Any) -> ShrinkRecipe:
-    found = default_shrink_recipe(search_epochs=6, finetune_epochs=4, batch_size=18)
-    found = replace(
-        found,
-        search=replace(found.search, crop_padding=1),
-        finetune=replace(found.finetune, crop_padding=1),
-        floor=4,
-        step=4,
-        legr=QUICK_LEGR,
-    )
-    return replace(found, **changes)
-
-
-def branched() -> StaticNet:
-    space = repvgg.small(class_count=3)
-    space = replace(
-        space,
-        resolutions=(SIZE,),
-        stem=replace(space.stem, out_channels=16),
-        stages=(repvgg.stage(32, depths=(1,)), repvgg.stage(48, depths=(1,))),
-    )
-    torch.manual_seed(0)
-    return StaticNet(lower(space, space.largest()))
-
-
-class ResidualNet(nn.Module):
-    """A user's network with a skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(32)
-        self.inner = nn.Conv2d(32, 48, 3, 1, 1, bias=False)
-        self.inner_norm = nn.BatchNorm2d(48)
-        self.outer = nn.Conv2d(48, 32, 3, 1, 1, bias=False)
-        self.outer_norm = nn.BatchNorm2d(32)
-        self.head = nn.Linear(32, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        y = self.outer_norm(self.outer(F.relu(self.inner_norm(self.inner(x)))))
-        return cast(Tensor, self.head(F.relu(x + y).mean((2, 3))))
-
-
 def with_infinite_weight() -> nn.Module:
     network = own_networks.Vgg()
     parameter = next(network.parameters())
     with torch.no_grad():
         parameter.view(-1)[0] = float("inf")
     return network
-
-
-def train(network: nn.Module, *, epochs: int = 6) -> nn.Module:
-    phase = Phase(name="dense", epochs=epochs, peak_learning_rate=0.05, distill=False)
-    settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
-    TrainingLoop(
-        network,
-        images=TrainingImages(data(), settings),
-        recipe=settings,
-        resolution=SIZE,
-        folder=None,
-        bf16=False,
-    ).run()
-    return network.eval()
 
 
 @pytest.fixture(scope="module")
@@ -633,46 +560,7 @@ def test_what_fewer_weights_do_not_mend_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def own_network(network: nn.Module) -> OwnNetwork:
-    return OwnNetwork.of(
-        network,
-        resolution=SIZE,
-        normalisation=tiny.NORMALISATION,
-        class_names=tiny.CLASS_NAMES,
-    )
-
-
 # -- what is timed corrects what is chosen ---------------------------------------------
-
-
-def call_of(
-    network: nn.Module,
-    work: Path,
-    *,
-    budget_share: float,
-    method: Method = "pas",
-    **limits: Any,
-) -> tuple[Shrinking, DevicePrices]:
-    """A call, with a share of what a network is priced at as its budget."""
-    own = own_network(network)
-    if method == "tas":
-        own = searched_by_tas(own, step=4)
-    prices = made_up_prices(own)
-    full_ms = float(prices.price(full_counts(own.graph)))
-    settings = recipe()
-    call = Shrinking(
-        own=own,
-        method=method,
-        target=Target(backend="onnxruntime-cpu", threads=1),
-        constraints=Constraints(latency_ms=budget_share * full_ms, **limits),
-        recipe=settings,
-        images=TrainingImages(data(), settings.search),
-        ranked_on=data(),
-        evaluation=data(),
-        work=work,
-        reporter=Silent(),
-    )
-    return call, prices
 
 
 def fitting_of(network: nn.Module, work: Path) -> Fitting:
@@ -689,30 +577,6 @@ def fitting_of(network: nn.Module, work: Path) -> Fitting:
         floors=call.recipe.floors(own.graph, method="pas", step=4),
     )
     return call.fitting(masked, order, prices, floors=order.floors)
-
-
-def measured_as(monkeypatch: pytest.MonkeyPatch, *, factor: float) -> None:
-    """Let the device take `factor` times what it is priced at."""
-
-    def measure(self: Fitting, exported: ExportedNetwork) -> FreshMeasurement:
-        return tiny_session.fresh(factor * exported.facts.cost.mac_count / 1e6)
-
-    monkeypatch.setattr(Fitting, "measure", measure)
-
-
-def made_up_prices(own: OwnNetwork) -> DevicePrices:
-    blocks = timed_layers(own.graph, step=4)
-    price = LatencyPrice(
-        own.graph,
-        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
-        step=4,
-    )
-    table = tiny.latency_table(
-        tiny.SPACE, networks=[], network_ms=lambda config: 1.0, origin="measured"
-    )
-    runtime = get_backend("onnxruntime-cpu").runtime(threads=1)
-    table = replace(table, runtime=runtime)
-    return DevicePrices(price=price, table=table, step=4, residual_ratio=0.01)
 
 
 def test_files_are_timed_alone_where_nobody_else_runs(
@@ -920,20 +784,6 @@ def test_floors_are_multiples_of_the_runtimes_step(
     assert recipe(floor=floor).aligned_floor(step) == least
 
 
-@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated"])
-def test_batch_norms_behind_convolutions_are_folded_into_files(
-    name: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
-    network = own_networks.ALL[name]().eval()
-    target = Target(backend="onnxruntime-cpu", threads=1)
-    file = write_module(
-        network, resolution=own_networks.SIZE, target=target, folder=tmp_path
-    )
-    nodes = onnx.load(tmp_path / file).graph.node
-    assert "BatchNormalization" not in {node.op_type for node in nodes}
-
-
 @pytest.mark.parametrize("part", ["search", "finetune"])
 @pytest.mark.parametrize("epochs", [(0,), (1, 1)])
 def test_a_recipe_whose_trainings_are_not_of_one_phase_is_refused(
@@ -988,178 +838,6 @@ def test_a_budget_that_no_form_keeps_is_refused(
 
 
 # -- resuming --------------------------------------------------------------------------
-
-
-def test_a_search_that_was_killed_goes_on_to_the_same_masks(
-    dense: StaticNet, tmp_path: Path
-) -> None:
-    def search(folder: Path, *, stop_after: int | None) -> list[Tensor]:
-        own = OwnNetwork.of(
-            dense,
-            resolution=SIZE,
-            normalisation=tiny.NORMALISATION,
-            class_names=tiny.CLASS_NAMES,
-        )
-
-        def told(stage: str, progress: LoopProgress) -> None:
-            if stop_after is not None and progress.step >= stop_after:
-                raise KeyboardInterrupt
-
-        settings = recipe()
-        found = Search(
-            own=own,
-            price=MacPrice(own.graph),
-            share=0.5,
-            step=4,
-            recipe=settings,
-            images=TrainingImages(data(), settings.search),
-            held_out=data(),
-            folder=folder,
-            told=told,
-        ).run("pas")
-        return found.masked.latents()
-
-    whole = search(tmp_path / "whole", stop_after=None)
-    with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "cut", stop_after=12)
-    assert (tmp_path / "cut" / CHECKPOINT_FILE).exists()
-    resumed = search(tmp_path / "cut", stop_after=None)
-    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [(branched, "pas"), (ResidualNet, "pas"), (ResidualNet, "tas")],
-)
-def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
-    kind: Callable[[], nn.Module],
-    method: ChannelMethod,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if kind is ResidualNet:
-        pytest.importorskip("onnxscript", reason="torch's exporter needs it")
-    measured_as(monkeypatch, factor=1.0)
-    torch.manual_seed(0)
-    network = kind()
-
-    def run(folder: Path, told: Told) -> tuple[Shrunk, Mapping[str, Tensor]]:
-        call, prices = call_of(network, folder, budget_share=0.6, method=method)
-        with ExitStack() as stack:
-            shrinking = ByChannels(
-                call=replace(call, told=told),
-                method=method,
-                prices=prices,
-                stack=stack,
-            )
-            found = shrinking.run()
-        return found, read_checkpoint(found.trainings[-1] / CHECKPOINT_FILE).weights
-
-    def kill(stage: str, progress: LoopProgress) -> None:
-        if stage == "fine-tuning" and progress.epoch == 3:
-            raise KeyboardInterrupt
-
-    whole, weights = run(tmp_path / "whole", nobody)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", kill)
-    stages: list[str] = []
-    again, same = run(tmp_path / "killed", lambda stage, _: stages.append(stage))
-    assert set(stages) == {"fine-tuning"}  # what was searched is there
-    assert again.kept == whole.kept
-    assert sum(whole.kept) < sum(whole.had)
-    assert weights.keys() == same.keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in same.items())
-
-
-def begin_search(
-    method: Method, images: TrainingImages, settings: ShrinkRecipe
-) -> None:
-    own = own_network(ResidualNet())
-    if method == "autoprune-weights":
-        sparse.search_weights(
-            own.module,
-            target_share=0.5,
-            settings=settings.sparsity,
-            estimator=settings.estimator,
-            deciding_share=settings.deciding_share,
-            resolution=SIZE,
-            images=images,
-            recipe=settings.search,
-            folder=None,
-        )
-        return
-    own = searched_by_tas(own, step=4) if method == "tas" else own
-    Search(
-        own=own,
-        price=MacPrice(own.graph),
-        share=0.5,
-        step=4,
-        recipe=settings,
-        images=images,
-        held_out=data(),
-        folder=None,
-    ).run(method)
-
-
-@pytest.mark.parametrize("method", ["autoprune", "tas", "autoprune-weights"])
-def test_what_decides_learns_from_images_that_no_weights_are_trained_on(
-    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Noted(Exception):
-        pass
-
-    seen: dict[str, TrainingImages] = {}
-    original = Deciding.of
-
-    def of(images: TrainingImages, *args: Any, **others: Any) -> Deciding:
-        seen["choices"] = images
-        return original(images, *args, **others)
-
-    def loop(*args: Any, images: TrainingImages, **others: Any) -> None:
-        seen["weights"] = images
-        raise Noted
-
-    monkeypatch.setattr(Deciding, "of", of)
-    monkeypatch.setattr(methods, "TrainingLoop", loop)
-    monkeypatch.setattr(sparse, "TrainingLoop", loop)
-    settings = recipe()
-    images = TrainingImages(data(), settings.search)
-    with pytest.raises(Noted):
-        begin_search(method, images, settings)
-    first, second = (
-        {image.tobytes() for image in one.training.images} for one in seen.values()
-    )
-    assert not first & second
-    share = 0.5 if method == "tas" else settings.deciding_share
-    assert len(seen["choices"].training) == pytest.approx(
-        share * len(images.training), abs=2
-    )
-
-
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
-    tmp_path: Path,
-) -> None:
-    network = branched()
-    phase = Phase(name="dense", epochs=3, peak_learning_rate=0.01, distill=False)
-    settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
-    loop = TrainingLoop(
-        network,
-        images=TrainingImages(data(), settings),
-        recipe=settings,
-        resolution=SIZE,
-        folder=tmp_path,
-        bf16=False,
-    )
-
-    def poison(progress: LoopProgress) -> None:
-        if progress.epoch == 2:
-            with torch.no_grad():
-                next(network.parameters()).fill_(float("nan"))
-
-    with pytest.raises(TrainingError, match="last good checkpoint is kept"):
-        loop.run(poison)
-    weights = read_checkpoint(tmp_path / CHECKPOINT_FILE).weights
-    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 # -- the command -----------------------------------------------------------------------

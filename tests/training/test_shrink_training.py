@@ -1,0 +1,247 @@
+"""Trainings by which networks are shrunk, on devices of made-up prices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ofa_deploy.errors import TrainingError
+from ofa_deploy.nn.onnx_module import write_module
+from ofa_deploy.nn.static import StaticNet
+from ofa_deploy.shrink import (
+    methods,
+    sparse,
+)
+from ofa_deploy.shrink.autoprune import Deciding
+from ofa_deploy.shrink.by_channels import ByChannels
+from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.methods import (
+    Search,
+)
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.recipe import (
+    ChannelMethod,
+    Method,
+    ShrinkRecipe,
+)
+from ofa_deploy.shrink.searchable import searched_by_tas
+from ofa_deploy.shrink.shrinking import Shrunk
+from ofa_deploy.target import Target
+from ofa_deploy.train.checkpoint import read_checkpoint
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
+from ofa_deploy.train.recipe import Phase, Recipe
+from tests.support import own_networks, tiny
+from tests.support.shrinking import (
+    SIZE,
+    ResidualNet,
+    branched,
+    call_of,
+    data,
+    measured_as,
+    own_network,
+    recipe,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def dense() -> StaticNet:
+    network = train(branched())
+    assert isinstance(network, StaticNet)
+    return network
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_masks(
+    dense: StaticNet, tmp_path: Path
+) -> None:
+    def search(folder: Path, *, stop_after: int | None) -> list[Tensor]:
+        own = OwnNetwork.of(
+            dense,
+            resolution=SIZE,
+            normalisation=tiny.NORMALISATION,
+            class_names=tiny.CLASS_NAMES,
+        )
+
+        def told(stage: str, progress: LoopProgress) -> None:
+            if stop_after is not None and progress.step >= stop_after:
+                raise KeyboardInterrupt
+
+        settings = recipe()
+        found = Search(
+            own=own,
+            price=MacPrice(own.graph),
+            share=0.5,
+            step=4,
+            recipe=settings,
+            images=TrainingImages(data(), settings.search),
+            held_out=data(),
+            folder=folder,
+            told=told,
+        ).run("pas")
+        return found.masked.latents()
+
+    whole = search(tmp_path / "whole", stop_after=None)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", stop_after=12)
+    assert (tmp_path / "cut" / CHECKPOINT_FILE).exists()
+    resumed = search(tmp_path / "cut", stop_after=None)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(branched, "pas"), (ResidualNet, "pas"), (ResidualNet, "tas")],
+)
+def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
+    kind: Callable[[], nn.Module],
+    method: ChannelMethod,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind is ResidualNet:
+        pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    measured_as(monkeypatch, factor=1.0)
+    torch.manual_seed(0)
+    network = kind()
+
+    def run(folder: Path, told: Told) -> tuple[Shrunk, Mapping[str, Tensor]]:
+        call, prices = call_of(network, folder, budget_share=0.6, method=method)
+        with ExitStack() as stack:
+            shrinking = ByChannels(
+                call=replace(call, told=told),
+                method=method,
+                prices=prices,
+                stack=stack,
+            )
+            found = shrinking.run()
+        return found, read_checkpoint(found.trainings[-1] / CHECKPOINT_FILE).weights
+
+    def kill(stage: str, progress: LoopProgress) -> None:
+        if stage == "fine-tuning" and progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    whole, weights = run(tmp_path / "whole", nobody)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill)
+    stages: list[str] = []
+    again, same = run(tmp_path / "killed", lambda stage, _: stages.append(stage))
+    assert set(stages) == {"fine-tuning"}  # what was searched is there
+    assert again.kept == whole.kept
+    assert sum(whole.kept) < sum(whole.had)
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in same.items())
+
+
+def begin_search(
+    method: Method, images: TrainingImages, settings: ShrinkRecipe
+) -> None:
+    own = own_network(ResidualNet())
+    if method == "autoprune-weights":
+        sparse.search_weights(
+            own.module,
+            target_share=0.5,
+            settings=settings.sparsity,
+            estimator=settings.estimator,
+            deciding_share=settings.deciding_share,
+            resolution=SIZE,
+            images=images,
+            recipe=settings.search,
+            folder=None,
+        )
+        return
+    own = searched_by_tas(own, step=4) if method == "tas" else own
+    Search(
+        own=own,
+        price=MacPrice(own.graph),
+        share=0.5,
+        step=4,
+        recipe=settings,
+        images=images,
+        held_out=data(),
+        folder=None,
+    ).run(method)
+
+
+@pytest.mark.parametrize("method", ["autoprune", "tas", "autoprune-weights"])
+def test_what_decides_learns_from_images_that_no_weights_are_trained_on(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(Exception):
+        pass
+
+    seen: dict[str, TrainingImages] = {}
+    original = Deciding.of
+
+    def of(images: TrainingImages, *args: Any, **others: Any) -> Deciding:
+        seen["choices"] = images
+        return original(images, *args, **others)
+
+    def loop(*args: Any, images: TrainingImages, **others: Any) -> None:
+        seen["weights"] = images
+        raise Noted
+
+    monkeypatch.setattr(Deciding, "of", of)
+    monkeypatch.setattr(methods, "TrainingLoop", loop)
+    monkeypatch.setattr(sparse, "TrainingLoop", loop)
+    settings = recipe()
+    images = TrainingImages(data(), settings.search)
+    with pytest.raises(Noted):
+        begin_search(method, images, settings)
+    first, second = (
+        {image.tobytes() for image in one.training.images} for one in seen.values()
+    )
+    assert not first & second
+    share = 0.5 if method == "tas" else settings.deciding_share
+    assert len(seen["choices"].training) == pytest.approx(
+        share * len(images.training), abs=2
+    )
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    network = branched()
+    phase = Phase(name="dense", epochs=3, peak_learning_rate=0.01, distill=False)
+    settings = Recipe(phases=(phase,), batch_size=18, crop_padding=1)
+    loop = TrainingLoop(
+        network,
+        images=TrainingImages(data(), settings),
+        recipe=settings,
+        resolution=SIZE,
+        folder=tmp_path,
+        bf16=False,
+    )
+
+    def poison(progress: LoopProgress) -> None:
+        if progress.epoch == 2:
+            with torch.no_grad():
+                next(network.parameters()).fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="last good checkpoint is kept"):
+        loop.run(poison)
+    weights = read_checkpoint(tmp_path / CHECKPOINT_FILE).weights
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated"])
+def test_batch_norms_behind_convolutions_are_folded_into_files(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    network = own_networks.ALL[name]().eval()
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    file = write_module(
+        network, resolution=own_networks.SIZE, target=target, folder=tmp_path
+    )
+    nodes = onnx.load(tmp_path / file).graph.node
+    assert "BatchNormalization" not in {node.op_type for node in nodes}
