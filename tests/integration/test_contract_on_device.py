@@ -118,12 +118,12 @@ def everything(
 ) -> Bundle:
     """A bundle with every constraint there is."""
     asked = Constraints(
-        latency_ms=24.0,
+        latency_ms=8.0,
         percentile=90,
         size_bytes=10**8,
         peak_memory_mb=2_000.0 if MemoryGauge().peak_growth_mb() is not None else None,
         min_accuracy=0.01,
-        rate_hz=40.0,
+        rate_hz=120.0,
         sustained_s=0.2,
     )
     return session.specialize(asked, out=tmp_path_factory.mktemp("out") / "bundle")
@@ -166,7 +166,7 @@ def test_a_bundle_has_its_report_among_its_files(everything: Bundle) -> None:
     assert REPORT_FILE in everything.manifest.files
     page = (everything.path / REPORT_FILE).read_text(encoding="utf-8")
     assert everything.manifest.config_id in page
-    assert "p90 latency at 40 Hz after 0.2 s of load" in page
+    assert "p90 latency at 120 Hz after 0.2 s of load" in page
 
 
 def test_a_manifest_survives_its_file(everything: Bundle) -> None:
@@ -556,7 +556,7 @@ class Outcome:
         self.output, self.told = captured.out, captured.err
 
 
-@pytest.mark.parametrize(("max_ms", "code"), [("24", 0), ("1e-6", 1)])
+@pytest.mark.parametrize(("max_ms", "code"), [("8", 0), ("1e-6", 1)])
 def test_a_latency_is_asserted_by_the_exit_code(
     max_ms: str,
     code: int,
