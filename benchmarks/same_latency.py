@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -85,25 +84,25 @@ def shrink_to_latency_of(
         arrays_of(model), digest(kept(came_from)), recipe, this_device().fingerprint
     )
     folder = work / f"{name}-{start}"
-    for seed in seeds:
-        out = folder / seeded("bundle", seed)
-        if not out.exists():
-            wait_until_idle()
-            with StageBar(console) as bar:
-                own = owned(model, TrainingImages(data, recipe.search))
-                budget_ms = remembered(
-                    folder / "budget.json",
-                    partial(
-                        budget_of, by_macs, own, method=method, recipe=recipe, bar=bar
-                    ),
-                )
+    bundles = {seed: folder / seeded("bundle", seed) for seed in seeds}
+    missing = [seed for seed, out in bundles.items() if not out.exists()]
+    if missing:
+        wait_until_idle()
+        with StageBar(console) as bar:
+            own = owned(model, TrainingImages(data, recipe.search))
+            budget_ms = remembered(
+                folder / "budget.json",
+                lambda: budget_of(by_macs, own, method=method, recipe=recipe, bar=bar),
+            )
+            for seed in missing:
+                wait_until_idle()
                 specialize(
                     SHRUNK_FOR.backend,
                     latency_ms=budget_ms,
                     model=model,
                     method=method,
                     data=data,
-                    out=out,
+                    out=bundles[seed],
                     recipe=replace(
                         recipe, finetune=replace(recipe.finetune, seed=seed)
                     ),
@@ -111,6 +110,7 @@ def shrink_to_latency_of(
                     reporter=bar,
                     training_told=Lines(bar),
                 )
+    for seed, out in bundles.items():
         keep_bundle(seeded(name, seed), out)
 
 

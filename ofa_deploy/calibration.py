@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress, is_hidden, open_zip
-from ofa_deploy.errors import DataError
+from ofa_deploy.errors import DataError, few_of
 from ofa_deploy.preprocess import require_pixels, resize
 
 # Statistics of more images are no better, and take longer.
 MOST_IMAGES = 2_000
-_SHOWN = 5
 
 Read = Callable[[], bytes]
 
@@ -104,10 +103,9 @@ def _decode(
         if progress is not None:
             progress(done, len(chosen))
     if bad:
-        shown = ", ".join(bad[:_SHOWN]) + (", …" if len(bad) > _SHOWN else "")
         raise DataError(
-            f"{path}: {len(bad)} of {len(chosen)} images cannot be read ({shown}); "
-            "repair or remove them"
+            f"{path}: {len(bad)} of {len(chosen)} images cannot be read "
+            f"({few_of(bad)}); repair or remove them"
         )
     return np.stack(images)
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ofa_deploy.errors import DataError
+from ofa_deploy.errors import DataError, few_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Progress = Callable[[int, int], None]
@@ -236,10 +236,10 @@ def _load_files(
         if progress and done % 500 == 499:
             progress(done + 1, len(files))
     if bad and not skip_bad:
-        shown = ", ".join(bad[:_SHOWN]) + (", …" if len(bad) > _SHOWN else "")
         raise DataError(
-            f"{source}: {len(bad)} of {len(files)} images cannot be read ({shown}); "
-            "repair or remove them, or pass --skip-bad to leave them out"
+            f"{source}: {len(bad)} of {len(files)} images cannot be read "
+            f"({few_of(bad)}); repair or remove them, or pass --skip-bad to leave "
+            "them out"
         )
     _require_classes(source, class_names, {class_names[label] for label in labels})
     _require_one_size(source, images)

@@ -29,6 +29,7 @@ The upper half is defined in `profilers`, which runs on the device without this 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from profilers.errors import (
@@ -157,3 +158,9 @@ class DigestMismatch(BundleError):
         self.path = path
         self.expected = expected
         self.actual = actual
+
+
+def few_of(names: Sequence[str], *, most: int = 5) -> str:
+    """The first of some names, as messages list them."""
+    more = ", …" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

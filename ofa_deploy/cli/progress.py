@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from ofa_deploy.dataset import ImageSet, load_images
+from ofa_deploy.errors import few_of
 
 
 class _Bars(Progress):
@@ -93,7 +94,6 @@ def load_with_progress(path: Path, *, skip_bad: bool, console: Console) -> Image
         bar.begin(f"reading {path.name}")
         data, bad = load_images(path, skip_bad=skip_bad, progress=bar.advance)
     if bad:
-        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
-        told = f"left out {len(bad)} unreadable images: {shown}"
+        told = f"left out {len(bad)} unreadable images: {few_of(bad)}"
         console.print(told, markup=False, emoji=False)
     return data

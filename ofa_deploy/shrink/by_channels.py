@@ -16,6 +16,7 @@ from ofa_deploy.constraints import ConstraintName, binding
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.nn.projection import drop_needless
+from ofa_deploy.shrink.cost import rounded_up
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.expected_price import ROUNDING
 from ofa_deploy.shrink.finetuning import finetune, freeze
@@ -187,7 +188,7 @@ class ByChannels:
                 f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
                 f"{call.target.backend}: with no more than {self._floors_told} it is "
                 f"still priced at {least_ms:.4g} ms. Ask for at least "
-                f"{_rounded_up(least_ms * EXPECTED_RATIO):.4g} ms{self._floors_cure}",
+                f"{rounded_up(least_ms * EXPECTED_RATIO):.4g} ms{self._floors_cure}",
                 budget_ms=whole.budget_ms,
                 fastest_ms=least_ms,
             )
@@ -202,7 +203,7 @@ class ByChannels:
             raise SpaceError(
                 f"lowest_share={lowest:g}, but with no more than {self._floors_told} "
                 f"the network still costs {share:.3g} of its {whole.full_ms:.4g} ms; "
-                f"give at least {_rounded_up(share):.4g}{self._floors_cure}"
+                f"give at least {rounded_up(share):.4g}{self._floors_cure}"
             )
         return share
 
@@ -282,9 +283,3 @@ class ByChannels:
                 memory = folder / f"{chosen}-after-{fitted.name}.json"
                 fitted = fitting.narrower(fitted, used_share=used_share, memory=memory)
         raise call.missed(network)
-
-
-def _rounded_up(value: float) -> float:
-    """To four digits, never below."""
-    unit: float = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return math.ceil(value / unit) * unit

@@ -6,6 +6,7 @@ that learn widths by gradient, and those that search, read the same one.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -136,3 +137,9 @@ def full_counts(graph: ChannelGraph) -> Tensor:
     """Channel counts of the whole network, `(groups,)`."""
     counts = [float(group.channels) for group in graph.groups]
     return torch.tensor(counts, dtype=torch.float64)
+
+
+def rounded_up(value: float) -> float:
+    """To four digits, never below: what is asked for by it is allowed."""
+    unit: float = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit) * unit

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import DataError, TraceError
+from ofa_deploy.errors import DataError, TraceError, few_of
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
@@ -427,15 +427,10 @@ def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
     warnings.warn(
         f"{own.family} classifies {known:.1%} of {len(seen)} held-out images right, "
         f"and a guess {by_chance:.1%}: there is nothing to keep of what it knows. Look "
-        f"at the order of its outputs, which must be {_few(own.class_names)}, at the "
-        "normalisation, and at the weights",
+        "at the order of its outputs, which must be "
+        f"{few_of(own.class_names, most=3)}, at the normalisation, and at the weights",
         stacklevel=3,
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = ", …" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _logits(module: nn.Module, outputs: object) -> Tensor:

@@ -116,21 +116,12 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
 
 def _layers_of_tokens(network: nn.Module, image: Tensor) -> set[str]:
     """Linear layers that write more than `(N, channels)`: of tokens, or of maps."""
-    found = set()
-
-    def note(name: str, output: Tensor) -> None:
-        if output.ndim != 2:
-            found.add(name)
-
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output, name=name: note(name, output)
-        )
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    run_hooked(network, image, handles)
-    return found
+    return {
+        name
+        for name, calls in _calls(network, image).items()
+        if isinstance(network.get_submodule(name), nn.Linear)
+        and any(call.written is None or len(call.written) != 2 for call in calls)
+    }
 
 
 def searchable_groups(
@@ -210,7 +201,7 @@ def find_stages(
                 path,
                 type(block),
                 group_of,
-                keeps_shape=all(calls.get(path, [False])),
+                keeps_shape=_keep_shape(calls.get(path, [])),
             )
             blocks.append(None if within else found)
         stages += [
@@ -227,28 +218,41 @@ def find_stages(
     return tuple(sorted(stages, key=lambda stage: rank[stage.layers[0][0]]))
 
 
-def _calls(network: nn.Module, image: Tensor) -> dict[str, list[bool]]:
-    """Of each module, call by call, whether its output has the shape of its input."""
-    found: dict[str, list[bool]] = defaultdict(list)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """Of a module: shapes of the tensor that it read, and wrote; None of others."""
 
-    def note(name: str, read: object, written: object) -> None:
-        same = (
-            isinstance(read, Tensor)
-            and isinstance(written, Tensor)
-            and read.shape == written.shape
-        )
-        found[name].append(same)
+    read: torch.Size | None
+    written: torch.Size | None
+
+
+def _calls(network: nn.Module, image: Tensor) -> dict[str, list[_Call]]:
+    """Of each module that is called, its calls."""
+    found: dict[str, list[_Call]] = defaultdict(list)
+
+    def note(name: str, args: tuple[object, ...], output: object) -> None:
+        read = _shape(args[0]) if len(args) == 1 else None
+        found[name].append(_Call(read=read, written=_shape(output)))
 
     handles = [
         module.register_forward_hook(
-            lambda module, args, output, name=name: note(
-                name, args[0] if len(args) == 1 else None, output
-            )
+            lambda module, args, output, name=name: note(name, args, output)
         )
         for name, module in network.named_modules()
     ]
     run_hooked(network, image, handles)
     return found
+
+
+def _shape(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _keep_shape(calls: Sequence[_Call]) -> bool:
+    """Whether there are any, and each wrote a tensor of the shape that it read."""
+    return bool(calls) and all(
+        call.read is not None and call.read == call.written for call in calls
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ projections; elsewhere what is summed has one width.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.shrink.autoprune import Deciding, only_trained
-from ofa_deploy.shrink.cost import LayerPrices
+from ofa_deploy.shrink.cost import LayerPrices, rounded_up
 from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
 from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.transformable import temperature
@@ -174,11 +173,6 @@ def preflight(
     )
 
 
-def _rounded_up(share: float) -> float:
-    """To three decimals."""
-    return math.ceil(1000 * share) / 1000
-
-
 class TransformableSearch:
     """A `Regulariser` that trains distributions on images of their own.
 
@@ -219,7 +213,7 @@ class TransformableSearch:
             raise SpaceError(
                 f"target {target_share:.3g} of {self._full:.4g} {price.unit}: "
                 "the least that there is to choose costs "
-                f"{self.price.least:.4g}. Ask for {_rounded_up(least_share):g} to 1"
+                f"{self.price.least:.4g}. Ask for {rounded_up(least_share):.4g} to 1"
             )
         self._logits = [one.logits for one in searched.module.distributions]
         for logits in self._logits:

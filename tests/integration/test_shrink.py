@@ -33,26 +33,16 @@ from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.shrink import (
-    by_channels,
-    device_prices,
-    fitting,
-    to_budget,
-)
+from ofa_deploy.shrink import by_channels, device_prices, fitting, to_budget
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import Fitting
-from ofa_deploy.shrink.methods import (
-    SEARCHING,
-    _executor,
-)
+from ofa_deploy.shrink.methods import SEARCHING, _executor
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
-from ofa_deploy.shrink.recipe import (
-    Method,
-)
+from ofa_deploy.shrink.recipe import Method
 from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
@@ -74,6 +64,7 @@ from tests.support.shrinking import (
     own_network,
     recipe,
     train,
+    trained_chain,
 )
 
 # Few images will do to see that they are used.
@@ -108,9 +99,7 @@ def with_infinite_weight() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def dense() -> StaticNet:
-    network = train(branched())
-    assert isinstance(network, StaticNet)
-    return network
+    return trained_chain()
 
 
 @pytest.fixture(scope="module")
@@ -835,9 +824,6 @@ def test_a_budget_that_no_form_keeps_is_refused(
         )
     assert (caught.value.fastest_ms or 0.0) > 1e-4
     assert not (tmp_path / "out").exists()
-
-
-# -- resuming --------------------------------------------------------------------------
 
 
 # -- the command -----------------------------------------------------------------------

@@ -512,6 +512,7 @@ def test_without_a_task_single_weights_go_and_never_return() -> None:
         found = [pull.current_share()]
         for _ in range(2 * STEPS):
             steps.zero_grad()
+            # In the end nothing pulls, which has no gradient of its own.
             torch.autograd.backward(pull.loss() + 0 * pull.latents[0].sum())
             steps.step()
             found.append(pull.current_share())

@@ -21,7 +21,7 @@ from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
-from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layer, timed_layers
+from ofa_deploy.shrink.channel_prices import timed_layer, timed_layers
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.extract import extract_module, extract_plan
@@ -46,6 +46,7 @@ from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks
 from tests.support.mac_counter import counted_macs
+from tests.support.shrinking import priced_by_macs
 from tests.support.tiny_torch import inputs, relative_error
 
 SHAPE = (3, 12, 12)
@@ -175,12 +176,7 @@ class Pyramid(nn.Module):
 
 def test_a_layer_costs_what_its_maps_are_worth_whatever_their_sizes() -> None:
     graph = trace_channels(Pyramid(), input_shape=(3, 12, 12))
-    blocks = timed_layers(graph, step=4)
-    price = LatencyPrice(
-        graph,
-        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
-        step=4,
-    )
+    price = priced_by_macs(graph, step=4)
     counts = torch.tensor([8.0], dtype=torch.float64)
     convs = 3 * 9 * 8 * 144 + 8 * 8 * (144 + 36 + 36)
     assert float(price(counts)) == pytest.approx(convs / 1e6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ofa_deploy.nn.cifar_resnet import CifarResNet
-from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
+from ofa_deploy.shrink.channel_prices import timed_layers
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.expected_price import NARROWEST_SHARE, ExpectedPrice
@@ -36,6 +36,7 @@ from tests.support.searching import (
     searched,
     shape_of,
 )
+from tests.support.shrinking import priced_by_macs
 
 SIZE = own_networks.SIZE
 
@@ -318,13 +319,7 @@ def test_where_it_is_not_a_settled_price_is_what_is_left_too(
 def test_blocks_whose_widths_stay_are_worth_their_latency(case: str) -> None:
     own, step = fixed_trunk(case), CASES[case]
     net = searched(own, step=step)
-    blocks = timed_layers(own.graph, step=step)
-    price = LatencyPrice(
-        own.graph,
-        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
-        step=step,
-        constant_ms=0.1,
-    )
+    price = priced_by_macs(own.graph, step=step, constant_ms=0.1)
     widths = [group.channels for group in own.graph.groups]
     most = [stage.blocks for stage in net.stages]
     expected = ExpectedPrice(net, price)

@@ -22,13 +22,10 @@ from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.fitting import Fitting
+from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.recipe import (
-    Method,
-    ShrinkRecipe,
-    default_shrink_recipe,
-)
+from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
 from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking
 from ofa_deploy.target import Target
@@ -113,6 +110,12 @@ def train(network: nn.Module, *, epochs: int = 6) -> nn.Module:
     return network.eval()
 
 
+def trained_chain() -> StaticNet:
+    network = train(branched())
+    assert isinstance(network, StaticNet)
+    return network
+
+
 def own_network(network: nn.Module) -> OwnNetwork:
     return OwnNetwork.of(
         network,
@@ -161,13 +164,21 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, *, factor: float) -> None:
     monkeypatch.setattr(Fitting, "measure", measure)
 
 
-def made_up_prices(own: OwnNetwork) -> DevicePrices:
-    blocks = timed_layers(own.graph, step=4)
-    price = LatencyPrice(
-        own.graph,
+def priced_by_macs(
+    graph: ChannelGraph, *, step: int, constant_ms: float = 0.0
+) -> LatencyPrice:
+    """As if a million multiply-accumulates took a millisecond."""
+    blocks = timed_layers(graph, step=step)
+    return LatencyPrice(
+        graph,
         latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
-        step=4,
+        step=step,
+        constant_ms=constant_ms,
     )
+
+
+def made_up_prices(own: OwnNetwork) -> DevicePrices:
+    price = priced_by_macs(own.graph, step=4)
     table = tiny.latency_table(
         tiny.SPACE, networks=[], network_ms=lambda config: 1.0, origin="measured"
     )

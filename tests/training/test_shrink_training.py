@@ -16,23 +16,14 @@ from torch import Tensor, nn
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import StaticNet
-from ofa_deploy.shrink import (
-    methods,
-    sparse,
-)
+from ofa_deploy.shrink import methods, sparse
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.finetuning import Told, nobody
-from ofa_deploy.shrink.methods import (
-    Search,
-)
+from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.recipe import (
-    ChannelMethod,
-    Method,
-    ShrinkRecipe,
-)
+from ofa_deploy.shrink.recipe import ChannelMethod, Method, ShrinkRecipe
 from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrunk
 from ofa_deploy.target import Target
@@ -50,15 +41,13 @@ from tests.support.shrinking import (
     measured_as,
     own_network,
     recipe,
-    train,
+    trained_chain,
 )
 
 
 @pytest.fixture(scope="module")
 def dense() -> StaticNet:
-    network = train(branched())
-    assert isinstance(network, StaticNet)
-    return network
+    return trained_chain()
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_masks(
