@@ -46,6 +46,7 @@ from trainings import (
     is_kept,
     keep,
     keep_facts,
+    keep_log,
     kept,
     kept_facts,
     loaded,
@@ -283,9 +284,8 @@ def search(args: argparse.Namespace) -> None:
         folder = args.work / "tas" / f"search-{name}-{origin}"
         with StageBar(console) as bar:
             found = searching(data, recipe, folder=folder, told=Lines(bar)).run("tas")
-        log = log_of(folder).read_text()
-        (LOGS / f"tas-search-{name}.jsonl").write_text(log)
-        last = json.loads(log.splitlines()[-1])
+        keep_log(f"tas-search-{name}", log_of(folder))
+        last = json.loads(log_of(folder).read_text().splitlines()[-1])
         keep_structure(
             name,
             found,

@@ -150,10 +150,9 @@ def keep(
         logs: Of its trainings, by what to add to the name.
         origin: What it came from, by which `is_kept` knows it.
     """
-    for folder in (WEIGHTS, LOGS):
-        folder.mkdir(parents=True, exist_ok=True)
     for suffix, log in logs.items():
-        shutil.copyfile(log, LOGS / f"{name}{suffix}.jsonl")
+        keep_log(f"{name}{suffix}", log)
+    WEIGHTS.mkdir(parents=True, exist_ok=True)
     # Whatever the order in memory is: safetensors writes memory as it is.
     halves = {
         key: np.ascontiguousarray(
@@ -163,6 +162,12 @@ def keep(
     }
     content = save(halves, metadata={"origin": origin})
     write_atomically(WEIGHTS / f"{name}.safetensors", content)
+
+
+def keep_log(name: str, log: Path) -> None:
+    """Put a training's log where it is committed."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(log, LOGS / f"{name}.jsonl")
 
 
 def kept(name: str) -> Weights:
