@@ -37,6 +37,7 @@ ORDER = (
     "branches",
     "pas",
     "surgery",
+    "narrow_training",
     "legr",
     "autoprune",
     "tas",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -306,7 +307,8 @@ class TrainingLoop:
         return logits.float()
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
+        number_format = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        with LineAlignedBatchNorm(), number_format:
             logits = self.network(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()

@@ -28,6 +28,7 @@ from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.space_file import decode_space, encode_space
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
+from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -430,7 +431,8 @@ class ProgressiveTraining:
 
     def _logits(self, network: Supernet, inputs: Tensor, plan: NetworkPlan) -> Tensor:
         network.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
+        number_format = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        with LineAlignedBatchNorm(), number_format:
             logits = network(inputs, plan)
         assert isinstance(logits, Tensor)
         return logits.float()

@@ -1,0 +1,163 @@
+"""Batch norms that are fast to train where a pixel's channels are no whole cache lines.
+
+In channels-last memory torch adds gradients up per thread, in a row of one sum a
+channel. Rows that are no whole lines have a line in common, which threads then take
+from each other for every pixel (false sharing). Pruned networks have such widths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# A cache line of 64 bytes, in float32 sums.
+SUMS_PER_LINE = 16
+
+
+class LineAlignedBatchNorm(TorchFunctionMode):
+    """While entered, batch norms of such widths have a backward pass of their own.
+
+    It computes what torch's does, up to rounding, once: there is no second derivative.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """See `torch.overrides`."""
+        called = _batch_norm if func is F.batch_norm else func
+        return called(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In place of `torch.nn.functional.batch_norm`, whose names these are."""
+    statistics = (running_mean, running_var)
+    if training and _shares_lines(input):
+        output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, *statistics, momentum, eps
+        )
+        return output
+    return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+
+
+def _shares_lines(x: Tensor) -> bool:
+    """Whether threads would wait for each other, and need not."""
+    if x.dim() != 4 or not x.is_cpu or torch.get_num_threads() == 1:
+        return False
+    channels = x.shape[1]
+    return (
+        channels % SUMS_PER_LINE != 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+        and (x.numel() // channels) % pixels_per_row(channels) == 0
+    )
+
+
+def pixels_per_row(channels: int) -> int:
+    """The fewest pixels whose channels are whole lines together."""
+    return SUMS_PER_LINE // math.gcd(channels, SUMS_PER_LINE)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        output, mean, scale = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        ctx.save_for_backward(x, weight, mean, scale)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        gradients = batch_norm_backward(
+            gradient, x, mean=mean, scale=scale, weight=weight
+        )
+        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+        return (*(one if needed else None for one, needed in wanted), *(None,) * 4)
+
+
+def batch_norm_backward(
+    gradient: Tensor, x: Tensor, *, mean: Tensor, scale: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by a batch norm's input, weight and bias.
+
+    Rows of several pixels, whose channels are whole lines, go through torch's own. That
+    corrects each column of a row by its own sums (Ioffe and Szegedy, arXiv 1502.03167,
+    section 3); what this is short of a correction by all columns of a channel follows.
+
+    Args:
+        gradient: By its output, `(N, channels, H, W)`.
+        x: Its input, likewise, in channels-last memory; `N · H · W` is a multiple of
+            `pixels_per_row`.
+        mean: Of each channel, over the batch.
+        scale: One over each channel's standard deviation.
+        weight: That its output was multiplied with; None for ones.
+    """
+    count, channels, height, width = x.shape
+    together = pixels_per_row(channels)
+    inputs, gradients = _rows(x, together), _rows(gradient, together)
+    factor = torch.ones_like(scale) if weight is None else weight
+
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat(together)
+
+    def beyond_mean(of_columns: Tensor) -> Tensor:
+        columns = of_columns.view(together, channels) / len(inputs)
+        return (columns - columns.mean(0)).flatten()
+
+    of_rows, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        gradients,
+        inputs,
+        spread(factor),
+        None,
+        None,
+        spread(mean),
+        spread(scale),
+        True,
+        0.0,  # eps, which is in the scale
+        [True, True, True],
+    )
+    slope = spread(factor * scale * scale) * beyond_mean(of_weight)
+    offset = spread(factor * scale) * beyond_mean(of_bias) - slope * spread(mean)
+    of_rows += torch.addcmul(offset.to(x.dtype), inputs, slope.to(x.dtype))
+    return (
+        of_rows.view(count, height, width, channels).permute(0, 3, 1, 2),
+        of_weight.view(together, channels).sum(0),
+        of_bias.view(together, channels).sum(0),
+    )
+
+
+def _rows(values: Tensor, together: int) -> Tensor:
+    """`(N · H · W / together, together · channels)`, as it is in memory."""
+    ordered = values.contiguous(memory_format=torch.channels_last)
+    return ordered.permute(0, 2, 3, 1).reshape(-1, together * values.shape[1])
