@@ -1,8 +1,9 @@
 """Batch norms that are fast to train where a pixel's channels are no whole cache lines.
 
-In channels-last memory torch adds gradients up per thread, in a row of one sum a
-channel. Rows that are no whole lines have a line in common, which threads then take
-from each other for every pixel (false sharing). Pruned networks have such widths.
+In channels-last memory torch adds up per thread, in a row of one sum a channel. Rows
+that are no whole lines have a line in common, which threads then take from each other
+for every pixel (false sharing); and narrow rows leave most of a vector register empty.
+Pruned networks have such widths. Here several pixels make a row of whole lines.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ SUMS_PER_LINE = 16
 
 
 class LineAlignedBatchNorm(TorchFunctionMode):
-    """While entered, batch norms of such widths have a backward pass of their own.
+    """While entered, batch norms of such widths are trained by rows of whole lines.
 
-    It computes what torch's does, up to rounding, once: there is no second derivative.
+    They compute what torch's do, up to rounding, and can be derived once.
     """
 
     def __torch_function__(
@@ -51,7 +52,7 @@ def _batch_norm(
 ) -> Tensor:
     """In place of `torch.nn.functional.batch_norm`, whose names these are."""
     statistics = (running_mean, running_var)
-    if training and _shares_lines(input):
+    if training and _is_narrow(input) and (weight is None or _is_single(weight)):
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, *statistics, momentum, eps
         )
@@ -59,13 +60,18 @@ def _batch_norm(
     return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
 
 
-def _shares_lines(x: Tensor) -> bool:
-    """Whether threads would wait for each other, and need not."""
-    if x.dim() != 4 or not x.is_cpu or torch.get_num_threads() == 1:
+def _is_single(values: Tensor) -> bool:
+    return values.dtype == torch.float32
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """Whether its pixels are no whole lines, and several of them are."""
+    if x.dim() != 4 or not x.is_cpu:
         return False
     channels = x.shape[1]
     return (
         channels % SUMS_PER_LINE != 0
+        and (_is_single(x) or x.dtype == torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
         and (x.numel() // channels) % pixels_per_row(channels) == 0
@@ -89,11 +95,25 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        output, mean, scale = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, True, momentum, eps
+        mean, variance = channel_statistics(x)
+        pixels = x.numel() // x.shape[1]
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean, momentum)
+            # Of all images, as those of a batch tell of it.
+            running_var.lerp_(variance * pixels / (pixels - 1), momentum)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        together = pixels_per_row(x.shape[1])
+        output, _, _ = torch.native_batch_norm(
+            _rows(x),
+            None if weight is None else weight.repeat(together),
+            None if bias is None else bias.repeat(together),
+            mean.repeat(together),
+            variance.repeat(together),
+            False,
+            0.0,  # momentum, of statistics that stay
+            eps,
         )
-        ctx.save_for_backward(x, weight, mean, scale)
-        return output
+        return _unrowed(output, x.shape)
 
     @staticmethod
     @once_differentiable
@@ -104,6 +124,21 @@ class _BatchNorm(torch.autograd.Function):
         )
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(one if needed else None for one, needed in wanted), *(None,) * 4)
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over batch and pixels.
+
+    Args:
+        x: `(N, channels, H, W)`; see `batch_norm_backward`.
+    """
+    rows = _rows(x)
+    # Running statistics: their type is that of what is returned, and they stay.
+    unused = rows.new_zeros((2, rows.shape[1]), dtype=torch.float32)
+    of_columns = torch.ops.aten.batch_norm_update_stats(rows, *unused, 0.0)
+    means, variances = (one.view(-1, x.shape[1]) for one in of_columns)
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 def batch_norm_backward(
@@ -123,9 +158,9 @@ def batch_norm_backward(
         scale: One over each channel's standard deviation.
         weight: That its output was multiplied with; None for ones.
     """
-    count, channels, height, width = x.shape
+    channels = x.shape[1]
     together = pixels_per_row(channels)
-    inputs, gradients = _rows(x, together), _rows(gradient, together)
+    inputs, gradients = _rows(x), _rows(gradient)
     factor = torch.ones_like(scale) if weight is None else weight
 
     def spread(values: Tensor) -> Tensor:
@@ -151,13 +186,20 @@ def batch_norm_backward(
     offset = spread(factor * scale) * beyond_mean(of_bias) - slope * spread(mean)
     of_rows += torch.addcmul(offset.to(x.dtype), inputs, slope.to(x.dtype))
     return (
-        of_rows.view(count, height, width, channels).permute(0, 3, 1, 2),
+        _unrowed(of_rows, x.shape),
         of_weight.view(together, channels).sum(0),
         of_bias.view(together, channels).sum(0),
     )
 
 
-def _rows(values: Tensor, together: int) -> Tensor:
-    """`(N · H · W / together, together · channels)`, as it is in memory."""
+def _rows(values: Tensor) -> Tensor:
+    """Of several pixels each, `(N · H · W / pixels, pixels · channels)`."""
+    channels = values.shape[1]
     ordered = values.contiguous(memory_format=torch.channels_last)
-    return ordered.permute(0, 2, 3, 1).reshape(-1, together * values.shape[1])
+    return ordered.permute(0, 2, 3, 1).reshape(-1, pixels_per_row(channels) * channels)
+
+
+def _unrowed(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The `(N, channels, H, W)` that the rows are of."""
+    count, channels, height, width = shape
+    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)

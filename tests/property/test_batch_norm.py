@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -13,17 +12,6 @@ from torch import Tensor, nn
 
 from ofa_deploy.train import batch_norm
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm, pixels_per_row
-
-
-@contextmanager
-def several_threads() -> Iterator[None]:
-    """One thread shares its lines with nobody."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -102,8 +90,7 @@ def test_a_step_is_that_of_torch(
         nn.init.uniform_(parameter, 0.5, 1.5)
     right = trained_once(norm, x.double(), pulled.double(), nullcontext())
     theirs = trained_once(norm, x, pulled, nullcontext())
-    with several_threads():
-        ours = trained_once(norm, x, pulled, LineAlignedBatchNorm())
+    ours = trained_once(norm, x, pulled, LineAlignedBatchNorm())
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
@@ -118,42 +105,35 @@ def test_rows_that_are_no_whole_lines_are_put_together(
 ) -> None:
     assert channels * pixels_per_row(channels) % 16 == 0
     x = torch.randn(16, channels, 4, 4).contiguous(memory_format=torch.channels_last)
-    with several_threads():
-        trained_once(
-            nn.BatchNorm2d(channels), x, torch.ones_like(x), LineAlignedBatchNorm()
-        )
+    norm = nn.BatchNorm2d(channels)
+    trained_once(norm, x, torch.ones_like(x), LineAlignedBatchNorm())
     assert calls == [channels]
 
 
 @pytest.mark.parametrize(
-    ("channels", "count", "threads", "memory_format"),
+    ("channels", "count", "memory_format"),
     [
-        (32, 16, 2, torch.channels_last),  # whole lines
-        (7, 16, 2, torch.contiguous_format),  # sums are of one channel at a time
-        (7, 16, 1, torch.channels_last),  # nobody to share with
-        (7, 3, 2, torch.channels_last),  # 27 pixels are no rows of 16
+        (32, 16, torch.channels_last),  # whole lines
+        (7, 16, torch.contiguous_format),  # sums are of one channel at a time
+        (7, 3, torch.channels_last),  # 27 pixels are no rows of 16
     ],
 )
 def test_all_else_is_left_to_torch(
     channels: int,
     count: int,
-    threads: int,
     memory_format: torch.memory_format,
     calls: list[int],
 ) -> None:
     x = torch.randn(count, channels, 3, 3).contiguous(memory_format=memory_format)
-    with several_threads():
-        torch.set_num_threads(threads)
-        trained_once(
-            nn.BatchNorm2d(channels), x, torch.ones_like(x), LineAlignedBatchNorm()
-        )
+    norm = nn.BatchNorm2d(channels)
+    trained_once(norm, x, torch.ones_like(x), LineAlignedBatchNorm())
     assert calls == []
 
 
 def test_what_is_evaluated_is_left_to_torch(calls: list[int]) -> None:
     norm = nn.BatchNorm2d(7).eval()
     x = torch.randn(16, 7, 4, 4).contiguous(memory_format=torch.channels_last)
-    with several_threads(), LineAlignedBatchNorm():
+    with LineAlignedBatchNorm():
         output = norm(x.requires_grad_())
     output.sum().backward()
     assert calls == []
@@ -161,7 +141,7 @@ def test_what_is_evaluated_is_left_to_torch(calls: list[int]) -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(16, 7, 4, 4).contiguous(memory_format=torch.channels_last)
-    with several_threads(), LineAlignedBatchNorm():
+    with LineAlignedBatchNorm():
         output = nn.BatchNorm2d(7)(x.requires_grad_())
     (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
