@@ -302,7 +302,7 @@ def tune(args: argparse.Namespace) -> None:
     teacher = asked_once(OnOpenVino(network("resnet20-dense")), args)
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
-            for seed in SEEDS:
+            for seed in args.seeds or SEEDS:
                 name = tuned_name(ranking, share, seed)
                 recipe = replace(TUNE, seed=seed)
                 tune_one(

@@ -356,7 +356,7 @@ def timed_epochs(data: ImageSet) -> dict[str, list[float]]:
 def train_all(args: argparse.Namespace) -> None:
     """What was found, and its rivals, all for as long."""
     data = training_set(args)
-    for seed in SEEDS:
+    for seed in args.seeds or SEEDS:
         for kind, seeds in KINDS.items():
             if seed in seeds:
                 train_one(kind, seed, args, TrainingImages(data, PLAIN))

@@ -103,6 +103,15 @@ def run_stage(
     add_work(parser)
     names = list(stages)
     parser.add_argument("stage", choices=names, nargs="?", default=names[-1])
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="train with these alone, where a stage trains many networks with several: "
+        "two processes of a thread each (OMP_NUM_THREADS=1) take a fifth less than one "
+        "of two threads",
+    )
     args = parser.parse_args()
     if DRY_RUN:
         args.results = Path(DRY_RUN) / RESULTS_FILE.name
