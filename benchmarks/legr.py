@@ -302,7 +302,7 @@ def tune(args: argparse.Namespace) -> None:
     teacher = asked_once(OnOpenVino(network("resnet20-dense")), args)
     for share in BUDGETS:
         for ranking, indices in structures(own, share).items():
-            for seed in args.seeds or SEEDS:
+            for seed in args.seeds:
                 name = tuned_name(ranking, share, seed)
                 recipe = replace(TUNE, seed=seed)
                 tune_one(
@@ -480,4 +480,4 @@ STAGES = {
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, STAGES)
+    run_stage(__doc__, STAGES, seeds=SEEDS)

@@ -356,7 +356,7 @@ def timed_epochs(data: ImageSet) -> dict[str, list[float]]:
 def train_all(args: argparse.Namespace) -> None:
     """What was found, and its rivals, all for as long."""
     data = training_set(args)
-    for seed in args.seeds or SEEDS:
+    for seed in args.seeds:
         for kind, seeds in KINDS.items():
             if seed in seeds:
                 train_one(kind, seed, args, TrainingImages(data, PLAIN))
@@ -407,7 +407,8 @@ def train_again(args: argparse.Namespace) -> None:
     """What was found by latency, trained as what was found by MACs."""
     data = training_set(args)
     for seed in OTHER_SEEDS:
-        train_one("latency", seed, args, TrainingImages(data, PLAIN))
+        if seed in args.seeds:
+            train_one("latency", seed, args, TrainingImages(data, PLAIN))
 
 
 # -- the report ------------------------------------------------------------------------
@@ -514,4 +515,4 @@ STAGES = {
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, STAGES)
+    run_stage(__doc__, STAGES, seeds=SEEDS)

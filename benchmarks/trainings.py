@@ -89,13 +89,17 @@ def one_cycle(
 
 
 def run_stage(
-    doc: str | None, stages: Mapping[str, Callable[[argparse.Namespace], None]]
+    doc: str | None,
+    stages: Mapping[str, Callable[[argparse.Namespace], None]],
+    *,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Run one stage, as the command line says; the last one if it says none.
 
     Args:
         doc: What the script says of itself.
         stages: By their names, in their order.
+        seeds: With which the stages that train many networks train each.
     """
     parser = new_parser(doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -103,15 +107,16 @@ def run_stage(
     add_work(parser)
     names = list(stages)
     parser.add_argument("stage", choices=names, nargs="?", default=names[-1])
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="SEED",
-        help="train with these alone, where a stage trains many networks with several: "
-        "two processes of a thread each (OMP_NUM_THREADS=1) take a fifth less than one "
-        "of two threads",
-    )
+    if seeds:
+        parser.add_argument(
+            "--seeds",
+            type=int,
+            nargs="+",
+            choices=seeds,
+            default=seeds,
+            help="train with these alone: two processes of a thread each "
+            "(OMP_NUM_THREADS=1) take a fifth less than one of two",
+        )
     args = parser.parse_args()
     if DRY_RUN:
         args.results = Path(DRY_RUN) / RESULTS_FILE.name

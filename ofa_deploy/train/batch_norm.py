@@ -9,7 +9,7 @@ Pruned networks have such widths. Here several pixels make a row of whole lines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,16 @@ from torch.overrides import TorchFunctionMode
 
 # A cache line of 64 bytes, in float32 sums.
 SUMS_PER_LINE = 16
+# Fewer take no time; and a column of few values is too far from its channel's mean to
+# be corrected in eight bits.
+LEAST_ROWS = 16
 
 
 class LineAlignedBatchNorm(TorchFunctionMode):
     """While entered, batch norms of such widths are trained by rows of whole lines.
 
-    They compute what torch's do, up to rounding, and can be derived once.
+    They compute what torch's do, up to rounding, and can be differentiated once. What
+    is computed anew in the backward pass (`torch.utils.checkpoint`) does not fit them.
     """
 
     def __torch_function__(
@@ -52,7 +56,8 @@ def _batch_norm(
 ) -> Tensor:
     """In place of `torch.nn.functional.batch_norm`, whose names these are."""
     statistics = (running_mean, running_var)
-    if training and _is_narrow(input) and (weight is None or _is_single(weight)):
+    vectors = (*statistics, weight, bias)
+    if training and eps > 0 and _is_unaligned(input) and _fit(input, vectors):
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, *statistics, momentum, eps
         )
@@ -60,21 +65,31 @@ def _batch_norm(
     return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
 
 
-def _is_single(values: Tensor) -> bool:
-    return values.dtype == torch.float32
+def _fit(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    """Whether statistics are both or neither there, and all are single floats.
+
+    What else torch takes or refuses is left to it.
+    """
+    mean, variance, *_ = vectors
+    return (mean is None) == (variance is None) and all(
+        one is None or (one.dtype == torch.float32 and one.shape == x.shape[1:2])
+        for one in vectors
+    )
 
 
-def _is_narrow(x: Tensor) -> bool:
-    """Whether its pixels are no whole lines, and several of them are."""
+def _is_unaligned(x: Tensor) -> bool:
+    """Whether its pixels are no whole lines, and parts of them all are."""
     if x.dim() != 4 or not x.is_cpu:
         return False
     channels = x.shape[1]
+    if channels % SUMS_PER_LINE == 0 or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    rows, rest = divmod(x.numel() // channels, pixels_per_row(channels))
     return (
-        channels % SUMS_PER_LINE != 0
-        and (_is_single(x) or x.dtype == torch.bfloat16)
+        rest == 0
+        and rows >= LEAST_ROWS
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
-        and (x.numel() // channels) % pixels_per_row(channels) == 0
     )
 
 
@@ -99,11 +114,14 @@ class _BatchNorm(torch.autograd.Function):
         pixels = x.numel() // x.shape[1]
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean, momentum)
-            # Of all images, as those of a batch tell of it.
+            # The unbiased estimate, as torch keeps it.
             running_var.lerp_(variance * pixels / (pixels - 1), momentum)
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
         together = pixels_per_row(x.shape[1])
-        output, _, _ = torch.native_batch_norm(
+        # No view of another: layers that follow may write into it.
+        output = torch.empty_like(x)
+        unused = mean.new_empty(0)
+        torch.native_batch_norm(
             _rows(x),
             None if weight is None else weight.repeat(together),
             None if bias is None else bias.repeat(together),
@@ -112,8 +130,9 @@ class _BatchNorm(torch.autograd.Function):
             False,
             0.0,  # momentum, of statistics that stay
             eps,
+            out=(_rows(output), unused, torch.empty_like(unused)),
         )
-        return _unrowed(output, x.shape)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -155,7 +174,7 @@ def batch_norm_backward(
         x: Its input, likewise, in channels-last memory; `N · H · W` is a multiple of
             `pixels_per_row`.
         mean: Of each channel, over the batch.
-        scale: One over each channel's standard deviation.
+        scale: `1 / sqrt(variance + eps)` of each channel.
         weight: That its output was multiplied with; None for ones.
     """
     channels = x.shape[1]
@@ -185,8 +204,9 @@ def batch_norm_backward(
     slope = spread(factor * scale * scale) * beyond_mean(of_weight)
     offset = spread(factor * scale) * beyond_mean(of_bias) - slope * spread(mean)
     of_rows += torch.addcmul(offset.to(x.dtype), inputs, slope.to(x.dtype))
+    count, _, height, width = x.shape
     return (
-        _unrowed(of_rows, x.shape),
+        of_rows.view(count, height, width, channels).permute(0, 3, 1, 2),
         of_weight.view(together, channels).sum(0),
         of_bias.view(together, channels).sum(0),
     )
@@ -197,9 +217,3 @@ def _rows(values: Tensor) -> Tensor:
     channels = values.shape[1]
     ordered = values.contiguous(memory_format=torch.channels_last)
     return ordered.permute(0, 2, 3, 1).reshape(-1, pixels_per_row(channels) * channels)
-
-
-def _unrowed(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The `(N, channels, H, W)` that the rows are of."""
-    count, channels, height, width = shape
-    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)

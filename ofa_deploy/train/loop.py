@@ -307,8 +307,8 @@ class TrainingLoop:
         return logits.float()
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        number_format = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with LineAlignedBatchNorm(), number_format:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        with LineAlignedBatchNorm(), autocast:
             logits = self.network(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()

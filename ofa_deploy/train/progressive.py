@@ -431,8 +431,8 @@ class ProgressiveTraining:
 
     def _logits(self, network: Supernet, inputs: Tensor, plan: NetworkPlan) -> Tensor:
         network.train()
-        number_format = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with LineAlignedBatchNorm(), number_format:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        with LineAlignedBatchNorm(), autocast:
             logits = network(inputs, plan)
         assert isinstance(logits, Tensor)
         return logits.float()
