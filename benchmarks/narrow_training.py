@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -21,13 +22,14 @@ from ofa_deploy.families.cifar_resnet import WIDTHS, ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.train.allocator import keep_freed_memory
-from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
+from ofa_deploy.train.batch_norm import SUMS_PER_LINE, LineAlignedBatchNorm
 from ofa_deploy.train.precision import prefers_bf16
 
 SHARES = (1.0, 0.875, 0.75, 0.7, 0.6, 0.5, 0.45)
-BATCH, RESOLUTION, BLOCKS = 128, 32, 3
+WHOLE = ResNetShape.dense(20)
+BATCH, RESOLUTION = 128, 32
 WARMUP, TURNS = 3, 12
-# Where a width is no multiple of 16; and where all are.
+# Where a width is no whole lines; and where all are.
 LEAST_GAIN, LEAST_ELSEWHERE = 1.5, 0.95
 Mode = AbstractContextManager[object]
 
@@ -47,9 +49,9 @@ def main() -> None:
     elsewhere: list[float] = []
     shares = track(SHARES, "timing steps", console=console, transient=True)
     for share in shares:
-        widths = tuple(round(share * width) for width in WIDTHS)
-        plain_ms, aligned_ms = step_times_ms(widths)
-        whole = all(width % 16 == 0 for width in widths)
+        plain_ms, aligned_ms = step_times_ms(share)
+        widths = [narrowed(width, share) for width in WIDTHS]
+        whole = all(width % SUMS_PER_LINE == 0 for width in widths)
         (elsewhere if whole else gains).append(plain_ms / aligned_ms)
         rows.append(
             [
@@ -78,13 +80,16 @@ def main() -> None:
     section.publish()
 
 
-def step_times_ms(widths: tuple[int, ...]) -> tuple[float, float]:
-    """Of a step with torch's batch norm, and with ours."""
+def narrowed(width: int, share: float) -> int:
+    """A share of a layer's channels."""
+    return round(share * width)
+
+
+def step_times_ms(share: float) -> tuple[float, float]:
+    """Of a step with torch's batch norm, and with ours; at a share of all widths."""
     torch.manual_seed(0)
-    shape = ResNetShape(
-        widths=(widths[0], *(w for w in widths for _ in range(2 * BLOCKS))),
-        kept_blocks=(BLOCKS,) * 3,
-    )
+    widths = tuple(narrowed(width, share) for width in WHOLE.widths)
+    shape = replace(WHOLE, widths=widths)
     network = CifarResNet(shape).train()
     store_channels_last(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)

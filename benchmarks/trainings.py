@@ -114,8 +114,8 @@ def run_stage(
             nargs="+",
             choices=seeds,
             default=seeds,
-            help="train with these alone: two processes of a thread each "
-            "(OMP_NUM_THREADS=1) take a fifth less than one of two",
+            help="of stages that train many networks, these alone: two processes of a "
+            "thread each (OMP_NUM_THREADS=1) take a fifth less than one of two",
         )
     args = parser.parse_args()
     if DRY_RUN:

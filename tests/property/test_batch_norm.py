@@ -141,7 +141,7 @@ def test_what_is_evaluated_is_left_to_torch() -> None:
         assert not is_ours(nn.BatchNorm2d(7).eval()(noise(*NARROW).requires_grad_()))
 
 
-def test_weights_of_eight_bits_are_left_to_torch() -> None:
+def test_statistics_in_bfloat16_are_left_to_torch() -> None:
     norm = nn.BatchNorm2d(7, affine=False).bfloat16()
     x = noise(*NARROW, number_format=torch.bfloat16).requires_grad_()
     with LineAlignedBatchNorm():
