@@ -6,7 +6,7 @@ measures and publishes. In this order:
 
     first      ResNet-20, one cycle
     taught     it once more, from there, by the first teachers of `pas.py`
-    dense      and once more, by them as they were trained further
+    dense      and once more, in a longer cycle, by them as they were trained further
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
     latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
@@ -90,7 +90,7 @@ from ofa_deploy.train.recipe import Recipe
 
 DEPTH = 20
 SHAPE = ResNetShape.dense(DEPTH)
-FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 30, 24
+FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 90, 24
 BUDGETS = (0.2, 0.3, 0.5, 0.7)
 SEEDS = (0, 1)
 RANKINGS = ("LeGR", "uniform", "norm")
@@ -102,7 +102,7 @@ FIRST = one_cycle("first", epochs=FIRST_EPOCHS, peak_learning_rate=0.1, cutmix_s
 DENSE = one_cycle(
     "dense",
     epochs=DENSE_EPOCHS,
-    peak_learning_rate=0.05,
+    peak_learning_rate=0.1,
     cutmix_share=0.5,
     temperature=TEMPERATURE,
 )
