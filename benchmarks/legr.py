@@ -34,15 +34,14 @@ from same_latency import (
     further_models,
     shrink_to_latency_of,
 )
+from teachers import OnOpenVino, asked_once
 from torch import nn
 from trainings import (
     DIGITS,
     RESOLUTION,
     TEMPERATURE,
-    OnOpenVino,
     accuracy_of,
     arrays_of,
-    asked_once,
     digest,
     is_kept,
     keep,

@@ -41,6 +41,7 @@ from same_latency import (
     require_this_device,
     shrink_to_latency_of,
 )
+from teachers import Ensemble, OnOpenVino, asked_once
 from torch import nn
 from trainings import (
     DIGITS,
@@ -48,13 +49,10 @@ from trainings import (
     RESOLUTION,
     TEMPERATURE,
     WEIGHTS,
-    Ensemble,
     Lines,
-    OnOpenVino,
     Weights,
     accuracy_of,
     arrays_of,
-    asked_once,
     digest,
     keep,
     keep_facts,

@@ -31,6 +31,7 @@ from inputs import console
 from numpy.typing import NDArray
 from report import Section
 from same_latency import compare_by_latency, shrink_to_latency_of
+from teachers import OnOpenVino, asked_once
 from torch import nn
 from trainings import (
     DIGITS,
@@ -38,10 +39,8 @@ from trainings import (
     RESOLUTION,
     WEIGHTS,
     Lines,
-    OnOpenVino,
     accuracy_of,
     arrays_of,
-    asked_once,
     digest,
     is_kept,
     keep,
