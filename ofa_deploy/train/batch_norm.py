@@ -29,7 +29,7 @@ class LineAlignedBatchNorm(TorchFunctionMode):
     """While entered, batch norms of such widths are trained by rows of whole lines.
 
     They compute what torch's do, up to rounding, and can be differentiated once. What
-    is computed anew in the backward pass (`torch.utils.checkpoint`) does not fit them.
+    the backward pass computes again (`torch.utils.checkpoint`) is torch's own.
     """
 
     def __torch_function__(
@@ -57,7 +57,13 @@ def _batch_norm(
     """In place of `torch.nn.functional.batch_norm`, whose names these are."""
     statistics = (running_mean, running_var)
     vectors = (*statistics, weight, bias)
-    if training and eps > 0 and _is_unaligned(input) and _fit(input, vectors):
+    if (
+        training
+        and eps > 0
+        and _is_unaligned(input)
+        and _fit(input, vectors)
+        and not _saves_elsewhere()
+    ):
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, *statistics, momentum, eps
         )
@@ -75,6 +81,15 @@ def _fit(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
         one is None or (one.dtype == torch.float32 and one.shape == x.shape[1:2])
         for one in vectors
     )
+
+
+def _saves_elsewhere() -> bool:
+    """Whether what is saved for the backward pass goes through hooks.
+
+    Those of a checkpoint compute it again, outside of the mode, as torch's does: taken
+    for ours, that gives other gradients. There is no public way to ask.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_unaligned(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.train.distill import knowledge_loss, supernet_loss
@@ -38,6 +39,23 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(F.relu(self.features(x)).mean((2, 3)))
+        return found
+
+
+class Checkpointed(Net):
+    """The same; what is between is not kept for the backward pass."""
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = checkpoint(
+            self.features,
+            x.requires_grad_() if self.use_reentrant else x,
+            use_reentrant=self.use_reentrant,
+        )
+        found: Tensor = self.head(F.relu(between).mean((2, 3)))
         return found
 
 
@@ -111,6 +129,17 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
         loop_of(network, tmp_path).run(poison)
     loop_of(network, tmp_path)  # loads the last good one
     assert network.get_buffer("spare").item() == 0.0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_computed_again_in_the_backward_pass_is_learned_alike(
+    tmp_path: Path, use_reentrant: bool
+) -> None:
+    nets = Net(), Checkpointed(use_reentrant=use_reentrant)
+    for net, name in zip(nets, ("kept", "again"), strict=True):
+        assert loop_of(net, tmp_path / name)._train_step(0) > 0
+    for kept, again in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(again, kept)
 
 
 @pytest.mark.parametrize("temperature", [None, 4.0])
