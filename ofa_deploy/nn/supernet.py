@@ -76,6 +76,12 @@ def store_channels_last(network: nn.Module) -> None:
             )
 
 
+def store_plainly(network: nn.Module) -> None:
+    """Store weights as others expect them, who may look at maps as they are stored."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def _build(layer: Layer) -> nn.Module | None:
     if isinstance(layer, RepConvLayer):
         return ElasticRepConv(layer)

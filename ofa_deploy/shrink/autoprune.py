@@ -25,6 +25,7 @@ from ofa_deploy.errors import TrainingError
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
+from ofa_deploy.train.views import ViewsInAnyOrder
 
 # Of a network that learns nothing any more.
 LEAST_GRADIENT = 1e-12
@@ -67,7 +68,8 @@ class Deciding:
         inputs, targets = self.images.batch(
             0, step, resolution=self.resolution, rng=rng
         )
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        with ViewsInAnyOrder(), autocast:
             logits = module(inputs)
         loss = F.cross_entropy(
             logits.float(), targets, label_smoothing=self.label_smoothing

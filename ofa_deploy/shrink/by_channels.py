@@ -7,6 +7,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -65,9 +66,9 @@ class ByChannels:
         )
         whole = call.fitting(masked, as_it_is, self.prices, floors=self.floors)
         share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
+        kept = masked.kept()
+        unchanged = own.remainder(masked, kept)
         if share >= 1:
-            kept = masked.kept()
-            unchanged = own.remainder(masked, kept)
             network = call.certify(whole, unchanged, kept, whole.full_ms, self.stack)
             if network.met:
                 return self._shrunk(network, self._channels, ())
@@ -79,6 +80,9 @@ class ByChannels:
         else:
             least_share = self._least_share(whole)
         share = max(share, least_share)
+        # What its file would not compute is known before hours of training.
+        with TemporaryDirectory(prefix="ofa-deploy-") as name:
+            call.compare(whole.written(unchanged, kept, Path(name)))
         teacher = self._teacher() if call.recipe.distill else None
         folder = call.work / self._name(share)
         call.reporter.begin(SEARCHING)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import multiprocessing
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import write_atomically
 
+# At most.
 BATCH_SIZE = 250
 # Of the steps that tune a candidate.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -106,13 +108,16 @@ class CandidateImages:
     def batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels of `training` or `validation`, one batch at a time."""
         images, labels = _loaded(self.folder, part)
-        for start in range(0, len(labels), BATCH_SIZE):
+        # Of equal size: statistics are the mean of batches'.
+        count = -(-len(labels) // BATCH_SIZE)
+        places = np.linspace(0, len(labels), count + 1).astype(int)
+        for start, end in itertools.pairwise(places):
             inputs = network_input(
-                torch.from_numpy(images[start : start + BATCH_SIZE].copy()),
+                torch.from_numpy(images[start:end].copy()),
                 resolution=self.resolution,
                 normalisation=self.normalisation,
             )
-            yield inputs, torch.from_numpy(labels[start : start + BATCH_SIZE].copy())
+            yield inputs, torch.from_numpy(labels[start:end].copy())
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
@@ -153,9 +158,10 @@ def validation_loss(job: CandidateJob) -> float:
         torch.set_num_threads(1)  # the others have the other cores
     torch.manual_seed(job.seed)
     module = job.module
-    _tune(module, job.images, steps=job.tuning_steps, rate=job.learning_rate)
-    update_bn((inputs for inputs, _ in job.images.batches("training")), module)
-    return float(_losses(module, job.images).mean())
+    with ViewsInAnyOrder():
+        _tune(module, job.images, steps=job.tuning_steps, rate=job.learning_rate)
+        update_bn((inputs for inputs, _ in job.images.batches("training")), module)
+        return float(_losses(module, job.images).mean())
 
 
 @torch.no_grad()
@@ -179,7 +185,8 @@ def warn_if_few(network: nn.Module, images: CandidateImages) -> None:
     """
     if images.count("validation") >= FEW_IMAGES:
         return
-    losses = _losses(copy.deepcopy(network), images)
+    with ViewsInAnyOrder():
+        losses = _losses(copy.deepcopy(network), images)
     error = float(losses.std() / len(losses) ** 0.5)
     warnings.warn(
         f"candidates are ranked on {len(losses)} held-out images, on which the whole "
@@ -199,8 +206,9 @@ def _tune(
     optimizer = torch.optim.SGD(
         module.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
-    batches = chain.from_iterable(map(images.batches, repeat("training")))
-    for inputs, labels in islice(batches, steps):
+    epochs = map(images.batches, itertools.repeat("training"))
+    batches = itertools.chain.from_iterable(epochs)
+    for inputs, labels in itertools.islice(batches, steps):
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(module(inputs), labels))
         optimizer.step()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import DataError, TraceError, few_of
+from ofa_deploy.errors import DataError, MissingDependency, TraceError, few_of
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
@@ -24,6 +24,13 @@ from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
+from ofa_deploy.shrink.brought import (
+    MOST_DIFFERENCE,
+    plain_copy,
+    require_trainable,
+    run,
+    train_once,
+)
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import called_layers, trace_channels
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
@@ -32,8 +39,8 @@ from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.target import Target
 
 Floats = NDArray[np.float32]
-# Between masked and removed channels, over the largest output; rounding makes 1e-6.
-MOST_DIFFERENCE = 1e-4
+# Multiples of it, but for what is before the point, are far from each other.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 # Images that tell what a network knows from a guess: at least, at most, at a time.
 FEW, MOST_SEEN, AT_A_TIME = 100, 1000, 32
 
@@ -66,7 +73,7 @@ class OwnNetwork:
         class_names: tuple[str, ...],
         narrowed: bool = True,
     ) -> OwnNetwork:
-        """A copy of a network, traced: on the CPU, in float32, with nothing frozen.
+        """A plain copy of a network, traced.
 
         Args:
             module: From images to logits.
@@ -77,13 +84,11 @@ class OwnNetwork:
                 and it need not have any.
 
         Raises:
-            TraceError: It cannot be traced; names the layer.
+            TraceError: It cannot be copied, traced or trained; names the layer.
             DataError: It has another number of outputs than there are classes, or
                 weights that are no numbers.
         """
-        module = copy.deepcopy(module).cpu().float()
-        for parameter in module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+        module = plain_copy(module)
         if isinstance(module, PlannedNet) and module.plan.resolution != resolution:
             raise DataError(
                 f"the network's plan is for images of {module.plan.resolution} pixels; "
@@ -96,8 +101,7 @@ class OwnNetwork:
             else trace_channels(module, input_shape=shape)
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
-        _require_logits_in_training(module, shape)
-        _require_numbers(module)
+        require_trainable(module, shape)
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "
@@ -160,8 +164,8 @@ class OwnNetwork:
         """Whether masking channels and removing them is the same."""
         rng = np.random.default_rng(0)
         kept = tuple(
-            torch.from_numpy(_some(group.channels, rng, in_order=in_order))
-            for group in self.graph.groups
+            torch.from_numpy(_some(group.channels, index, rng, in_order=in_order))
+            for index, group in enumerate(self.graph.groups)
         )
         masked = self.masked()
         for mask, indices in zip(masked.masks, kept, strict=True):
@@ -171,18 +175,24 @@ class OwnNetwork:
     def computes_what_is_left(self, form: nn.Module, kept: Sequence[Tensor]) -> bool:
         """Whether a form of it computes what it does without its other channels.
 
+        And whether what is left can be trained.
+
         Args:
             form: Takes the same images.
             kept: Indices of the channels that stay, of each group.
         """
-        shape = (2, IMAGE_CHANNELS, self.resolution, self.resolution)
-        noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        narrow = self._narrowed(kept)
-        if isinstance(narrow, FusedNetwork):
-            narrow = FusedNet(narrow.plan, narrow.weights)
+        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        noise = np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32)
         try:
             expected = run(form, noise)
-            found = run(narrow, noise)
+            narrow = self._narrowed(kept)
+            if isinstance(narrow, FusedNetwork):
+                found = run(FusedNet(narrow.plan, narrow.weights), noise)
+            else:
+                found = run(narrow, noise)
+                train_once(narrow, shape)
+        except MissingDependency:
+            raise
         except Exception:  # whatever its forward makes of shapes that do not fit
             return False
         if found.shape != expected.shape:
@@ -384,19 +394,6 @@ def _is_chain(module: nn.Module) -> TypeGuard[StaticNet]:
     )
 
 
-def run(module: nn.Module, inputs: Floats) -> Floats:
-    """Outputs of a module in eval mode; its mode is left as it was."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            outputs = module(torch.from_numpy(inputs))
-    finally:
-        module.train(training)
-    result: Floats = _logits(module, outputs).float().numpy()
-    return result
-
-
 def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
     """Warn of a network that knows no more of held-out images than a guess would.
 
@@ -433,58 +430,23 @@ def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
     )
 
 
-def _logits(module: nn.Module, outputs: object) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs
-    mode = ", while it is trained," if module.training else ""
-    raise TraceError(
-        f"{type(module).__name__} gives{mode} {type(outputs).__name__}, not a tensor; "
-        "wrap it in a module that gives the logits alone"
-    )
-
-
-def _require_numbers(module: nn.Module) -> None:
-    """Refuse weights of a training that came to nothing.
-
-    Raises:
-        DataError: Names the first tensor that is infinite, or no number.
-    """
-    for name, tensor in module.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise DataError(
-                f"{type(module).__name__}'s {name} is not finite; look at the weights "
-                "that were brought"
-            )
-
-
-def _require_logits_in_training(module: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Refuse what gives more in training than in use, such as networks with two heads.
-
-    Raises:
-        TraceError: It gives no tensor, or fails.
-    """
-    module = copy.deepcopy(module).train()
-    try:
-        with torch.no_grad():
-            outputs = module(torch.zeros(2, *shape))
-    except Exception as error:  # whatever its forward raises
-        raise TraceError(
-            f"{type(module).__name__} cannot be trained on images of shape {shape}: "
-            f"{error}"
-        ) from error
-    _logits(module, outputs)
-
-
 def _some(
-    channels: int, rng: np.random.Generator, *, in_order: bool
+    channels: int, place: int, rng: np.random.Generator, *, in_order: bool
 ) -> NDArray[np.int64]:
-    """Three quarters of the channels, ascending; or the first ones, half or more.
+    """Half of the channels or more, ascending; never all, if there are several.
 
-    Never all, if there are several.
+    Args:
+        channels: Of a group.
+        place: Of the group among all: neighbours keep different shares, or what holds
+            for equal counts alone, such as halves, would pass for all.
+        rng: Chooses which.
+        in_order: Whether the first ones.
     """
+    share = 0.5 + 0.5 * (place * GOLDEN_RATIO % 1)
+    count = max(1, min(channels - 1, round(share * channels)))
     if in_order:
-        return np.arange(int(rng.integers(max(1, channels // 2), max(2, channels))))
-    return np.sort(rng.permutation(channels)[: max(1, channels * 3 // 4)])
+        return np.arange(count)
+    return np.sort(rng.permutation(channels)[:count])
 
 
 def _frozen(module: nn.Module) -> Callable[[Floats], Floats]:

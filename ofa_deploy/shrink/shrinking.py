@@ -16,6 +16,7 @@ from ofa_deploy.assembly import VerifiedNetwork, measured_accuracy
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.reporting import Reporter
@@ -31,7 +32,7 @@ from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress
 from ofa_deploy.train.recipe import Recipe
-from ofa_deploy.verify import judge
+from ofa_deploy.verify import ParityReport, judge
 from profilers.backends import get_backend
 from profilers.device import this_device
 
@@ -185,6 +186,17 @@ class Shrinking:
         """
         if any(v.constraint == "accuracy" and not v.met for v in network.verdicts):
             raise self.missed(network)
+
+    def compare(self, exported: ExportedNetwork) -> ParityReport:
+        """What a file computes, beside the network that it was written from.
+
+        Raises:
+            ParityError: It computes something else.
+        """
+        self.reporter.begin("comparing with the trained network")
+        return compare_exported(
+            exported, self.evaluation.images, normalisation=self.own.normalisation
+        )
 
     def certify(
         self,

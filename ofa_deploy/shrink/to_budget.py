@@ -17,7 +17,6 @@ from ofa_deploy.bundle import Bundle, require_free
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError, DeviceError, SpaceError
-from ofa_deploy.exporting import compare_exported
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
@@ -219,12 +218,7 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
             )
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network
-        call.reporter.begin("comparing with the trained network")
-        parity = compare_exported(
-            network.exported,
-            call.evaluation.images,
-            normalisation=call.own.normalisation,
-        )
+        parity = call.compare(network.exported)
         history = _history(call, source.sha256, shrunk, left_whole=left_whole)
         call.reporter.begin("writing the bundle")
         return assemble_bundle(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.nn.supernet import store_channels_last, store_plainly
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
@@ -32,6 +32,7 @@ from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Recipe, learning_rate
+from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import write_atomically
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -172,9 +173,9 @@ class TrainingLoop:
             raise TrainingError(
                 f"the recipe has {len(recipe.phases)} phases; a network is trained in 1"
             )
-        for module in (network, teacher):
-            if module is not None:
-                store_channels_last(module)
+        self._modules = [one for one in (network, teacher) if one is not None]
+        for module in self._modules:
+            store_channels_last(module)
         self.network = network
         self.images = images
         self.recipe = recipe
@@ -236,6 +237,8 @@ class TrainingLoop:
                 loss_sum, loss_count = 0.0, 0
         if self._accuracy is None:
             self._accuracy = self.validate()
+        for module in self._modules:
+            store_plainly(module)
         return self._accuracy
 
     @torch.no_grad()
@@ -301,14 +304,15 @@ class TrainingLoop:
         if self._teacher is None:
             return None
         self._teacher.eval()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bf16):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        with ViewsInAnyOrder(), autocast:
             logits = self._teacher(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()
 
     def _logits(self, inputs: Tensor) -> Tensor:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with LineAlignedBatchNorm(), autocast:
+        with LineAlignedBatchNorm(), ViewsInAnyOrder(), autocast:
             logits = self.network(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()

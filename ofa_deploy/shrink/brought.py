@@ -1,0 +1,190 @@
+"""A user's network as it is worked on: a copy of plain layers that can be trained."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ofa_deploy.errors import DataError, TraceError
+from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.train.views import ViewsInAnyOrder
+
+Floats = NDArray[np.float32]
+# Of norms' statistics, as torch has it by default.
+NORM_MOMENTUM = 0.1
+# Between an image's logits in a batch and alone, over the largest; rounding makes 1e-6.
+MOST_DIFFERENCE = 1e-4
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32, with nothing frozen, that computes the same.
+
+    What layers compute from other parameters, such as weight norms, becomes a parameter
+    itself, and each layer has its own, so that each can lose channels of its own.
+
+    Args:
+        module: Not changed.
+
+    Raises:
+        TraceError: It cannot be copied.
+    """
+    copied = _copy(module)
+    for layer in list(copied.modules()):
+        if parametrize.is_parametrized(layer):
+            _settle(layer)
+        # The mean over all batches ever seen would hardly move any more.
+        if isinstance(layer, _NormBase) and layer.momentum is None:
+            layer.momentum = NORM_MOMENTUM
+    _untie(copied)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    name = type(module).__name__
+    if any(isinstance(one, torch.jit.ScriptModule) for one in module.modules()):
+        raise TraceError(f"{name} is TorchScript; give the module that it was made of")
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise TraceError(
+            f"{name} has layers that do not know their inputs yet; call it once on "
+            "images before"
+        )
+    try:
+        return copy.deepcopy(module).cpu().float()
+    except Exception as error:  # whatever its layers hold
+        raise TraceError(
+            f"{name} cannot be copied: {error}. Of torch.nn.utils.weight_norm and "
+            "prune call remove_weight_norm and prune.remove; where it keeps what it "
+            "computed last, call it once within torch.no_grad()"
+        ) from error
+
+
+def _settle(layer: nn.Module) -> None:
+    """Make parameters of what is computed from others.
+
+    Torch's own way would take the properties from the class, which layers share with
+    those that they are copies of.
+    """
+    computed = layer.parametrizations
+    assert isinstance(computed, nn.ModuleDict)
+    computed.eval()
+    values = {name: getattr(layer, name).detach().clone() for name in computed}
+    del layer.parametrizations
+    layer.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value))
+
+
+def _untie(module: nn.Module) -> None:
+    """Give each layer its own parameters; a layer under two names stays one."""
+    seen: set[int] = set()
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                mine = nn.Parameter(parameter.detach().clone())
+                setattr(layer, name, mine)
+            seen.add(id(parameter))
+
+
+def run(module: nn.Module, inputs: Floats) -> Floats:
+    """Outputs of a module in eval mode; its mode is left as it was.
+
+    Raises:
+        TraceError: It gives no tensor.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(inputs))
+    finally:
+        module.train(training)
+    result: Floats = _logits(module, outputs).float().numpy()
+    return result
+
+
+def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Try what a step of training does first; moves the module's statistics.
+
+    Args:
+        module: Is in training mode afterwards.
+        image_shape: `(3, H, W)`.
+
+    Raises:
+        TraceError: It gives no tensor.
+    """
+    store_channels_last(module.train())
+    images = torch.zeros(2, *image_shape)
+    with torch.no_grad(), ViewsInAnyOrder():
+        outputs = module(images.contiguous(memory_format=torch.channels_last))
+    _logits(module, outputs)
+
+
+def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Refuse what hours of training would come to nothing with.
+
+    Args:
+        module: Not changed.
+        image_shape: `(3, H, W)`.
+
+    Raises:
+        TraceError: It fails in training, gives more then than in use, such as networks
+            with two heads, or logits that depend on more than the image.
+        DataError: Its weights are no numbers.
+    """
+    name = type(module).__name__
+    _require_numbers(module)
+    try:
+        train_once(copy.deepcopy(module), image_shape)
+    except TraceError:
+        raise
+    except Exception as error:  # whatever its forward raises
+        raise TraceError(
+            f"{name} cannot be trained on images of shape {image_shape}: {error}"
+        ) from error
+    noise = np.random.default_rng(0).standard_normal(
+        (2, *image_shape), dtype=np.float32
+    )
+    together, alone = run(module, noise)[:1], run(module, noise[:1])
+    largest = float(np.abs(alone).max())
+    if together.shape != alone.shape or np.abs(together - alone).max() > (
+        MOST_DIFFERENCE * largest
+    ):
+        raise TraceError(
+            f"{name} gives an image other logits beside another than alone, as batch "
+            "norms with track_running_stats=False do, and what draws at random in "
+            "eval mode: what is deployed takes one image at a time. Change these "
+            "layers, and train it"
+        )
+
+
+def _logits(module: nn.Module, outputs: object) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    mode = ", while it is trained," if module.training else ""
+    raise TraceError(
+        f"{type(module).__name__} gives{mode} {type(outputs).__name__}, not a tensor; "
+        "wrap it in a module that gives the logits alone"
+    )
+
+
+def _require_numbers(module: nn.Module) -> None:
+    """Refuse weights of a training that came to nothing.
+
+    Raises:
+        DataError: Names the first tensor that is infinite, or no number.
+    """
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"{type(module).__name__}'s {name} is not finite; look at the weights "
+                "that were brought"
+            )

@@ -1,0 +1,321 @@
+"""Laws of what is made of a user's network before it is searched."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from ofa_deploy.errors import ParityError, TraceError
+from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.shrink import candidates
+from ofa_deploy.shrink.autoprune import Deciding, typical_gradient
+from ofa_deploy.shrink.brought import plain_copy, run
+from ofa_deploy.shrink.by_channels import ByChannels
+from ofa_deploy.shrink.candidates import CandidateImages, CandidateJob, validation_loss
+from ofa_deploy.shrink.legr import STATE_FILE
+from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.loop import LOG_FILE
+from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.train.views import ViewsInAnyOrder
+from tests.support.shrinking import SIZE, call_of, data, own_network, train
+
+RECIPE = Recipe(
+    phases=(Phase(name="once", epochs=1, peak_learning_rate=0.01, distill=False),),
+    batch_size=18,
+    crop_padding=1,
+)
+
+
+class Net(nn.Module):
+    """Two convolutions and a classifier, between which something may be done."""
+
+    def __init__(
+        self, between: Callable[[Tensor, nn.Module], Tensor] = lambda x, _: x
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(F.relu(self.norm(self.first(x))), self)
+        found: Tensor = self.head(F.relu(self.second(x)).mean((2, 3)))
+        return found
+
+
+class Flattening(nn.Module):
+    """Flattens its maps by a view, as maps in channels-last memory have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.second = nn.Conv2d(16, 24, 3, 2, 1, bias=False)
+        self.head = nn.Linear(24 * (SIZE // 4) ** 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x))))
+        return cast(Tensor, self.head(x.view(x.size(0), -1)))
+
+
+def written(images: TrainingImages, folder: Path, *, count: int) -> CandidateImages:
+    return CandidateImages.written(
+        images,
+        held_out=images.validation,
+        resolution=SIZE,
+        training_count=count,
+        validation_count=10,
+        folder=folder,
+    )
+
+
+# -- views -----------------------------------------------------------------------------
+
+
+def test_maps_are_flattened_as_they_would_be_in_any_order() -> None:
+    maps = torch.randn(2, 5, 4, 3)
+    stored = maps.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        stored.view(2, -1)
+    with ViewsInAnyOrder():
+        torch.testing.assert_close(stored.view(2, -1), maps.view(2, -1))
+        torch.testing.assert_close(stored.view(size=(10, 12)), maps.view(10, 12))
+        assert maps.view(2, -1).data_ptr() == maps.data_ptr()
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            stored.view(7, 7)
+
+
+def test_a_network_that_flattens_by_a_view_is_trained_searched_and_written(
+    tmp_path: Path,
+) -> None:
+    images = TrainingImages(data(), RECIPE)
+    own = own_network(train(Flattening()))
+    assert [group.name for group in own.graph.groups] == ["first", "second"]
+    kept = [torch.arange(0, group.channels, 2) for group in own.graph.groups]
+    masked = own.masked()
+    deciding = Deciding.of(images, RECIPE, resolution=SIZE)
+    latents = [mask.latent for mask in masked.masks]
+    assert typical_gradient(masked.module, latents, deciding) > 0
+    judged = written(images, tmp_path, count=100)
+    job = CandidateJob(module=own.candidate(kept), images=judged)
+    assert math.isfinite(validation_loss(job))
+    narrow = train(own.candidate(kept), epochs=1)
+    inputs = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert narrow(inputs).shape == (2, 3)
+
+
+# -- the copy --------------------------------------------------------------------------
+
+
+class Tied(Net):
+    """Two convolutions of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.first.weight = self.second.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.stem(x))
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    network = Net()
+    norm(network.first)
+    norm(network.head)
+    return network
+
+
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": lambda: normed(parametrizations.weight_norm),
+    "spectral norm": lambda: normed(parametrizations.spectral_norm),
+    "tied": Tied,
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_layers_of_a_copy_are_plain_and_compute_the_same(name: str) -> None:
+    network = UNUSUAL[name]().eval()
+    before = copy.deepcopy(network.state_dict())
+    copied = plain_copy(network)
+    inputs = torch.randn(2, 3, SIZE, SIZE).numpy()
+    assert run(copied, inputs) == pytest.approx(run(network, inputs), abs=1e-6)
+    assert not any(map(parametrize.is_parametrized, copied.modules()))
+    owners = [id(p) for m in copied.modules() for p in m.parameters(recurse=False)]
+    assert len(set(owners)) == len(owners)
+    for key, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, before[key])
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_channels_of_such_layers_go_exactly(name: str) -> None:
+    own = own_network(UNUSUAL[name]().eval())
+    assert {"first", "second"} <= {group.name for group in own.graph.groups}
+
+
+def test_a_layer_under_two_names_stays_one() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    network.append(network[0])
+    copied = cast(nn.Sequential, plain_copy(network))
+    assert copied[2] is copied[0]
+
+
+def test_statistics_of_all_batches_follow_what_is_left() -> None:
+    """Torch's own, `1 / batches seen`, would stay where a long training left them."""
+    network = Net()
+    network.norm.momentum = cast(Any, None)
+    network.norm.num_batches_tracked = torch.tensor(100_000)
+    copied = cast(Net, plain_copy(network))
+    before = cast(Tensor, copied.norm.running_var).clone()
+    copied.train()(torch.randn(4, 3, SIZE, SIZE))
+    assert (cast(Tensor, copied.norm.running_var) - before).abs().min() > 0.01
+
+
+def kept_activation() -> nn.Module:
+    def keep(x: Tensor, net: nn.Module) -> Tensor:
+        net.last = x
+        return x
+
+    network = Net(keep)
+    network(torch.zeros(1, 3, SIZE, SIZE))
+    return network
+
+
+def pruned() -> nn.Module:
+    network = Net()
+    prune.l1_unstructured(  # type: ignore[no-untyped-call]
+        network.first, "weight", amount=0.5
+    )
+    return network
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_cannot_be_copied_is_refused_with_the_cure() -> None:
+    traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+        nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8)
+    )
+    for network, cure in (
+        (kept_activation(), "call it once within torch.no_grad"),
+        (pruned(), "prune.remove"),
+        (nn.Sequential(nn.LazyConv2d(4, 1)), "call it once on images"),
+        (traced, "TorchScript; give the module"),
+    ):
+        with pytest.raises(TraceError, match=cure):
+            plain_copy(network)
+
+
+# -- what is refused, or left whole ----------------------------------------------------
+
+
+def test_logits_that_depend_on_the_batch_are_refused() -> None:
+    network = Net()
+    network.norm = nn.BatchNorm2d(16, track_running_stats=False)
+    with pytest.raises(TraceError, match="other logits beside another than alone"):
+        own_network(network)
+
+
+def test_logits_that_are_drawn_are_refused() -> None:
+    network = Net(lambda x, _: F.dropout(x, training=True))
+    with pytest.raises(TraceError, match="draws at random in eval mode"):
+        own_network(network)
+
+
+class Halves(Net):
+    """Half of the channels go one way, by their number, and half another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(8, 16, 3, padding=1)
+        self.third = nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        half = x.shape[1] // 2
+        y = self.second(x[:, :half]) + self.third(x[:, half:])
+        found: Tensor = self.head(F.relu(y).mean((2, 3)))
+        return found
+
+
+def test_any_counts_of_what_is_not_left_whole_go_exactly() -> None:
+    own = own_network(Halves().eval())
+    counts = [group.channels for group in own.graph.groups]
+    assert counts == [16]  # of the sum; halves would have to stay equal
+    for group in range(len(counts)):
+        kept = [torch.arange(c // (1 + (k == group))) for k, c in enumerate(counts)]
+        masked = own.masked()
+        for mask, indices in zip(masked.masks, kept, strict=True):
+            mask.keep_only(indices)
+        assert own.computes_what_is_left(masked.module, kept)
+
+
+def dropped_channels(x: Tensor, network: nn.Module) -> Tensor:
+    if not network.training:
+        return x
+    return x * torch.empty(1, 16, 1, 1).bernoulli_(0.9)
+
+
+def test_what_could_not_be_trained_once_narrow_is_left_whole() -> None:
+    own = own_network(Net(dropped_channels).eval())
+    assert [group.name for group in own.graph.groups] == ["second"]
+
+
+# -- judging candidates ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [7, 11, 12])
+def test_statistics_are_those_of_all_images(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are parted: no batch is one of few images."""
+    monkeypatch.setattr(candidates, "BATCH_SIZE", 5)
+    images = TrainingImages(data(), RECIPE)
+    judged = written(images, tmp_path, count=count)
+    batches = [inputs for inputs, _ in judged.batches("training")]
+    sizes = [len(inputs) for inputs in batches]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    whole = torch.cat(batches)
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    validation_loss(CandidateJob(module=module, images=judged))
+    norm = cast(nn.BatchNorm2d, module[0])
+    assert norm.running_mean is not None
+    error = (norm.running_mean - whole.mean((0, 2, 3))).abs().max()
+    assert error < 0.05
+
+
+# -- before hours of training ----------------------------------------------------------
+
+
+def test_a_file_that_would_compute_something_else_is_known_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = train(Net())
+    call, prices = call_of(network, tmp_path, budget_share=0.6, method="legr")
+    export = OwnNetwork.export
+
+    def wrong(self: OwnNetwork, *args: Any, **kwargs: Any) -> ExportedNetwork:
+        exported = export(self, *args, **kwargs)
+        return replace(exported, reference=lambda inputs: run(network, inputs) + 1)
+
+    monkeypatch.setattr(OwnNetwork, "export", wrong)
+    with ExitStack() as stack, pytest.raises(ParityError):
+        ByChannels(call=call, method="legr", prices=prices, stack=stack).run()
+    assert not list(tmp_path.rglob(LOG_FILE))
+    assert not list(tmp_path.rglob(STATE_FILE))
