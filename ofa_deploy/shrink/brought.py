@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch.nn.utils import (
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+)
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.nn.supernet import store_channels_last
@@ -19,15 +26,16 @@ from ofa_deploy.train.views import ViewsInAnyOrder
 Floats = NDArray[np.float32]
 # Of norms' statistics, as torch has it by default.
 NORM_MOMENTUM = 0.1
-# Between an image's logits in a batch and alone, over the largest; rounding makes 1e-6.
+# Between outputs that should be equal, over the largest; rounding makes 1e-6.
 MOST_DIFFERENCE = 1e-4
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32, with nothing frozen, that computes the same.
 
-    What layers compute from other parameters, such as weight norms, becomes a parameter
-    itself, and each layer has its own, so that each can lose channels of its own.
+    What layers compute from other parameters, such as weight norms and pruned weights,
+    becomes a parameter itself, and each layer has its own, so that each can lose
+    channels of its own.
 
     Args:
         module: Not changed.
@@ -39,6 +47,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     for layer in list(copied.modules()):
         if parametrize.is_parametrized(layer):
             _settle(layer)
+        _settle_hooks(layer)
         # The mean over all batches ever seen would hardly move any more.
         if isinstance(layer, _NormBase) and layer.momentum is None:
             layer.momentum = NORM_MOMENTUM
@@ -57,13 +66,19 @@ def _copy(module: nn.Module) -> nn.Module:
             f"{name} has layers that do not know their inputs yet; call it once on "
             "images before"
         )
+    # What a layer computed last, and keeps: torch copies nothing that has a gradient.
+    computed = {
+        id(value): value.detach().clone()
+        for layer in module.modules()
+        for value in vars(layer).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(module).cpu().float()
+        return copy.deepcopy(module, memo=computed).cpu().float()
     except Exception as error:  # whatever its layers hold
         raise TraceError(
-            f"{name} cannot be copied: {error}. Of torch.nn.utils.weight_norm and "
-            "prune call remove_weight_norm and prune.remove; where it keeps what it "
-            "computed last, call it once within torch.no_grad()"
+            f"{name} cannot be copied: {error}. Where it keeps what it computed, call "
+            "it once within torch.no_grad() before"
         ) from error
 
 
@@ -83,6 +98,19 @@ def _settle(layer: nn.Module) -> None:
         layer.register_parameter(name, nn.Parameter(value))
 
 
+def _settle_hooks(layer: nn.Module) -> None:
+    """The same, of what is computed by a hook before each call."""
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(  # type: ignore[no-untyped-call]
+                layer, hook._tensor_name
+            )
+
+
 def _untie(module: nn.Module) -> None:
     """Give each layer its own parameters; a layer under two names stays one."""
     seen: set[int] = set()
@@ -100,39 +128,52 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
     Raises:
         TraceError: It gives no tensor.
     """
+    return _run(module, torch.from_numpy(inputs))
+
+
+def _run(module: nn.Module, images: Tensor) -> Floats:
     training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            outputs = module(torch.from_numpy(inputs))
+            outputs = module(images)
     finally:
         module.train(training)
     result: Floats = _logits(module, outputs).float().numpy()
     return result
 
 
+def are_equal(found: Floats, expected: Floats) -> bool:
+    """Whether outputs are, but for rounding."""
+    if found.shape != expected.shape:
+        return False
+    # Of outputs that are all zero there is no scale.
+    scale = float(np.abs(expected).max()) or 1.0
+    return bool(np.abs(found - expected).max() <= MOST_DIFFERENCE * scale)
+
+
 def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Try what a step of training does first; moves the module's statistics.
+    """Try what a step of training does; moves the module's statistics.
 
     Args:
-        module: Is in training mode afterwards.
+        module: Is in training mode afterwards, and stored channels-last.
         image_shape: `(3, H, W)`.
 
     Raises:
         TraceError: It gives no tensor.
     """
     store_channels_last(module.train())
-    images = torch.zeros(2, *image_shape)
-    with torch.no_grad(), ViewsInAnyOrder():
-        outputs = module(images.contiguous(memory_format=torch.channels_last))
-    _logits(module, outputs)
+    images = torch.zeros(2, *image_shape).contiguous(memory_format=torch.channels_last)
+    with ViewsInAnyOrder():
+        outputs = _logits(module, module(images))
+    torch.autograd.backward(outputs.sum())
 
 
 def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Refuse what hours of training would come to nothing with.
 
     Args:
-        module: Not changed.
+        module: From images to logits `(N, classes)`; not changed.
         image_shape: `(3, H, W)`.
 
     Raises:
@@ -142,27 +183,35 @@ def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> N
     """
     name = type(module).__name__
     _require_numbers(module)
-    try:
-        train_once(copy.deepcopy(module), image_shape)
-    except TraceError:
-        raise
-    except Exception as error:  # whatever its forward raises
-        raise TraceError(
-            f"{name} cannot be trained on images of shape {image_shape}: {error}"
-        ) from error
-    noise = np.random.default_rng(0).standard_normal(
-        (2, *image_shape), dtype=np.float32
-    )
-    together, alone = run(module, noise)[:1], run(module, noise[:1])
-    largest = float(np.abs(alone).max())
-    if together.shape != alone.shape or np.abs(together - alone).max() > (
-        MOST_DIFFERENCE * largest
-    ):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((2, *image_shape), dtype=np.float32)
+    expected, alone = run(module, noise), run(module, noise[:1])
+    if not are_equal(expected[:1], alone):
         raise TraceError(
             f"{name} gives an image other logits beside another than alone, as batch "
             "norms with track_running_stats=False do, and what draws at random in "
             "eval mode: what is deployed takes one image at a time. Change these "
             "layers, and train it"
+        )
+    tried = copy.deepcopy(module)
+    store_channels_last(tried)
+    images = torch.from_numpy(noise).contiguous(memory_format=torch.channels_last)
+    try:
+        with ViewsInAnyOrder():
+            found = _run(tried, images)
+        train_once(tried, image_shape)
+    except TraceError:
+        raise
+    except Exception as error:  # whatever its forward raises
+        raise TraceError(
+            f"{name} cannot be trained on images of shape {image_shape}, whose maps "
+            f"are stored channels-last: {error}"
+        ) from error
+    if not are_equal(found, expected):
+        raise TraceError(
+            f"{name} computes something else where maps are stored channels-last, as "
+            "they are trained: it writes into views of them, or looks at how they are "
+            "stored. Use flatten or reshape, and write into nothing that they gave"
         )
 
 

@@ -26,7 +26,7 @@ from ofa_deploy.shrink.methods import SEARCHING, Found, Search, remembered
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
 from ofa_deploy.shrink.searched import reset_parameters
-from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
+from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
@@ -82,7 +82,8 @@ class ByChannels:
         share = max(share, least_share)
         # What its file would not compute is known before hours of training.
         with TemporaryDirectory(prefix="ofa-deploy-") as name:
-            call.compare(whole.written(unchanged, kept, Path(name)))
+            written = whole.written(unchanged, kept, Path(name))
+            call.compare(written, beside=BROUGHT)
         teacher = self._teacher() if call.recipe.distill else None
         folder = call.work / self._name(share)
         call.reporter.begin(SEARCHING)

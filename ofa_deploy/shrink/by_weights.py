@@ -17,7 +17,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.pas import LatentOrder
-from ofa_deploy.shrink.shrinking import SEARCH_FOLDER, Shrinking, Shrunk
+from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (
     SEARCHING,
@@ -55,7 +55,7 @@ class ByWeights:
         if whole.met:
             return self._shrunk(whole, self._had, ())
         self._require_only_size(whole)
-        call.compare(whole.exported)  # before hours of training
+        call.compare(whole.exported, beside=BROUGHT)  # before hours of training
         fitting = self._size_fitting(whole)
         most = fitting.most(lambda count: self._bytes(self._masks(model), count))
         share = most / fitting.weight_count

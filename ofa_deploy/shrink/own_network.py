@@ -25,7 +25,7 @@ from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.brought import (
-    MOST_DIFFERENCE,
+    are_equal,
     plain_copy,
     require_trainable,
     run,
@@ -39,7 +39,7 @@ from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.target import Target
 
 Floats = NDArray[np.float32]
-# Multiples of it, but for what is before the point, are far from each other.
+# Neighbouring multiples of it are far from each other behind the point.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 # Images that tell what a network knows from a guess: at least, at most, at a time.
 FEW, MOST_SEEN, AT_A_TIME = 100, 1000, 32
@@ -101,13 +101,13 @@ class OwnNetwork:
             else trace_channels(module, input_shape=shape)
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
-        require_trainable(module, shape)
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "
                 f"has {len(class_names)} classes. Give a network whose last layer has "
                 "as many outputs, or other data"
             )
+        require_trainable(module, shape)
         own = cls(
             module=module,
             resolution=resolution,
@@ -193,13 +193,11 @@ class OwnNetwork:
                 train_once(narrow, shape)
         except MissingDependency:
             raise
-        except Exception:  # whatever its forward makes of shapes that do not fit
+        except Exception:
+            # Whatever its forward makes of shapes that do not fit, and its layers of
+            # being cut.
             return False
-        if found.shape != expected.shape:
-            return False
-        # Of outputs that are all zero there is no scale.
-        scale = float(np.abs(expected).max()) or 1.0
-        return bool(np.abs(found - expected).max() <= MOST_DIFFERENCE * scale)
+        return are_equal(found, expected)
 
     @property
     def family(self) -> str:

@@ -37,6 +37,8 @@ from profilers.backends import get_backend
 from profilers.device import this_device
 
 SEARCH_FOLDER = "search"
+# The network that a call is given, for people.
+BROUGHT = "the network that was brought"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,13 +189,17 @@ class Shrinking:
         if any(v.constraint == "accuracy" and not v.met for v in network.verdicts):
             raise self.missed(network)
 
-    def compare(self, exported: ExportedNetwork) -> ParityReport:
+    def compare(self, exported: ExportedNetwork, *, beside: str) -> ParityReport:
         """What a file computes, beside the network that it was written from.
+
+        Args:
+            exported: The file, and the network.
+            beside: What the network is, for people.
 
         Raises:
             ParityError: It computes something else.
         """
-        self.reporter.begin("comparing with the trained network")
+        self.reporter.begin(f"comparing with {beside}")
         return compare_exported(
             exported, self.evaluation.images, normalisation=self.own.normalisation
         )

@@ -218,7 +218,7 @@ def _bundle(call: Shrinking, *, out: Path, prices_folder: Path) -> Bundle:
             )
         shrunk = _shrunk(call, prices, stack)
         network = shrunk.network
-        parity = call.compare(network.exported)
+        parity = call.compare(network.exported, beside="the trained network")
         history = _history(call, source.sha256, shrunk, left_whole=left_whole)
         call.reporter.begin("writing the bundle")
         return assemble_bundle(

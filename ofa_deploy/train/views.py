@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class ViewsInAnyOrder(TorchFunctionMode):
-    """While entered, `x.view(…)` copies what has no such view.
+    """While entered, `x.view(…)` copies what has no such view; `x.view_as(y)`, too.
 
     Networks train much faster on channels-last maps, and many flatten theirs by
     `x.view(len(x), -1)`, which those do not have.
@@ -24,7 +24,7 @@ class ViewsInAnyOrder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """See `torch.overrides`."""
-        called = _view if func is Tensor.view else func
+        called: Callable[..., Any] = _INSTEAD.get(func, func)
         return called(*args, **(kwargs or {}))
 
 
@@ -34,3 +34,13 @@ def _view(x: Tensor, *sizes: Any, **named: Any) -> Tensor:
     except RuntimeError:
         # Whatever else is wrong with it, torch says so again.
         return x.contiguous().view(*sizes, **named)
+
+
+def _view_as(x: Tensor, other: Tensor) -> Tensor:
+    return _view(x, other.shape)
+
+
+_INSTEAD: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    Tensor.view: _view,
+    Tensor.view_as: _view_as,
+}

@@ -14,22 +14,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import (
+    parametrizations,
+    parametrize,
+    prune,
+    spectral_norm,
+    weight_norm,
+)
+from torch.utils.checkpoint import checkpoint
 
-from ofa_deploy.errors import ParityError, TraceError
-from ofa_deploy.exporting import ExportedNetwork
+from ofa_deploy.constraints import Constraints
+from ofa_deploy.errors import DataError, ParityError, TraceError
+from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.shrink import candidates
 from ofa_deploy.shrink.autoprune import Deciding, typical_gradient
 from ofa_deploy.shrink.brought import plain_copy, run
 from ofa_deploy.shrink.by_channels import ByChannels
+from ofa_deploy.shrink.by_weights import ByWeights
 from ofa_deploy.shrink.candidates import CandidateImages, CandidateJob, validation_loss
 from ofa_deploy.shrink.legr import STATE_FILE
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.recipe import Method
+from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE
 from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.train.views import ViewsInAnyOrder
-from tests.support.shrinking import SIZE, call_of, data, own_network, train
+from tests.support import tiny
+from tests.support.shrinking import (
+    SIZE,
+    call_of,
+    data,
+    made_up_prices,
+    measured_as,
+    own_network,
+    train,
+)
 
 RECIPE = Recipe(
     phases=(Phase(name="once", epochs=1, peak_learning_rate=0.01, distill=False),),
@@ -94,29 +114,54 @@ def test_maps_are_flattened_as_they_would_be_in_any_order() -> None:
     with ViewsInAnyOrder():
         torch.testing.assert_close(stored.view(2, -1), maps.view(2, -1))
         torch.testing.assert_close(stored.view(size=(10, 12)), maps.view(10, 12))
+        torch.testing.assert_close(
+            stored.view_as(torch.empty(10, 12)), maps.view(10, 12)
+        )
         assert maps.view(2, -1).data_ptr() == maps.data_ptr()
         with pytest.raises(RuntimeError, match="is invalid for input of size"):
             stored.view(7, 7)
 
 
-def test_a_network_that_flattens_by_a_view_is_trained_searched_and_written(
-    tmp_path: Path,
-) -> None:
-    images = TrainingImages(data(), RECIPE)
+@pytest.fixture(scope="module")
+def flattening() -> OwnNetwork:
     own = own_network(train(Flattening()))
     assert [group.name for group in own.graph.groups] == ["first", "second"]
-    kept = [torch.arange(0, group.channels, 2) for group in own.graph.groups]
-    masked = own.masked()
+    return own
+
+
+def test_masks_of_a_network_that_flattens_by_a_view_have_gradients(
+    flattening: OwnNetwork,
+) -> None:
+    masked = flattening.masked()
+    images = TrainingImages(data(), RECIPE)
     deciding = Deciding.of(images, RECIPE, resolution=SIZE)
     latents = [mask.latent for mask in masked.masks]
     assert typical_gradient(masked.module, latents, deciding) > 0
-    judged = written(images, tmp_path, count=100)
-    job = CandidateJob(module=own.candidate(kept), images=judged)
+
+
+def test_a_candidate_that_flattens_by_a_view_is_judged(
+    flattening: OwnNetwork, tmp_path: Path
+) -> None:
+    kept = [torch.arange(0, group.channels, 2) for group in flattening.graph.groups]
+    judged = written(TrainingImages(data(), RECIPE), tmp_path, count=100)
+    job = CandidateJob(module=flattening.candidate(kept), images=judged)
     assert math.isfinite(validation_loss(job))
-    narrow = train(own.candidate(kept), epochs=1)
-    inputs = torch.randn(2, 3, SIZE, SIZE)
-    with torch.no_grad():
-        assert narrow(inputs).shape == (2, 3)
+
+
+def test_what_flattens_by_a_view_is_written_as_it_was_trained(
+    flattening: OwnNetwork, tmp_path: Path
+) -> None:
+    kept = [torch.arange(0, group.channels, 2) for group in flattening.graph.groups]
+    narrow = train(flattening.candidate(kept), epochs=1)
+    exported = flattening.export(
+        narrow,
+        kept,
+        method="legr",
+        target=Target(backend="onnxruntime-cpu", threads=1),
+        folder=tmp_path,
+    )
+    # Raises, where the file computes something else.
+    compare_exported(exported, data().images[:3], normalisation=tiny.NORMALISATION)
 
 
 # -- the copy --------------------------------------------------------------------------
@@ -135,20 +180,47 @@ class Tied(Net):
         return super().forward(self.stem(x))
 
 
-def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def normed(norm: Callable[[nn.Module], object]) -> nn.Module:
     network = Net()
     norm(network.first)
     norm(network.head)
     return network
 
 
+def pruned(network: nn.Module) -> None:
+    prune.l1_unstructured(network, "weight", amount=0.5)  # type: ignore[no-untyped-call]
+
+
+def kept_activation() -> nn.Module:
+    def keep(x: Tensor, net: nn.Module) -> Tensor:
+        net.last = x
+        return x
+
+    network = Net(keep)
+    network(torch.zeros(1, 3, SIZE, SIZE))
+    return network
+
+
+def called(network: nn.Module) -> nn.Module:
+    """What hooks compute before a call is of that call."""
+    with torch.no_grad():
+        network(torch.zeros(1, 3, SIZE, SIZE))
+    return network
+
+
 UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "weight norm by a hook": lambda: normed(weight_norm),
+    "spectral norm by a hook": lambda: normed(spectral_norm),
+    "pruned": lambda: normed(pruned),
+    "pruned and called": lambda: called(normed(pruned)),
+    "keeps what it computed": kept_activation,
     "weight norm": lambda: normed(parametrizations.weight_norm),
     "spectral norm": lambda: normed(parametrizations.spectral_norm),
     "tied": Tied,
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_layers_of_a_copy_are_plain_and_compute_the_same(name: str) -> None:
     network = UNUSUAL[name]().eval()
@@ -163,6 +235,7 @@ def test_layers_of_a_copy_are_plain_and_compute_the_same(name: str) -> None:
         torch.testing.assert_close(tensor, before[key])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_channels_of_such_layers_go_exactly(name: str) -> None:
     own = own_network(UNUSUAL[name]().eval())
@@ -187,21 +260,13 @@ def test_statistics_of_all_batches_follow_what_is_left() -> None:
     assert (cast(Tensor, copied.norm.running_var) - before).abs().min() > 0.01
 
 
-def kept_activation() -> nn.Module:
+def kept_list() -> nn.Module:
     def keep(x: Tensor, net: nn.Module) -> Tensor:
-        net.last = x
+        vars(net)["all"] = [x]
         return x
 
     network = Net(keep)
     network(torch.zeros(1, 3, SIZE, SIZE))
-    return network
-
-
-def pruned() -> nn.Module:
-    network = Net()
-    prune.l1_unstructured(  # type: ignore[no-untyped-call]
-        network.first, "weight", amount=0.5
-    )
     return network
 
 
@@ -212,8 +277,7 @@ def test_what_cannot_be_copied_is_refused_with_the_cure() -> None:
         nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8)
     )
     for network, cure in (
-        (kept_activation(), "call it once within torch.no_grad"),
-        (pruned(), "prune.remove"),
+        (kept_list(), "call it once within torch.no_grad"),
         (nn.Sequential(nn.LazyConv2d(4, 1)), "call it once on images"),
         (traced, "TorchScript; give the module"),
     ):
@@ -229,6 +293,39 @@ def test_logits_that_depend_on_the_batch_are_refused() -> None:
     network.norm = nn.BatchNorm2d(16, track_running_stats=False)
     with pytest.raises(TraceError, match="other logits beside another than alone"):
         own_network(network)
+
+
+def written_into(x: Tensor, _: nn.Module) -> Tensor:
+    x.view(len(x), -1).mul_(0.5)
+    return x
+
+
+def test_writing_into_views_of_maps_is_refused() -> None:
+    with pytest.raises(TraceError, match="writes into views of them"):
+        own_network(Net(written_into))
+
+
+def checkpointed(x: Tensor, _: nn.Module) -> Tensor:
+    def flat(x: Tensor) -> Tensor:
+        return F.relu(x.view(len(x), -1))
+
+    return cast(Tensor, checkpoint(flat, x, use_reentrant=False)).view(x.shape)
+
+
+def test_what_the_backward_pass_cannot_compute_again_is_refused() -> None:
+    with pytest.raises(TraceError, match="cannot be trained on images of shape"):
+        own_network(Net(checkpointed))
+
+
+@pytest.mark.parametrize("outputs", ["squeezed", "scalar"])
+def test_outputs_that_are_no_logits_are_told_by_their_shape(outputs: str) -> None:
+    class Odd(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x.squeeze() if outputs == "squeezed" else x.mean()
+
+    with pytest.raises(DataError, match="gives outputs of shape"):
+        own_network(Odd())
 
 
 def test_logits_that_are_drawn_are_refused() -> None:
@@ -303,11 +400,17 @@ def test_statistics_are_those_of_all_images(
 # -- before hours of training ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["legr", "autoprune-weights"])
 def test_a_file_that_would_compute_something_else_is_known_before_the_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = train(Net())
     call, prices = call_of(network, tmp_path, budget_share=0.6, method="legr")
+    if method == "autoprune-weights":
+        own = own_network(network, narrowed=False)
+        asked = Constraints(compressed_bytes=2000)
+        call = replace(call, own=own, method=method, constraints=asked)
+        prices = made_up_prices(own)
     export = OwnNetwork.export
 
     def wrong(self: OwnNetwork, *args: Any, **kwargs: Any) -> ExportedNetwork:
@@ -315,7 +418,14 @@ def test_a_file_that_would_compute_something_else_is_known_before_the_search(
         return replace(exported, reference=lambda inputs: run(network, inputs) + 1)
 
     monkeypatch.setattr(OwnNetwork, "export", wrong)
-    with ExitStack() as stack, pytest.raises(ParityError):
-        ByChannels(call=call, method="legr", prices=prices, stack=stack).run()
+    measured_as(monkeypatch, factor=1.0)
+    with ExitStack() as stack:
+        shrinking = (
+            ByWeights(call=call, prices=prices, stack=stack)
+            if method == "autoprune-weights"
+            else ByChannels(call=call, method="legr", prices=prices, stack=stack)
+        )
+        with pytest.raises(ParityError):
+            shrinking.run()
     assert not list(tmp_path.rglob(LOG_FILE))
     assert not list(tmp_path.rglob(STATE_FILE))

@@ -116,12 +116,13 @@ def trained_chain() -> StaticNet:
     return network
 
 
-def own_network(network: nn.Module) -> OwnNetwork:
+def own_network(network: nn.Module, *, narrowed: bool = True) -> OwnNetwork:
     return OwnNetwork.of(
         network,
         resolution=SIZE,
         normalisation=tiny.NORMALISATION,
         class_names=tiny.CLASS_NAMES,
+        narrowed=narrowed,
     )
 
 
