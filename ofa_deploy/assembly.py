@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -170,10 +170,17 @@ def assemble_bundle(
             accuracy=network.accuracy,
             parity=parity,
             cost=facts.cost,
-            versions={name: version(name) for name in VERSIONED_PACKAGES},
+            versions={name: _version(name) for name in VERSIONED_PACKAGES},
         )
         write_manifest(folder, manifest)
     return Bundle.open(out)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"  # a variant under another name, or a checkout
 
 
 def predicted_accuracy(

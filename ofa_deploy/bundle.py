@@ -22,7 +22,7 @@ from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
 from ofa_deploy.exporting import REFERENCE_FILE
 from ofa_deploy.inference import infer
 from ofa_deploy.manifest import MANIFEST_FILE, FileRecord, Manifest
-from ofa_deploy.preprocess import prepare
+from ofa_deploy.preprocess import as_rgb, prepare
 from ofa_deploy.verify import (
     ParityReport,
     compare_outputs,
@@ -226,10 +226,10 @@ def _as_pixels(
             )
         return image
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return as_rgb(image)
     try:
         with Image.open(image) as opened:
-            return np.asarray(opened.convert("RGB"))
+            return as_rgb(opened)
     except Exception as error:  # Pillow raises many classes for a damaged file
         raise DataError(f"{image} cannot be read as an image: {error}") from error
 
@@ -261,16 +261,29 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
 
 
 def require_free(out: Path) -> None:
-    """Refuse an output folder that holds something.
+    """Refuse an output folder that holds something, or cannot be made.
 
     Raises:
-        BundleError: `out` is a file, or a folder that is not empty.
+        BundleError: `out` is a file, a folder that is not empty, or one that nothing
+            can be put in the place of.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(
             f"{out} exists and is not an empty folder; name another output folder, or "
             "remove it first"
         )
+    if out.is_mount():
+        raise BundleError(
+            f"{out} is where something is mounted, so that nothing can be moved to it; "
+            f"name a folder in it, such as {out / 'bundle'}"
+        )
+    parent = next(one for one in out.resolve().parents if one.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
+    except OSError as error:
+        raise BundleError(
+            f"{out} cannot be made: {error}; name a folder whose parent can be written"
+        ) from error
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress, is_hidden, open_zip
 from ofa_deploy.errors import DataError, few_of
-from ofa_deploy.preprocess import require_pixels, resize
+from ofa_deploy.preprocess import as_rgb, require_pixels, resize
 
 # Statistics of more images are no better, and take longer.
 MOST_IMAGES = 2_000
@@ -97,7 +97,7 @@ def _decode(
     for done, name in enumerate(chosen, start=1):
         try:
             with Image.open(io.BytesIO(files[name]())) as image:
-                images.append(resize(np.asarray(image.convert("RGB"))[None], size)[0])
+                images.append(resize(as_rgb(image)[None], size)[0])
         except Exception:  # Pillow raises many classes for a damaged file
             bad.append(name)
         if progress is not None:

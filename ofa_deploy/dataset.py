@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ofa_deploy.errors import DataError, few_of
+from ofa_deploy.preprocess import as_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Progress = Callable[[int, int], None]
@@ -33,8 +34,8 @@ class ImageSet:
 
     Args:
         images: `(count, height, width, 3)` uint8, RGB.
-        labels: `(count,)` int64, each in `0..len(class_names) - 1`.
-        class_names: In label order, all different.
+        labels: `(count,)`, integers in `0..len(class_names) - 1`; kept as int64.
+        class_names: In label order, all different; kept as a tuple.
     """
 
     images: NDArray[np.uint8]
@@ -42,6 +43,13 @@ class ImageSet:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        # As people have them: lists, and integers of other widths.
+        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"labels must be integers; got {labels.dtype}")
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
+        object.__setattr__(self, "class_names", tuple(map(_text, self.class_names)))
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
             raise DataError(
                 f"images must be uint8 of shape (count, height, width, 3); got "
@@ -80,7 +88,7 @@ class ImageSet:
         """Digest of pixels, labels and names."""
         digest = hashlib.sha256(self.images.tobytes())
         digest.update(self.labels.tobytes())
-        digest.update("\n".join(self.class_names).encode())
+        digest.update("\n".join(self.class_names).encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> ImageSet:
@@ -90,6 +98,11 @@ class ImageSet:
             labels=self.labels[index],
             class_names=self.class_names,
         )
+
+
+def _text(name: object) -> str:
+    """A class name, which numpy may have as bytes."""
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def split_validation(
@@ -174,20 +187,44 @@ def _folder_files(root: Path) -> Iterator[_Entry]:
         if is_hidden(folder.name):
             continue
         yield folder.name, folder.name, None
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name):
-                yield folder.name, f"{folder.name}/{file.name}", file.read_bytes
+        for file in sorted(folder.rglob("*")):
+            parts = file.relative_to(root).parts
+            if _is_image(file.name) and not any(map(is_hidden, parts)):
+                if len(parts) > 2:
+                    raise _too_deep(root.name, folder.name, "/".join(parts[:-1]))
+                yield folder.name, "/".join(parts), file.read_bytes
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _too_deep(source: str, class_name: str, folder: str) -> DataError:
+    return DataError(
+        f"{source}: class {class_name!r} has images in {folder}, a folder of its own; "
+        "put them beside its others, or take them out"
+    )
 
 
 def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
     # By parts, as folders are listed; as texts, "a b/1.png" comes before "a/1.png".
     listed = sorted((_parts(name), name) for name in archive.namelist())
     listed = [(parts, name) for parts, name in listed if not any(map(is_hidden, parts))]
+    images = [
+        (parts, name)
+        for parts, name in listed
+        if not name.endswith("/") and len(parts) > 1 and _is_image(name)
+    ]
+    holding = {tuple(parts[:-1]) for parts, _ in images}
+    inside = {folder for folder in holding if folder[:-1] in holding}
+    # What lies beside the class holding, such as a preview, is of no class.
+    beside = {folder[:-1] for folder in inside}
+    if inside and (len(beside) > 1 or inside | beside != holding):
+        deepest = max(sorted(inside), key=len)
+        raise _too_deep(source, deepest[-2], "/".join(deepest))
     parent_of: dict[str, list[str]] = {}
-    for parts, name in listed:
-        if name.endswith("/") or len(parts) < 2:
-            continue
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+    for parts, name in images:
+        if tuple(parts[:-1]) not in beside:
             parent = parent_of.setdefault(parts[-2], parts[:-2])
             if parent != parts[:-2]:
                 # Else training and test images would be mixed without a word.
@@ -229,7 +266,7 @@ def _load_files(
     for done, (class_name, name, read) in enumerate(files):
         try:
             with Image.open(io.BytesIO(read())) as image:
-                images.append(np.asarray(image.convert("RGB")))
+                images.append(as_rgb(image))
             labels.append(label_of[class_name])
         except Exception:  # Pillow raises many classes for a damaged file
             bad.append(name)
@@ -314,7 +351,7 @@ def _npz_class_names(
                 f"{path}: class_names must be texts of shape (classes,); got "
                 f"{names.dtype} of shape {names.shape}"
             )
-        return tuple(str(name) for name in names)
+        return tuple(map(_text, names))
     highest = int(labels.max())
     # A class without images is refused anyway, and names for 10**12 fill the memory.
     if highest >= len(labels):

@@ -17,13 +17,15 @@ from ofa_deploy.stored import StoredSupernet
 from profilers.backends.base import Backend, Session
 
 EVALUATION_BATCH = 250
+# Of prepared inputs; one resolution may have more.
+MOST_KEPT_BYTES = 2**31
 
 
 class Evaluator:
     """Measures accuracies of a supernet's networks on one set of images.
 
-    Prepared inputs are kept per resolution, so that hundreds of networks can be
-    evaluated without resizing the images again.
+    Prepared inputs are kept per resolution, as far as there is room for them, so that
+    hundreds of networks can be evaluated without resizing the images again.
 
     Args:
         supernet: Whose networks.
@@ -71,12 +73,20 @@ class Evaluator:
     ) -> NDArray[np.float32]:
         key = (name, resolution)
         if key not in self._prepared:
+            self._make_room(4 * len(images) * 3 * resolution**2)
             self._prepared[key] = prepare(
                 images,
                 resolution=resolution,
                 normalisation=self._supernet.normalisation,
             )
+        self._prepared[key] = self._prepared.pop(key)  # used last
         return self._prepared[key]
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Forget what was used longest ago, until so much more may be kept."""
+        kept = sum(inputs.nbytes for inputs in self._prepared.values())
+        while self._prepared and kept + wanted_bytes > MOST_KEPT_BYTES:
+            kept -= self._prepared.pop(next(iter(self._prepared))).nbytes
 
 
 def top1_accuracy(

@@ -12,7 +12,6 @@ import math
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +35,12 @@ from profilers.journal import Failure, Journal, OrderDone, SessionBegan, VisitRe
 from profilers.measure import EXTRA_PASS_SHARE
 from profilers.measurement import Drift, Measurement
 from profilers.order import WorkOrder
-from profilers.process import describe_exit, last_words, package_environment
+from profilers.process import (
+    describe_exit,
+    last_words,
+    package_environment,
+    profilers_command,
+)
 from profilers.summary import (
     at_level,
     fit_visits,
@@ -92,7 +96,7 @@ def execute(
     *,
     journal: Journal,
     progress: Progress | None = None,
-    command: Sequence[str] = (sys.executable, "-m", "profilers", "work"),
+    command: Sequence[str] = (*profilers_command(), "work"),
 ) -> OrderResult:
     """Carry out a work order.
 

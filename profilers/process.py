@@ -12,7 +12,13 @@ from pathlib import Path
 
 from profilers.errors import RunFailed
 
-__all__ = ["describe_exit", "last_words", "package_environment", "run_for_line"]
+__all__ = [
+    "describe_exit",
+    "last_words",
+    "package_environment",
+    "profilers_command",
+    "run_for_line",
+]
 
 STDERR_TAIL_CHARACTERS = 2000
 
@@ -40,7 +46,7 @@ def run_for_line(
     Raises:
         RunFailed: The process did not start, failed, crashed, or took too long.
     """
-    command = [interpreter or sys.executable, "-m", "profilers", *arguments]
+    command = [*profilers_command(interpreter), *arguments]
     try:
         finished = subprocess.run(
             command,
@@ -85,6 +91,22 @@ def describe_exit(code: int) -> str:
         return f"by signal {-code}"
     told = " (as systems do that have no memory left)" if name == "SIGKILL" else ""
     return f"by signal {name}{told}"
+
+
+def profilers_command(interpreter: str | None = None) -> tuple[str, ...]:
+    """What starts `python -m profilers` so that arguments can follow.
+
+    Without what lies in the current folder, from where `-m` would import first: a
+    user's statistics.py, for one, in place of the standard library's.
+
+    Args:
+        interpreter: Python to run; None takes this one.
+    """
+    start = (
+        "import sys; sys.path[:] = [path for path in sys.path if path]; import runpy; "
+        "runpy.run_module('profilers', run_name='__main__', alter_sys=True)"
+    )
+    return (interpreter or sys.executable, "-c", start)
 
 
 def package_environment() -> dict[str, str]:

@@ -209,7 +209,9 @@ def fit_accuracy_predictor(
     """
     count = len(sample.genomes)
     order = rng.permutation(count)
-    held_out, seen = np.split(order, [round(count * held_out_share)])
+    held_out, seen = np.split(order, [max(1, round(count * held_out_share))])
+    if not len(seen):  # a space of one network
+        seen = held_out
     features = one_hot(space, sample.genomes)
     base = float(sample.accuracy[seen].mean())
     targets = (sample.accuracy - base).astype(np.float32)[:, None]

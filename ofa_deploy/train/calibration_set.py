@@ -9,8 +9,9 @@ al., "Dreaming to Distill" (DeepInversion, CVPR 2020), and Y. Cai et al., "ZeroQ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.nn.elastic import ElasticBatchNorm
 from ofa_deploy.nn.supernet import Supernet
-from ofa_deploy.plan import lower
+from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input, resize_bilinear
 from ofa_deploy.train.dead_leaves import dead_leaves
@@ -33,6 +34,8 @@ CLASS_WEIGHT = 0.05
 # `cifar10-small` 2.4 of its 3.5 lost points, more than all later layers together.
 _FIRST_LAYER_WEIGHT = 4.0
 _EPS = 1e-3
+# Of images that are made together; of fewer than these the statistics say little.
+PIXELS_AT_A_TIME, LEAST_IMAGES = 2_000_000, 50
 
 
 def synthesise_images(
@@ -75,7 +78,63 @@ def synthesise_images(
         parameter.requires_grad_(False)
     images = _first_images(count, largest.resolution, normalisation, seed=seed)
     labels = torch.arange(count) % supernet.space.head.class_count
-    low, high = _bounds(normalisation)
+    # Parts that are made at a time, each with the statistics of all.
+    parts = -(-count // images_at_a_time(largest.resolution))
+    made = []
+    for part, (some, of_some) in enumerate(
+        zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    ):
+        optimised = _optimised(
+            supernet,
+            plans,
+            statistics,
+            images=some,
+            labels=of_some,
+            bounds=_bounds(normalisation),
+            steps=steps,
+            bf16=bf16,
+            progress=partial(_advance, progress, part * steps, parts * steps),
+        )
+        made.append(_to_uint8(optimised, normalisation))
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return np.concatenate(made)
+
+
+def images_at_a_time(resolution: int) -> int:
+    """How many images are made together: they all pass the network at once.
+
+    The largest network of the ImageNet space keeps some 100 MB for the backward pass
+    of each image of 224 pixels.
+
+    Args:
+        resolution: Of the images.
+    """
+    return max(LEAST_IMAGES, PIXELS_AT_A_TIME // resolution**2)
+
+
+def _advance(
+    progress: Callable[[int, int], None] | None, before: int, total: int, done: int
+) -> None:
+    if progress:
+        progress(before + done, total)
+
+
+def _optimised(
+    supernet: Supernet,
+    plans: Sequence[NetworkPlan],
+    statistics: Mapping[int, Statistics],
+    *,
+    images: Tensor,
+    labels: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    steps: int,
+    bf16: bool,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Network inputs whose statistics match, made of these."""
+    images = images.clone().requires_grad_(True)
+    low, high = bounds
     optimizer = torch.optim.Adam([images], lr=LEARNING_RATE)
     with _StatisticsLoss(supernet) as distance:
         for step in range(steps):
@@ -93,11 +152,8 @@ def synthesise_images(
             optimizer.step()
             with torch.no_grad():  # only what eight bits can hold
                 images.clamp_(low, high)
-            if progress:
-                progress(step + 1, steps)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return _to_uint8(images.detach(), normalisation)
+            progress(step + 1)
+    return images.detach()
 
 
 class _StatisticsLoss:
@@ -141,8 +197,7 @@ def _first_images(
     """What to optimise: network inputs of dead leaves."""
     leaves = dead_leaves(count, size, np.random.default_rng(seed))
     pixels = torch.from_numpy(leaves.transpose(0, 3, 1, 2).copy())
-    images = network_input(pixels, resolution=size, normalisation=normalisation)
-    return images.requires_grad_(True)
+    return network_input(pixels, resolution=size, normalisation=normalisation)
 
 
 def _bounds(normalisation: Normalisation) -> tuple[Tensor, Tensor]:

@@ -291,14 +291,21 @@ class ProgressiveTraining:
 
     def run(self, progress: Callable[[TrainingProgress], None] | None = None) -> None:
         """Train to the end, or to the end of `settings.stop_after`."""
+        if self._stops():  # before this call
+            return
         while self._phase_index < len(self.recipe.phases):
             phase = self.recipe.phases[self._phase_index]
             self._run_phase(phase, progress)
             self._write_phase_result(phase)
             self._enter_phase(self._phase_index + 1)
-            if phase.name == self.settings.stop_after and not self.is_complete:
+            if self._stops():
                 return
         self._export()
+
+    def _stops(self) -> bool:
+        """Whether the phase is done after which to stop, and others are not."""
+        done = [phase.name for phase in self.recipe.phases[: self._phase_index]]
+        return self.settings.stop_after in done and not self.is_complete
 
     def _export(self) -> None:
         """Write the finished supernet as specialising reads it.
@@ -499,6 +506,6 @@ def _sample(
 
 def _step_cost(phase: Phase) -> float:
     """Rough cost of a step, in full networks trained; only the ETA reads it."""
-    narrowed = (phase.depth_choices > 1) + (phase.expand_choices > 1)
+    narrowed = (phase.depth_choices != 1) + (phase.expand_choices != 1)
     teacher = 0.3 if phase.distill else 0.0
     return teacher + phase.subnet_count * (1.0, 0.75, 0.5)[narrowed]

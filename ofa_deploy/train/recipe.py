@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.space import SearchSpace
@@ -29,9 +30,9 @@ class Phase:
         sandwich: Whether the largest and the smallest are always among them, the rest
             sampled: the ends of the space gain most, and lift what is between (Yu and
             Huang, "Universally Slimmable Networks", ICCV 2019, section 3.2).
-        kernel_choices: How many of the largest kernel sizes are sampled.
-        depth_choices: How many of the largest depths are sampled.
-        expand_choices: How many of the largest expand ratios are sampled.
+        kernel_choices: How many of the largest kernel sizes are sampled; None for all.
+        depth_choices: How many of the largest depths are sampled; likewise.
+        expand_choices: How many of the largest expand ratios are sampled; likewise.
         distill: Whether full networks of earlier phases teach.
         teachers: Names of the phases whose full networks teach, by the mean of their
             class probabilities; empty for the first phase's alone.
@@ -48,9 +49,9 @@ class Phase:
     peak_learning_rate: float
     subnet_count: int = 1
     sandwich: bool = False
-    kernel_choices: int = 1
-    depth_choices: int = 1
-    expand_choices: int = 1
+    kernel_choices: int | None = 1
+    depth_choices: int | None = 1
+    expand_choices: int | None = 1
     distill: bool = True
     teachers: tuple[str, ...] = ()
     cutmix_share: float = 0.0
@@ -188,7 +189,7 @@ def default_recipe() -> Recipe:
                 epochs=4,
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
-                kernel_choices=3,
+                kernel_choices=None,
                 cutmix_share=0.25,
             ),
             Phase(
@@ -196,7 +197,7 @@ def default_recipe() -> Recipe:
                 epochs=1,
                 peak_learning_rate=0.01,
                 subnet_count=2,
-                kernel_choices=3,
+                kernel_choices=None,
                 depth_choices=2,
                 cutmix_share=0.25,
             ),
@@ -206,8 +207,8 @@ def default_recipe() -> Recipe:
                 warmup_epochs=0.5,
                 peak_learning_rate=0.02,
                 subnet_count=2,
-                kernel_choices=3,
-                depth_choices=3,
+                kernel_choices=None,
+                depth_choices=None,
                 cutmix_share=0.25,
             ),
             Phase(
@@ -216,8 +217,8 @@ def default_recipe() -> Recipe:
                 peak_learning_rate=0.01,
                 subnet_count=4,
                 sandwich=True,
-                kernel_choices=3,
-                depth_choices=3,
+                kernel_choices=None,
+                depth_choices=None,
                 expand_choices=2,
                 sorted_expands=1,
                 cutmix_share=0.25,
@@ -229,9 +230,9 @@ def default_recipe() -> Recipe:
                 peak_learning_rate=0.02,
                 subnet_count=4,
                 sandwich=True,
-                kernel_choices=3,
-                depth_choices=3,
-                expand_choices=3,
+                kernel_choices=None,
+                depth_choices=None,
+                expand_choices=None,
                 sorted_expands=2,
                 cutmix_share=0.25,
             ),
@@ -242,9 +243,9 @@ def default_recipe() -> Recipe:
                 peak_learning_rate=0.012,
                 subnet_count=3,
                 sandwich=True,
-                kernel_choices=3,
-                depth_choices=3,
-                expand_choices=3,
+                kernel_choices=None,
+                depth_choices=None,
+                expand_choices=None,
                 teachers=("full", "width2"),
                 cutmix_share=0.25,
             ),
@@ -257,13 +258,17 @@ def restrict(space: SearchSpace, phase: Phase) -> SearchSpace:
     stages = tuple(
         replace(
             stage,
-            kernels=stage.kernels[-phase.kernel_choices :],
-            depths=stage.depths[-phase.depth_choices :],
-            expands=stage.expands[-phase.expand_choices :],
+            kernels=_largest(stage.kernels, phase.kernel_choices),
+            depths=_largest(stage.depths, phase.depth_choices),
+            expands=_largest(stage.expands, phase.expand_choices),
         )
         for stage in space.stages
     )
     return replace(space, stages=stages)
+
+
+def _largest(choices: tuple[Any, ...], count: int | None) -> tuple[Any, ...]:
+    return choices if count is None else choices[-count:]
 
 
 def learning_rate(phase: Phase, epoch: float) -> float:

@@ -35,6 +35,7 @@ from profilers.measurement import (
     Visit,
 )
 from profilers.pace import Pace
+from profilers.process import package_environment, profilers_command
 from tests.support.profilers_models import conv_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -179,6 +180,23 @@ def test_a_process_that_fails_is_a_failed_run(
             timeout_s=0.2 if "sleep" in text else None,
             interpreter=script(tmp_path, text),
         )
+
+
+def test_what_lies_in_the_current_folder_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("statistics", "argparse", "profilers"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('mine')")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [*profilers_command(), "--help"],
+        env=package_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
 
 
 def test_an_interpreter_that_is_not_there_is_a_failed_run(model_path: Path) -> None:

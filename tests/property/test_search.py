@@ -329,6 +329,18 @@ def test_residuals_are_judged_on_networks_that_were_left_out() -> None:
     assert predictor.residual_std == pytest.approx(np.sqrt((residual**2).mean()))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_predictor_of_hardly_any_networks_knows_its_error(count: int) -> None:
+    sample = tiny.sample()
+    few = replace(
+        sample, genomes=sample.genomes[:count], accuracy=sample.accuracy[:count]
+    )
+    predictor, _ = fit_accuracy_predictor(
+        SPACE, few, rng=np.random.default_rng(5), members=1, epochs=3
+    )
+    assert np.isfinite(predictor.residual_std)
+
+
 def test_a_predictor_survives_its_arrays() -> None:
     predictor = tiny.predictor()
     back = AccuracyPredictor.from_arrays(SPACE, predictor.to_arrays())

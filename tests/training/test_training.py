@@ -181,6 +181,15 @@ def test_a_run_stopped_after_each_phase_comes_to_the_same_weights(
     assert_same_weights(folder, trained)
 
 
+def test_a_run_that_stopped_stops_there_again(tmp_path: Path) -> None:
+    stop = RECIPE.phases[0].name
+    training(tmp_path, stop_after=stop).run()
+    again = training(tmp_path, resume=True, stop_after=stop)
+    again.run()
+    assert not again.is_complete
+    assert not again.settings.phase_result(RECIPE.phases[1]).exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = replace(RECIPE, phases=RECIPE.phases[:1])
@@ -498,7 +507,13 @@ def test_the_first_phase_holds_one_network_per_resolution() -> None:
 
 
 def test_the_last_phase_of_the_default_recipe_holds_the_whole_space() -> None:
-    assert restrict(tiny.SPACE, default_recipe().phases[-1]) == tiny.SPACE
+    """However many choices a space has: what is not trained would be found."""
+    many = tuple(
+        replace(stage, kernels=(3, 5, 7, 9), depths=(1, 2, 3, 4), expands=(1, 2, 3, 4))
+        for stage in tiny.SPACE.stages
+    )
+    for space in (tiny.SPACE, replace(tiny.SPACE, stages=many)):
+        assert restrict(space, default_recipe().phases[-1]) == space
 
 
 def test_phases_of_the_default_recipe_only_ever_widen_the_choices() -> None:
@@ -658,9 +673,14 @@ def test_stopping_after_the_last_phase_is_finishing(tmp_path: Path) -> None:
     read_supernet(tmp_path / "run" / SUPERNET_FOLDER)
 
 
-def test_a_sampled_accuracy_is_that_of_the_network(copied: Path) -> None:
+@pytest.mark.parametrize("most_kept_bytes", [2**31, 0])
+def test_a_sampled_accuracy_is_that_of_the_network(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, most_kept_bytes: int
+) -> None:
+    from ofa_deploy import evaluation
     from ofa_deploy.evaluation import Evaluator
 
+    monkeypatch.setattr(evaluation, "MOST_KEPT_BYTES", most_kept_bytes)
     supernet = finished(copied)
     assert supernet.samples is not None
     run = training(copied, resume=True)

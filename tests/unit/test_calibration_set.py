@@ -13,6 +13,7 @@ from torch import Tensor
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.train import calibration_set
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.calibration_set import synthesise_images
 from ofa_deploy.train.dead_leaves import dead_leaves
@@ -108,6 +109,31 @@ def test_the_same_seed_gives_the_same_images(targets: dict[int, Statistics]) -> 
     assert np.array_equal(one, synthesised(targets, steps=3, bf16=False))
     assert one.shape == (16, 12, 12, 3)
     assert one.dtype == np.uint8
+
+
+def test_images_are_made_in_parts_where_all_would_not_fit(
+    targets: dict[int, Statistics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_set, "PIXELS_AT_A_TIME", 0)
+    monkeypatch.setattr(calibration_set, "LEAST_IMAGES", 6)
+    told: list[tuple[int, int]] = []
+    network, count, steps = tiny_torch.supernet(), 16, 40
+    images = synthesise_images(
+        network,
+        targets,
+        normalisation=NORMALISATION,
+        count=count,
+        seed=2,
+        steps=steps,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert len(images) == count
+    assert told == [(done, 3 * steps) for done in range(1, 3 * steps + 1)]
+    first = synthesised(targets, steps=0, bf16=False)
+    for resolution, wanted in targets.items():
+        before = distance(statistics_on(network, first, resolution), wanted)
+        after = distance(statistics_on(network, images, resolution), wanted)
+        assert after < before, resolution
 
 
 def test_synthesising_leaves_the_weights_trainable_as_they_were(

@@ -254,6 +254,28 @@ def test_an_output_folder_in_use_is_refused(tmp_path: Path, run: Run) -> None:
     )
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused_first(
+    tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    out = tmp_path / "notes.txt" / "out"
+    refused = run("specialize", "--latency-ms", "1", "--out", out)
+    assert refused.code == 1
+    assert refused.told.strip().startswith(f"error: {out} cannot be made: ")
+    assert "name a folder whose parent can be written" in refused.told
+
+
+def test_an_output_folder_on_which_something_is_mounted_is_refused(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    assert_refused(
+        run("specialize", "--latency-ms", "1", "--out", tmp_path),
+        f"{tmp_path} is where something is mounted, so that nothing can be moved to "
+        f"it; name a folder in it, such as {tmp_path / 'bundle'}",
+    )
+
+
 def test_an_unknown_device_is_refused(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "bundle"
     assert_refused(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError
+from ofa_deploy.preprocess import as_rgb
 from tests.support import tiny
 
 DATA = tiny.images(per_class=3, seed=2)
@@ -308,6 +309,61 @@ def test_files_beside_the_class_folders_of_a_zip_are_no_class(tmp_path: Path) ->
     files["./cover.png"] = next(iter(files.values()))
     found, _ = load_images(write_zip(tmp_path / "data.zip", files))
     assert_same(found, in_label_order(DATA))
+
+
+def test_a_picture_among_the_class_folders_is_of_no_class(tmp_path: Path) -> None:
+    files = {f"set/{name}": content for name, content in class_files(DATA).items()}
+    files["set/preview.png"] = SMALLER
+    zipped, _ = load_images(write_zip(tmp_path / "data.zip", files))
+    folder, _ = load_images(write_folder(tmp_path / "data", files) / "set")
+    assert_same(zipped, folder)
+    assert_same(zipped, in_label_order(DATA))
+
+
+def test_images_in_a_folder_in_a_class_folder_are_refused(tmp_path: Path) -> None:
+    files = class_files(DATA)
+    first = min(name.split("/")[0] for name in files)
+    files[f"{first}/more/1.png"] = GREY
+    told = (
+        f"class {first!r} has images in {first}/more, a folder of its own; put them "
+        "beside its others, or take them out"
+    )
+    assert refusal(write_folder(tmp_path / "data", files)) == f"data: {told}"
+    assert refusal(write_zip(tmp_path / "data.zip", files)) == f"data.zip: {told}"
+
+
+# -- kinds of images -------------------------------------------------------------------
+
+
+def test_greys_of_16_bits_are_those_of_their_8_higher_bits(tmp_path: Path) -> None:
+    levels = np.arange(144, dtype=np.uint16).reshape(12, 12) * 400
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, format="PNG")
+    files = {"a/1.png": buffer.getvalue(), "b/1.png": GREY}
+    data, _ = load_images(write_folder(tmp_path / "data", files))
+    assert np.array_equal(data.images[0], np.repeat(levels[:, :, None] >> 8, 3, 2))
+
+
+def test_floats_are_no_greys() -> None:
+    with pytest.raises(DataError, match="floats has no range of grey values"):
+        as_rgb(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+
+
+def test_an_image_set_takes_what_people_have() -> None:
+    natural: Any = {
+        "images": DATA.images,
+        "labels": [int(label) for label in DATA.labels],
+        "class_names": [name.encode() for name in DATA.class_names],
+    }
+    found = ImageSet(**natural)
+    assert found.sha256 == DATA.sha256
+    assert found.class_names == DATA.class_names
+    assert found.labels.dtype == np.int64
+    natural["labels"] = DATA.labels.astype(np.uint8)
+    assert ImageSet(**natural).sha256 == DATA.sha256
+    natural["labels"] = DATA.labels / 1
+    with pytest.raises(DataError, match="labels must be integers; got float64"):
+        ImageSet(**natural)
 
 
 # -- npz files -------------------------------------------------------------------------

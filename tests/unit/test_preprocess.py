@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ofa_deploy import preprocess
 from ofa_deploy.errors import DataError, FormatError
 from ofa_deploy.preprocess import (
     Normalisation,
@@ -34,6 +35,24 @@ def test_normalised_training_images_have_mean_zero_and_spread_one() -> None:
     values = measure_normalisation(IMAGES).apply(IMAGES)
     np.testing.assert_allclose(values.mean((0, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(values.std((0, 2, 3)), 1, atol=1e-5)
+
+
+def test_statistics_do_not_depend_on_how_many_pixels_are_looked_at_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = measure_normalisation(IMAGES)
+    monkeypatch.setattr(preprocess, "PIXELS_AT_A_TIME", 7)
+    assert measure_normalisation(IMAGES) == whole
+    flat = IMAGES.reshape(-1, 3)
+    assert whole.std == pytest.approx(flat.std(axis=0, dtype=np.float64), rel=1e-12)
+
+
+def test_a_channel_of_one_value_is_zero_once_normalised() -> None:
+    images = IMAGES.copy()
+    images[..., 1] = 40
+    values = measure_normalisation(images).apply(images)
+    assert np.isfinite(values).all()
+    assert not values[:, 1].any()
 
 
 def test_each_channel_is_normalised_by_its_own_figures() -> None:
