@@ -180,7 +180,7 @@ def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "unknown"  # a variant under another name, or a checkout
+        return "unknown"  # a variant under another name
 
 
 def predicted_accuracy(

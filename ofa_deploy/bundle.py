@@ -272,14 +272,15 @@ def require_free(out: Path) -> None:
             f"{out} exists and is not an empty folder; name another output folder, or "
             "remove it first"
         )
-    if out.is_mount():
+    whole = out.resolve()  # "." is its own parent
+    if os.path.ismount(whole):
         raise BundleError(
             f"{out} is where something is mounted, so that nothing can be moved to it; "
             f"name a folder in it, such as {out / 'bundle'}"
         )
-    parent = next(one for one in out.resolve().parents if one.exists())
+    parent = next(one for one in whole.parents if one.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{whole.name}.partial-", dir=parent))
     except OSError as error:
         raise BundleError(
             f"{out} cannot be made: {error}; name a folder whose parent can be written"

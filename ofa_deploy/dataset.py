@@ -44,7 +44,12 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         # As people have them: lists, and integers of other widths.
-        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        try:
+            images, labels = np.asarray(self.images), np.asarray(self.labels)
+        except ValueError as error:
+            raise DataError(
+                f"images must be of one size, and labels of one kind: {error}"
+            ) from error
         if labels.dtype.kind not in "iu":
             raise DataError(f"labels must be integers; got {labels.dtype}")
         object.__setattr__(self, "images", images)
@@ -187,23 +192,58 @@ def _folder_files(root: Path) -> Iterator[_Entry]:
         if is_hidden(folder.name):
             continue
         yield folder.name, folder.name, None
-        for file in sorted(folder.rglob("*")):
-            parts = file.relative_to(root).parts
-            if _is_image(file.name) and not any(map(is_hidden, parts)):
-                if len(parts) > 2:
-                    raise _too_deep(root.name, folder.name, "/".join(parts[:-1]))
-                yield folder.name, "/".join(parts), file.read_bytes
+        files = {
+            file.relative_to(root).parts: file
+            for file in sorted(folder.rglob("*"))
+            if _is_image(file.name)
+        }
+        shown = {k: v for k, v in files.items() if not any(map(is_hidden, k))}
+        deepest = max(shown, key=len, default=())
+        if len(deepest) > 2:
+            if all(len(parts) > 2 for parts in shown):
+                raise DataError(
+                    f"{root.name}: {folder.name} holds no images itself, but folders "
+                    f"that do; if these are the classes, give {folder}"
+                )
+            raise _too_deep(root.name, deepest[:1], deepest[:-1])
+        for parts, file in shown.items():
+            yield folder.name, "/".join(parts), file.read_bytes
 
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _too_deep(source: str, class_name: str, folder: str) -> DataError:
+def _too_deep(
+    source: str, class_folder: tuple[str, ...], folder: tuple[str, ...]
+) -> DataError:
     return DataError(
-        f"{source}: class {class_name!r} has images in {folder}, a folder of its own; "
-        "put them beside its others, or take them out"
+        f"{source}: class {class_folder[-1]!r} has images in {'/'.join(folder)}, a "
+        "folder of its own; put them beside its others, or take them out; if its "
+        f"folders are the classes, give {'/'.join(class_folder)} alone"
     )
+
+
+def _class_folders(source: str, holding: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Of the folders that hold images, those that are classes.
+
+    What lies beside or above all class folders, such as a preview, is of no class.
+
+    Raises:
+        DataError: A class has images in a folder of its own.
+    """
+
+    def above(folder: tuple[str, ...]) -> list[tuple[str, ...]]:
+        parts = [folder[:count] for count in range(1, len(folder))]
+        return [part for part in parts if part in holding]
+
+    others = {folder for inner in holding for folder in above(inner)}
+    classes = holding - others
+    parents = {folder[:-1] for folder in classes}
+    if others and len(parents) > 1:
+        deepest = max((one for one in sorted(classes) if above(one)), key=len)
+        raise _too_deep(source, above(deepest)[-1], deepest)
+    return classes
 
 
 def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
@@ -215,16 +255,10 @@ def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
         for parts, name in listed
         if not name.endswith("/") and len(parts) > 1 and _is_image(name)
     ]
-    holding = {tuple(parts[:-1]) for parts, _ in images}
-    inside = {folder for folder in holding if folder[:-1] in holding}
-    # What lies beside the class holding, such as a preview, is of no class.
-    beside = {folder[:-1] for folder in inside}
-    if inside and (len(beside) > 1 or inside | beside != holding):
-        deepest = max(sorted(inside), key=len)
-        raise _too_deep(source, deepest[-2], "/".join(deepest))
+    classes = _class_folders(source, {tuple(parts[:-1]) for parts, _ in images})
     parent_of: dict[str, list[str]] = {}
     for parts, name in images:
-        if tuple(parts[:-1]) not in beside:
+        if tuple(parts[:-1]) in classes:
             parent = parent_of.setdefault(parts[-2], parts[:-2])
             if parent != parts[:-2]:
                 # Else training and test images would be mixed without a word.

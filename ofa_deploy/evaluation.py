@@ -73,7 +73,7 @@ class Evaluator:
     ) -> NDArray[np.float32]:
         key = (name, resolution)
         if key not in self._prepared:
-            self._make_room(4 * len(images) * 3 * resolution**2)
+            self._make_room(4 * len(images) * 3 * resolution**2, keep=resolution)
             self._prepared[key] = prepare(
                 images,
                 resolution=resolution,
@@ -82,11 +82,17 @@ class Evaluator:
         self._prepared[key] = self._prepared.pop(key)  # used last
         return self._prepared[key]
 
-    def _make_room(self, wanted_bytes: int) -> None:
-        """Forget what was used longest ago, until so much more may be kept."""
+    def _make_room(self, wanted_bytes: int, *, keep: int) -> None:
+        """Forget what was used longest ago, until so much more may be kept.
+
+        Args:
+            wanted_bytes: How much.
+            keep: The resolution that is at hand.
+        """
         kept = sum(inputs.nbytes for inputs in self._prepared.values())
-        while self._prepared and kept + wanted_bytes > MOST_KEPT_BYTES:
-            kept -= self._prepared.pop(next(iter(self._prepared))).nbytes
+        for key in [one for one in self._prepared if one[1] != keep]:
+            if kept + wanted_bytes > MOST_KEPT_BYTES:
+                kept -= self._prepared.pop(key).nbytes
 
 
 def top1_accuracy(

@@ -75,11 +75,13 @@ def as_rgb(image: Image.Image) -> NDArray[np.uint8]:
     Raises:
         DataError: It has numbers that are no grey values.
     """
-    if image.mode == "F":
+    is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode == "F" or (image.mode == "I" and not is_16_bit):
         raise DataError(
-            "an image of floats has no range of grey values; give one of 8 or 16 bits"
+            f"an image of mode {image.mode} has no range of grey values; give one of 8 "
+            "or 16 bits"
         )
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 8
+    if is_16_bit or image.mode.startswith("I;16"):  # which Pillow would clip at 8
         grey = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     return np.asarray(image.convert("RGB"))

@@ -205,7 +205,7 @@ def fit_accuracy_predictor(
 
     Returns:
         The predictor, and the indices of the samples it has not seen, whose residuals
-        give its `residual_std`.
+        give its `residual_std`; of a single sample, that one.
     """
     count = len(sample.genomes)
     order = rng.permutation(count)

@@ -185,7 +185,14 @@ def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> N
     _require_numbers(module)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((2, *image_shape), dtype=np.float32)
-    expected, alone = run(module, noise), run(module, noise[:1])
+    alone = run(module, noise[:1])
+    try:
+        expected = run(module, noise)
+    except Exception as error:  # whatever its forward raises
+        raise TraceError(
+            f"{name} takes one image, and not two at once: {error}. Let its forward "
+            "leave the first axis as it is"
+        ) from error
     if not are_equal(expected[:1], alone):
         raise TraceError(
             f"{name} gives an image other logits beside another than alone, as batch "

@@ -34,8 +34,8 @@ CLASS_WEIGHT = 0.05
 # `cifar10-small` 2.4 of its 3.5 lost points, more than all later layers together.
 _FIRST_LAYER_WEIGHT = 4.0
 _EPS = 1e-3
-# Of images that are made together; of fewer than these the statistics say little.
-PIXELS_AT_A_TIME, LEAST_IMAGES = 2_000_000, 50
+# Of images that are made together; but so many images may always be.
+PIXELS_AT_A_TIME, ALWAYS_TOGETHER = 2_000_000, 50
 
 
 def synthesise_images(
@@ -102,7 +102,7 @@ def synthesise_images(
 
 
 def images_at_a_time(resolution: int) -> int:
-    """How many images are made together: they all pass the network at once.
+    """How many images are made together at most: they pass the network at once.
 
     The largest network of the ImageNet space keeps some 100 MB for the backward pass
     of each image of 224 pixels.
@@ -110,7 +110,7 @@ def images_at_a_time(resolution: int) -> int:
     Args:
         resolution: Of the images.
     """
-    return max(LEAST_IMAGES, PIXELS_AT_A_TIME // resolution**2)
+    return max(ALWAYS_TOGETHER, PIXELS_AT_A_TIME // resolution**2)
 
 
 def _advance(

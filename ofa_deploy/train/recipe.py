@@ -148,6 +148,10 @@ class Recipe:
             for added in ("teachers", "distortion"):
                 if not phase[added]:
                     del phase[added]
+            # So do those of when three choices were all that were ever sampled.
+            for kind in ("kernel_choices", "depth_choices", "expand_choices"):
+                if phase[kind] is None:
+                    phase[kind] = 3
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

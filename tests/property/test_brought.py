@@ -328,6 +328,20 @@ def test_outputs_that_are_no_logits_are_told_by_their_shape(outputs: str) -> Non
         own_network(Odd())
 
 
+def test_a_network_of_one_image_at_a_time_is_refused() -> None:
+    network = nn.Sequential(Reshaping(), nn.Linear(3 * SIZE**2, 3))
+    network.insert(0, nn.Conv2d(3, 3, 1))
+    with pytest.raises(TraceError, match="takes one image, and not two at once"):
+        own_network(network)
+
+
+class Reshaping(nn.Module):
+    """As if there were but one image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1)
+
+
 def test_logits_that_are_drawn_are_refused() -> None:
     network = Net(lambda x, _: F.dropout(x, training=True))
     with pytest.raises(TraceError, match="draws at random in eval mode"):

@@ -516,6 +516,26 @@ def test_the_last_phase_of_the_default_recipe_holds_the_whole_space() -> None:
         assert restrict(space, default_recipe().phases[-1]) == space
 
 
+def test_runs_of_when_three_choices_were_all_can_be_continued() -> None:
+    def explicit(count: int | None) -> int:
+        return 3 if count is None else count
+
+    before = replace(
+        default_recipe(),
+        phases=tuple(
+            replace(
+                phase,
+                kernel_choices=explicit(phase.kernel_choices),
+                depth_choices=explicit(phase.depth_choices),
+                expand_choices=explicit(phase.expand_choices),
+            )
+            for phase in default_recipe().phases
+        ),
+    )
+    last = len(before.phases) - 1
+    assert default_recipe().sha256(last) == before.sha256(last)
+
+
 def test_phases_of_the_default_recipe_only_ever_widen_the_choices() -> None:
     counts = [restrict(tiny.SPACE, p).count() for p in default_recipe().phases]
     assert counts == sorted(counts)

@@ -115,7 +115,7 @@ def test_images_are_made_in_parts_where_all_would_not_fit(
     targets: dict[int, Statistics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_set, "PIXELS_AT_A_TIME", 0)
-    monkeypatch.setattr(calibration_set, "LEAST_IMAGES", 6)
+    monkeypatch.setattr(calibration_set, "ALWAYS_TOGETHER", 6)
     told: list[tuple[int, int]] = []
     network, count, steps = tiny_torch.supernet(), 16, 40
     images = synthesise_images(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -268,7 +269,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused_first(
 def test_an_output_folder_on_which_something_is_mounted_is_refused(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     assert_refused(
         run("specialize", "--latency-ms", "1", "--out", tmp_path),
         f"{tmp_path} is where something is mounted, so that nothing can be moved to "

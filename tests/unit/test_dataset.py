@@ -314,22 +314,39 @@ def test_files_beside_the_class_folders_of_a_zip_are_no_class(tmp_path: Path) ->
 def test_a_picture_among_the_class_folders_is_of_no_class(tmp_path: Path) -> None:
     files = {f"set/{name}": content for name, content in class_files(DATA).items()}
     files["set/preview.png"] = SMALLER
+    higher = {f"all/{name}": content for name, content in files.items()}
+    higher["all/preview.png"] = SMALLER
+    zipped, _ = load_images(write_zip(tmp_path / "data.zip", higher))
+    assert_same(zipped, in_label_order(DATA))
     zipped, _ = load_images(write_zip(tmp_path / "data.zip", files))
     folder, _ = load_images(write_folder(tmp_path / "data", files) / "set")
     assert_same(zipped, folder)
     assert_same(zipped, in_label_order(DATA))
 
 
-def test_images_in_a_folder_in_a_class_folder_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deeper", ["more", "more/and/more"])
+def test_images_in_a_folder_in_a_class_folder_are_refused(
+    tmp_path: Path, deeper: str
+) -> None:
     files = class_files(DATA)
     first = min(name.split("/")[0] for name in files)
-    files[f"{first}/more/1.png"] = GREY
+    files[f"{first}/{deeper}/1.png"] = GREY
     told = (
-        f"class {first!r} has images in {first}/more, a folder of its own; put them "
-        "beside its others, or take them out"
+        f"class {first!r} has images in {first}/{deeper}, a folder of its own; put "
+        "them beside its others, or take them out; if its folders are the classes, "
+        f"give {first} alone"
     )
     assert refusal(write_folder(tmp_path / "data", files)) == f"data: {told}"
     assert refusal(write_zip(tmp_path / "data.zip", files)) == f"data.zip: {told}"
+
+
+def test_a_folder_that_is_one_too_high_is_told(tmp_path: Path) -> None:
+    files = {f"train/{name}": content for name, content in class_files(DATA).items()}
+    folder = write_folder(tmp_path / "data", files)
+    assert refusal(folder) == (
+        "data: train holds no images itself, but folders that do; if these are the "
+        f"classes, give {folder / 'train'}"
+    )
 
 
 # -- kinds of images -------------------------------------------------------------------
@@ -344,9 +361,10 @@ def test_greys_of_16_bits_are_those_of_their_8_higher_bits(tmp_path: Path) -> No
     assert np.array_equal(data.images[0], np.repeat(levels[:, :, None] >> 8, 3, 2))
 
 
-def test_floats_are_no_greys() -> None:
-    with pytest.raises(DataError, match="floats has no range of grey values"):
-        as_rgb(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_of_no_known_range_are_no_greys(dtype: type) -> None:
+    with pytest.raises(DataError, match="has no range of grey values"):
+        as_rgb(Image.fromarray(np.full((4, 4), 200, dtype=dtype)))
 
 
 def test_an_image_set_takes_what_people_have() -> None:
@@ -363,6 +381,9 @@ def test_an_image_set_takes_what_people_have() -> None:
     assert ImageSet(**natural).sha256 == DATA.sha256
     natural["labels"] = DATA.labels / 1
     with pytest.raises(DataError, match="labels must be integers; got float64"):
+        ImageSet(**natural)
+    natural |= {"images": [DATA.images[0], DATA.images[1][:-1]], "labels": [0, 1]}
+    with pytest.raises(DataError, match="images must be of one size"):
         ImageSet(**natural)
 
 
