@@ -309,8 +309,7 @@ def _load_files(
     if bad and not skip_bad:
         raise DataError(
             f"{source}: {len(bad)} of {len(files)} images cannot be read "
-            f"({few_of(bad)}); repair or remove them, or pass --skip-bad to leave "
-            "them out"
+            f"({few_of(bad)}); repair or remove them; train --skip-bad leaves them out"
         )
     _require_classes(source, class_names, {class_names[label] for label in labels})
     _require_one_size(source, images)

@@ -67,8 +67,8 @@ class MeasuredLatency:
         anchor_model_ms: Latency of the anchor model, where that was timed beside this
             one and `quiet_ms` is measured against it; None elsewhere. It is of the
             supernet, or the network before it was shrunk.
-        indicative: The host is shared: the figures are good for choosing, not for
-            certifying.
+        indicative: The host is shared: where there was an anchor model, `quiet_ms` is
+            held against it; all else is of the host as well.
         instability: Why the measurement is not stable; empty where it is.
         conditions: Of the machine.
     """

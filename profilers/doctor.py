@@ -185,8 +185,8 @@ def _judge_host(conditions: Conditions) -> Finding | None:
         severity="warning",
         text="this host is shared: its speed changes by others' work",
         cure=(
-            "figures are marked indicative; measure on a dedicated machine to certify "
-            "them"
+            "networks are held against an anchor model, and figures marked indicative; "
+            "on a machine of one's own they are the clock's"
         ),
     )
 

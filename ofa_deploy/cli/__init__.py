@@ -337,7 +337,10 @@ def shrink(
 def fleet(
     device: Annotated[
         list[str],
-        typer.Option(help="A device and its budget in ms, such as openvino-cpu=0.5."),
+        typer.Option(
+            help="A runtime of this machine and its budget in ms, such as "
+            "openvino-cpu=0.5; once for each."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the bundles; new or empty.")],
     max_models: Annotated[

@@ -10,7 +10,13 @@ import typer
 from ofa_deploy.errors import MeasurementError
 from ofa_deploy.pipeline import OnDrift
 
-Device = Annotated[str, typer.Option(help="Such as openvino-cpu?threads=2.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="openvino-cpu, onnxruntime-cpu, litert-cpu, tensorrt-gpu or "
+        "tensorrt-rtx-gpu; with threads as 'openvino-cpu?threads=2', quoted."
+    ),
+]
 SupernetName = Annotated[
     str, typer.Option(help="Name in the zoo, or folder of a trained supernet.")
 ]

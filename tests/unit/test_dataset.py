@@ -233,7 +233,7 @@ def damaged(data: ImageSet) -> dict[str, bytes]:
 def test_unreadable_images_are_counted_and_named(tmp_path: Path) -> None:
     assert refusal(write_folder(tmp_path / "data", damaged(DATA))) == (
         "data: 2 of 11 images cannot be read (blue/broken.png, red/text.jpg); repair "
-        "or remove them, or pass --skip-bad to leave them out"
+        "or remove them; train --skip-bad leaves them out"
     )
 
 
@@ -241,8 +241,8 @@ def test_of_many_unreadable_images_the_first_five_are_named(tmp_path: Path) -> N
     files = {**class_files(DATA), **{f"red/x{i}.png": b"x" for i in range(7)}}
     assert refusal(write_folder(tmp_path / "data", files)) == (
         "data: 7 of 16 images cannot be read (red/x0.png, red/x1.png, red/x2.png, "
-        "red/x3.png, red/x4.png, …); repair or remove them, or pass --skip-bad to "
-        "leave them out"
+        "red/x3.png, red/x4.png, …); repair or remove them; train --skip-bad leaves "
+        "them out"
     )
 
 
