@@ -24,7 +24,7 @@ from profilers.device import read_conditions
 from profilers.execute import OrderResult, execute
 from profilers.fresh import AnchorModel
 from profilers.journal import Journal
-from profilers.measurement import Measurement, MeasureSettings
+from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
 from profilers.summary import fit_visits
 from profilers.table import LatencyTable
@@ -53,8 +53,6 @@ class DriftCheck:
         reporter: Told of progress.
         max_drift_ratio: Of the anchor model against the table; None to accept any.
         anchor_ratio: Its latency over that of the table, once it was timed.
-        is_other_machine: Whether a machine of one's own was then found to be faster or
-            slower than its table, and that was accepted.
     """
 
     space: SearchSpace
@@ -64,7 +62,6 @@ class DriftCheck:
     reporter: Reporter
     max_drift_ratio: float | None
     anchor_ratio: float | None = None
-    is_other_machine: bool = False
 
     def check(self) -> None:
         """Time the anchor model alone, unless it was timed already, or any would do.
@@ -98,8 +95,7 @@ class DriftCheck:
             )
         if self.anchor_ratio is None:  # once a call: later it can only be noise
             if _ANCHOR in quiet_ms:
-                self._compare(quiet_ms[_ANCHOR], result.measurements[_ANCHOR])
-                quiet_ms = self._quiet_ms(result)  # at the level that was found
+                self._compare(quiet_ms[_ANCHOR])
             elif self.max_drift_ratio is not None:
                 raise self._untimed(result.failures[_ANCHOR])
         anchor_ms, level_ms = quiet_ms.pop(_ANCHOR, None), self._level_ms
@@ -128,10 +124,11 @@ class DriftCheck:
     def reference_ns(self) -> float | None:
         """Level of the anchor's kernel that latencies speak of: the table's.
 
-        None for that of each run, where the machine is another one by now: what its
-        clock has lost is no phase that passes.
+        None for that of each run on a machine of one's own, whose clock nobody else
+        slows down: what it has lost is no phase that passes.
         """
-        return None if self.is_other_machine else self.table.anchor_reference_ns
+        shared = read_conditions().shared_host
+        return self.table.anchor_reference_ns if shared else None
 
     @property
     def _level_ms(self) -> float | None:
@@ -198,18 +195,9 @@ class DriftCheck:
             for name, effect in zip(result.measurements, fit.effect_log, strict=True)
         }
 
-    def _compare(self, anchor_ms: float, anchor: Measurement) -> None:
+    def _compare(self, anchor_ms: float) -> None:
         ratio = anchor_ms / self._table_anchor_ms
         self.anchor_ratio = ratio
-        if not read_conditions().shared_host:
-            # Nobody else slows this machine down: a slower anchor is a slower machine.
-            kernel_ns = np.quantile(
-                [visit.anchor_before_ns for visit in anchor.visits], 0.1
-            )
-            ratio *= (float(kernel_ns) / self.table.anchor_reference_ns) ** (
-                self.table.beta
-            )
-            self.is_other_machine = abs(ratio - 1) > MAX_DRIFT_RATIO
         limit = self.max_drift_ratio
         if limit is not None and abs(ratio - 1) > limit:
             raise self._stale(

@@ -30,12 +30,14 @@ from profilers.layers import LAYER_RUNS, encode_layers, profile_layers
 from profilers.measure import ModelUnderTest, measure_models
 from profilers.memory import MemoryGauge
 from profilers.pace import Pace
+from profilers.process import own_stdout
 from profilers.timing import TIERS, Timing, time_models
 from profilers.worker import work
 
 __all__ = ["main"]
 
 EXIT_REFUSED = 1
+EXIT_INTERRUPTED = 130
 SHOWN_PERCENTILES = (50, 90, 99)
 
 
@@ -88,12 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "doctor":
             return _doctor()
         if parsed.command == "backend":
-            print(json.dumps(dataclasses.asdict(start_backend(parsed.name))))
+            tell = own_stdout()
+            tell(json.dumps(dataclasses.asdict(start_backend(parsed.name))))
             return 0
         if parsed.command == "time":
             return _time(parsed)
         if parsed.command == "layers":
             return _layers(parsed)
+        tell = own_stdout()
         report = _measure(
             parsed.model,
             backend_name=parsed.backend,
@@ -105,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DeployError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    print(report.to_json())
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    tell(report.to_json())
     return 0
 
 
@@ -254,6 +261,7 @@ def _show_timings(timings: Sequence[Timing]) -> None:
 
 
 def _layers(parsed: argparse.Namespace) -> int:
+    tell = own_stdout() if parsed.json else print
     layers = profile_layers(
         parsed.model,
         backend_name=parsed.backend,
@@ -261,7 +269,7 @@ def _layers(parsed: argparse.Namespace) -> int:
         runs=parsed.runs,
     )
     if parsed.json:
-        print(encode_layers(layers))
+        tell(encode_layers(layers))
         return 0
     total_ms = sum(layer.median_ms for layer in layers)
     width = max(len(layer.name) for layer in layers)

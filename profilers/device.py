@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass, fields
@@ -190,7 +191,7 @@ def read_conditions() -> Conditions:
     frequency_directory = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     quota_cores = cgroup_quota_cores()
     return Conditions(
-        governor=_read_text(frequency_directory / "scaling_governor"),
+        governor=_read_text(frequency_directory / "scaling_governor") or None,
         frequency_mhz=_frequency_mhz(frequency_directory),
         temperature_c=_temperature_c(Path("/sys/class/thermal")),
         load_average=_load_average(),
@@ -324,12 +325,15 @@ def _load_average() -> float | None:
 
 def _frequency_mhz(directory: Path) -> float | None:
     frequency_khz = _read_text(directory / "scaling_cur_freq") or ""
-    if frequency_khz.isdigit():
-        return int(frequency_khz) / 1000
     try:
-        return float(_cpuinfo_value("cpu MHz"))
+        if frequency_khz.isdigit():
+            frequency_mhz = int(frequency_khz) / 1000
+        else:
+            frequency_mhz = float(_cpuinfo_value("cpu MHz"))
     except ValueError:
         return None
+    # Some drivers and hypervisors say 0 of what they do not tell.
+    return frequency_mhz if 0 < frequency_mhz < math.inf else None
 
 
 def _temperature_c(directory: Path) -> float | None:

@@ -24,6 +24,7 @@ from profilers.device import Conditions
 from profilers.errors import FormatError, RunFailed
 from profilers.json_reader import parse_json
 from profilers.kept import KeptTexts
+from profilers.measure import WARMUP_S
 from profilers.measurement import (
     NO_TARGET,
     MeasurementRun,
@@ -246,9 +247,10 @@ def measure_in_fresh_process(
         threads: Threads of one inference.
         settings: How carefully, in each process; each has its own seed.
         processes: At least 1; from 2 on the spread means something.
-        beta: Of the table that the budget was chosen by; None fits it here.
-        anchor_reference_ns: Of that table. Without it, a machine that is slow all
-            along makes the model look slow.
+        beta: Of the table that the budget was chosen by; None fits it here, as a
+            machine of one's own does in any case.
+        anchor_reference_ns: Of that table, likewise. Without it, a machine that is slow
+            all along makes the model look slow: on a shared host by others' work.
         anchor_model: Timed beside the model, which is held against it: the slopes and
             levels above then hardly matter. Runs are not those of a process that has
             nothing else to do: percentiles and paces have no use for one.
@@ -369,7 +371,8 @@ def _limit_s(settings: MeasureSettings, pace: Pace, *, models: int) -> float:
     Two visits are made however long they take; at a slow pace they take long.
     """
     paced_s = 3 * settings.runs_per_visit * pace.period_s + pace.sustained_s
-    return settings.max_seconds + paced_s + models * STARTUP_ALLOWANCE_S
+    starts_s = models * (STARTUP_ALLOWANCE_S + WARMUP_S)
+    return settings.max_seconds + paced_s + starts_s
 
 
 def report_of_fresh_process(
@@ -456,13 +459,19 @@ def pool_reports(
 ) -> FreshMeasurement:
     """Combine what several processes measured of one model.
 
+    On a machine of one's own a clock that is lower all along is not taken off: it is
+    as slow as it is, whatever an earlier run found.
+
     Args:
         reports: At least one.
         settings: What was to be reached.
-        beta: None fits it.
-        anchor_reference_ns: None takes it from the visits.
+        beta: Of an earlier run, for shared hosts; None fits it.
+        anchor_reference_ns: Likewise; None takes it from the visits.
         anchor_model: That was timed beside the model.
     """
+    indicative = any(report.run.indicative for report in reports)
+    if not indicative:
+        beta = anchor_reference_ns = None
     by_process = visits_by_process(reports)
     visits = tuple(visit for process in by_process for visit in process)
     pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
@@ -523,7 +532,7 @@ def pool_reports(
         anchor_visits=anchor_visits,
         anchor_found_ms=found_ms,
         conditions=reports[-1].run.conditions,
-        indicative=any(report.run.indicative for report in reports),
+        indicative=indicative,
         stability=Stability(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),

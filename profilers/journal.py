@@ -8,6 +8,7 @@ rather than believed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -311,6 +312,11 @@ def _open_alone(path: Path) -> BinaryIO:
         _lock(file)
     except OSError as error:
         file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise MeasurementError(
+                f"the journal {path} cannot be locked: {error}; its file system has no "
+                "locks. Set XDG_CACHE_HOME, or TMPDIR, to a folder that has"
+            ) from error
         raise MeasurementError(
             f"another process is using the journal {path}; wait for it, or stop it and "
             "run the same command again"

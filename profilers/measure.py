@@ -75,6 +75,8 @@ MAX_INNER_LOOPS = 1024
 # The warm-up's last windows, and how far apart their medians may be.
 STEADY_WINDOWS = 3
 STEADY_RATIO = 0.02
+# After which a model is run no longer just to be warm: slow ones are after few runs.
+WARMUP_S = 30.0
 
 # Share of the models that an extra pass visits: those with the largest errors. Small,
 # so that the errors are looked at often; not one by one, to keep visits apart in time.
@@ -332,9 +334,15 @@ def _warm_up(
 ) -> None:
     """Run until it is steady, or long enough; then decide what one sample is."""
     windows: list[list[int]] = []
+    end_ns = clock() + round(WARMUP_S * 1e9)
     while len(windows) < settings.warmup_windows and not _steady(windows):
         begin(bench.name)  # a sign of life: all of them can take minutes
-        windows.append([bench.sample_ns(clock) for _ in range(settings.warmup_runs)])
+        window = [bench.sample_ns(clock)]
+        while len(window) < settings.warmup_runs and clock() < end_ns:
+            window.append(bench.sample_ns(clock))
+        windows.append(window)
+        if clock() >= end_ns:  # of a slow model few runs say what many would
+            break
     # The least of all: the first runs still allocate.
     duration_ns = min(map(min, windows))
     if duration_ns < 1:

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from profilers.errors import RunFailed
 
 __all__ = [
     "describe_exit",
+    "end_with_parent",
     "last_words",
+    "own_stdout",
     "package_environment",
     "profilers_command",
     "run_for_line",
@@ -46,7 +49,9 @@ def run_for_line(
     Raises:
         RunFailed: The process did not start, failed, crashed, or took too long.
     """
-    command = [*profilers_command(interpreter), *arguments]
+    command = [*profilers_command(interpreter, with_parent=True), *arguments]
+    # The child reads from it until this process ends, however it does.
+    read, write = os.pipe()
     try:
         finished = subprocess.run(
             command,
@@ -55,7 +60,7 @@ def run_for_line(
             encoding="utf-8",
             env=package_environment(),
             errors="replace",
-            stdin=subprocess.DEVNULL,
+            stdin=read,
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired as error:
@@ -66,6 +71,9 @@ def run_for_line(
         raise RunFailed(
             f"{label} could not be started: {error}; check {command[0]}"
         ) from error
+    finally:
+        os.close(read)
+        os.close(write)
     if finished.returncode != 0:
         raise RunFailed(
             f"{label} ended {describe_exit(finished.returncode)}; its last words: "
@@ -93,7 +101,42 @@ def describe_exit(code: int) -> str:
     return f"by signal {name}{told}"
 
 
-def profilers_command(interpreter: str | None = None) -> tuple[str, ...]:
+def own_stdout() -> Callable[[str], None]:
+    """A way to write lines that nothing else in this process can write between.
+
+    Runtimes print to the standard output as they please, and what C code printed comes
+    out at the end; from here on that goes where their errors go.
+    """
+    sys.stdout.flush()
+    handle = os.dup(1)
+    os.dup2(2, 1)
+
+    def write(line: str) -> None:
+        # Whole lines in one call: a reader that sees a part of one sees no end of it.
+        rest = memoryview(f"{line}\n".encode())
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+
+    return write
+
+
+def end_with_parent() -> None:
+    """End this process when the one does that holds the other end of its input.
+
+    One that measures on would disturb whatever is begun in its place.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def profilers_command(
+    interpreter: str | None = None, *, with_parent: bool = False
+) -> tuple[str, ...]:
     """What starts `python -m profilers` so that arguments can follow.
 
     Without what lies in the current folder, from where `-m` would import first: a
@@ -101,12 +144,16 @@ def profilers_command(interpreter: str | None = None) -> tuple[str, ...]:
 
     Args:
         interpreter: Python to run; None takes this one.
+        with_parent: Whether it ends once nobody holds the other end of its input.
     """
-    start = (
-        "import sys; sys.path[:] = [path for path in sys.path if path]; import runpy; "
-        "runpy.run_module('profilers', run_name='__main__', alter_sys=True)"
-    )
-    return (interpreter or sys.executable, "-c", start)
+    steps = ["import sys; sys.path[:] = [path for path in sys.path if path]"]
+    if with_parent:
+        steps += ["from profilers.process import end_with_parent; end_with_parent()"]
+    steps += [
+        "import runpy",
+        "runpy.run_module('profilers', run_name='__main__', alter_sys=True)",
+    ]
+    return (interpreter or sys.executable, "-c", "; ".join(steps))
 
 
 def package_environment() -> dict[str, str]:

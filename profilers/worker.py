@@ -9,7 +9,6 @@ is kept by then, and the keeping disturbs no measurement.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from profilers.errors import DeployError
 from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.measure import ModelUnderTest, visit_models
 from profilers.measurement import MeasureSettings, Visit
+from profilers.process import own_stdout
 
 __all__ = ["Assignment", "Began", "Refused", "Report", "Visited", "work"]
 
@@ -185,7 +185,7 @@ class _Teller:
 
 def work() -> int:
     """Do the assignment on stdin; return the exit code."""
-    teller = _Teller(_own_stdout(), _await_word)
+    teller = _Teller(own_stdout(), _await_word)
     try:
         assignment = Assignment.from_json(sys.stdin.readline())
         backend = get_backend(assignment.backend)
@@ -214,21 +214,3 @@ def _await_word() -> None:
     """Wait for a line; end with the process that was to send it."""
     if not sys.stdin.readline():
         raise SystemExit(1)
-
-
-def _own_stdout() -> Callable[[str], None]:
-    """A way to write lines that nothing else in this process can write between.
-
-    Runtimes print to the standard output as they please; from here on that goes where
-    their errors go.
-    """
-    handle = os.dup(1)
-    os.dup2(2, 1)
-
-    def write(line: str) -> None:
-        # Whole lines in one call: a reader that sees a part of one sees no end of it.
-        rest = memoryview(f"{line}\n".encode())
-        while rest:
-            rest = rest[os.write(handle, rest) :]
-
-    return write

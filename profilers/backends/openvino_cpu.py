@@ -71,9 +71,12 @@ class OpenVinoCpu:
         }
         try:
             source = model if isinstance(model, bytes) else str(model)
-            compiled = self._core.compile_model(
-                self._core.read_model(source), "CPU", settings
-            )
+            network = self._core.read_model(source)
+            compiled = self._core.compile_model(network, "CPU", settings)
+            if int(compiled.get_property("INFERENCE_NUM_THREADS")) < threads:
+                # By itself it leaves out the second thread of each core.
+                settings["ENABLE_HYPER_THREADING"] = "YES"
+                compiled = self._core.compile_model(network, "CPU", settings)
             return OpenVinoSession(openvino, compiled)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise ModelRejected(

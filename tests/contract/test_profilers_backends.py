@@ -23,6 +23,7 @@ from profilers.backends.litert_cpu import LiteRtCpu
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from profilers.backends.openvino_cpu import OpenVinoCpu
 from profilers.backends.tensorrt_gpu import TensorRtGpu, TensorRtRtxGpu
+from profilers.device import available_cores
 from profilers.errors import BackendError, ModelRejected, RunFailed
 from profilers.measure import MeasureSettings, ModelUnderTest, measure_models
 from tests.support.gpu import gpu_marks, needs_rtx
@@ -389,6 +390,15 @@ def test_the_runtimes_agree() -> None:
 
 
 @needs_openvino
+def test_openvino_runs_as_many_threads_as_it_is_asked_for() -> None:
+    """By itself it leaves out the second thread of each core."""
+    backend = OpenVinoCpu()
+    for threads in range(1, available_cores() + 1):
+        with backend.load(MODEL, threads=threads) as session:
+            compiled = session._request.get_compiled_model()
+            assert int(compiled.get_property("INFERENCE_NUM_THREADS")) == threads
+
+
 def test_openvino_reads_its_own_format(tmp_path: Path) -> None:
     import openvino
 

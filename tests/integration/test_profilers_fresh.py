@@ -4,7 +4,8 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -199,6 +200,66 @@ def test_what_lies_in_the_current_folder_is_not_imported(
     assert "usage: " in done.stdout
 
 
+@posix_only
+def test_what_is_measured_ends_with_the_process_that_asked(tmp_path: Path) -> None:
+    """It would disturb whatever is begun in its place."""
+    told = tmp_path / "pid"
+    child = script(tmp_path, f'echo $$ > {told}\nexec {sys.executable} "$@"')
+    code = (
+        "from profilers.process import run_for_line; run_for_line(['work'], label='x', "
+        f"timeout_s=60, cure='', interpreter={child!r})"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+    try:
+        pid = int(waited_for(lambda: told.is_file() and told.read_text().strip()))
+        os.kill(pid, 0)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert waited_for(lambda: not is_running(pid))
+
+
+def waited_for(found: Callable[[], Any], *, limit_s: float = 30.0) -> Any:
+    """What is found, once there is something."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        if value := found():
+            return value
+        time.sleep(0.05)
+    return found()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    # One that nobody waits for stays in the list.
+    return not (state.is_file() and ") Z " in state.read_text())
+
+
+@posix_only
+def test_what_a_runtime_prints_is_not_the_report(tmp_path: Path) -> None:
+    """C's own buffer is written at the end, behind what Python printed."""
+    code = (
+        "import ctypes, sys; from profilers.process import own_stdout; "
+        "libc = ctypes.CDLL(None); tell = own_stdout(); "
+        "libc.printf(b'runtime: a word'); print('and another'); tell('the report')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "the report\n"
+    assert "runtime: a word" in done.stderr
+
+
 def test_an_interpreter_that_is_not_there_is_a_failed_run(model_path: Path) -> None:
     with pytest.raises(RunFailed, match="could not be started"):
         measure_in_fresh_process(
@@ -211,12 +272,15 @@ def test_an_interpreter_that_is_not_there_is_a_failed_run(model_path: Path) -> N
         )
 
 
-def report(*latencies_ns: int, slowdown: float = 1.0) -> ProcessReport:
+def report(
+    *latencies_ns: int, slowdown: float = 1.0, shared: bool = False
+) -> ProcessReport:
     """A process that saw the same latency at each visit.
 
     Args:
         latencies_ns: Of the model, and of the anchor model if there is one.
         slowdown: Of these, and of the anchor.
+        shared: Whether others' work can slow the machine down.
     """
     return ProcessReport(
         load_ms=10.0,
@@ -229,9 +293,9 @@ def report(*latencies_ns: int, slowdown: float = 1.0) -> ProcessReport:
             ),
             beta=0.0,
             anchor_reference_ns=250_000.0,
-            conditions=CONDITIONS,
+            conditions=replace(CONDITIONS, shared_host=shared),
             duration_s=1.0,
-            indicative=False,
+            indicative=shared,
         ),
     )
 
@@ -252,6 +316,17 @@ def seen(name: str, latency_ns: int, *, slowdown: float) -> Measurement:
         median_ms=latency_ns / 1e6,
         stability=Stability(verdict="stable"),
     )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_lower_clock_is_taken_off_on_shared_hosts_alone(shared: bool) -> None:
+    """Whatever level an earlier run had: a machine of one's own is as slow as it is."""
+    twice = report(100_000, slowdown=2.0, shared=shared)
+    found = pool_reports(
+        [twice, twice], settings=SETTINGS, beta=1.0, anchor_reference_ns=250_000.0
+    )
+    assert found.quiet_ms == pytest.approx(0.1 if shared else 0.2)
+    assert found.median_ms == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("latencies_ns", [(1000,), (1000, 2000)])
@@ -395,7 +470,8 @@ def test_a_model_beside_another_may_take_as_long_as_the_other(
                 beside=beside,
             )
     alone_s, together_s = allowed_s
-    assert together_s - alone_s == fresh_module.STARTUP_ALLOWANCE_S
+    a_model_s = fresh_module.STARTUP_ALLOWANCE_S + fresh_module.WARMUP_S
+    assert together_s - alone_s == a_model_s
 
 
 def test_what_is_damaged_is_measured_anew(

@@ -194,15 +194,10 @@ def test_a_machine_of_ones_own_that_has_become_slower_is_as_slow_as_it_is(
         shared=shared,
         max_drift_ratio=None,
     )
-    beta = check.table.beta
     found_ms = confirmed_ms(monkeypatch, check)
-    if shared or slower < 1.05:
-        assert check.reference_ns == REFERENCE_NS
-        level = 1.0 if shared else slower ** (1 - beta)
-        assert found_ms == pytest.approx(3 * ANCHOR_MS * level, rel=1e-3)
-    else:
-        assert check.reference_ns is None
-        assert found_ms == pytest.approx(3 * ANCHOR_MS * slower, rel=1e-3)
+    level = 1.0 if shared else slower
+    assert check.reference_ns == (REFERENCE_NS if shared else None)
+    assert found_ms == pytest.approx(3 * ANCHOR_MS * level, rel=1e-3)
 
 
 def test_before_it_was_timed_the_anchor_model_says_nothing(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+import profilers.device as device_module
 from profilers import (
     Conditions,
     DeviceSpec,
@@ -18,9 +20,11 @@ from profilers import (
     read_conditions,
     this_device,
 )
+from profilers.codec import decode_conditions, encode_flat
 from profilers.device import cgroup_quota_cores, differing_fields, is_shared_host
 from profilers.doctor import BackendStatus, diagnose
 from profilers.errors import DeviceError, FormatError, MissingDependency
+from profilers.json_reader import parse_json
 from profilers.steadiness import Steadiness, Throttling, read_throttling, watch
 from tests.support import profilers_values as values
 
@@ -89,6 +93,27 @@ def test_what_makes_a_device_another_one_is_named_with_both_values(
     changes: dict[str, Any] = {field: value}
     now = replace(then, **changes)
     assert differing_fields(then, now) == ((field, getattr(then, field), value),)
+
+
+@pytest.mark.parametrize("told", ["0", "", "cpu MHz : 0.000"])
+def test_a_clock_that_is_not_told_is_none(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some drivers and hypervisors say 0, and what is masked is empty."""
+    monkeypatch.setattr(device_module, "_cpuinfo_value", lambda key: "0.000")
+    (tmp_path / "scaling_cur_freq").write_text(told)
+    assert device_module._frequency_mhz(tmp_path) is None
+    (tmp_path / "scaling_cur_freq").write_text("1800000")
+    assert device_module._frequency_mhz(tmp_path) == 1800.0
+
+
+def test_conditions_that_are_masked_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_module, "_read_text", lambda path: "")
+    found = read_conditions()
+    assert found.governor is None
+    assert decode_conditions(parse_json(json.dumps(encode_flat(found)))) == found
 
 
 def test_this_machine_can_be_described() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import profilers.journal as journal_module
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
 from profilers.json_reader import Json
@@ -177,6 +178,17 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     ):
         Journal(path, subject=SUBJECT)
     Journal(path, subject=SUBJECT).close()
+
+
+def test_a_file_system_without_locks_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(file: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(journal_module, "_lock", no_locks)
+    with pytest.raises(MeasurementError, match="its file system has no locks"):
+        Journal(tmp_path / "journal", subject=SUBJECT)
 
 
 def test_a_journal_of_something_else_is_refused_by_what_differs(

@@ -9,7 +9,7 @@ import pytest
 from profilers.anchor import PRODUCTS_PER_READING, MatrixAnchor
 from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevice
 from profilers.errors import DeviceUnfit, MeasurementError
-from profilers.measure import measure_models
+from profilers.measure import WARMUP_S, measure_models
 from profilers.measurement import (
     NO_TARGET,
     MeasurementRun,
@@ -121,6 +121,28 @@ def test_the_warm_up_lasts_until_the_model_is_steady() -> None:
 
 def test_the_warm_up_of_a_model_that_never_settles_ends() -> None:
     assert measure(2, settings=MeasureSettings.certify(), noise=0.5).measurements
+
+
+def test_slow_models_are_not_run_for_minutes_just_to_be_warm() -> None:
+    clock, rng = FakeClock(), np.random.default_rng(1)
+
+    def never_settles(now_ns: int) -> float:
+        return float(np.exp(0.5 * rng.standard_normal()))
+
+    run = measure_models(
+        models(1),
+        backend=FakeBackend(
+            clock, latency_ns=lambda _: 2_000_000_000, phases=never_settles
+        ),
+        threads=1,
+        settings=replace(MeasureSettings.certify(), max_seconds=1.0),
+        clock=clock,
+        anchor=FakeAnchor(clock),
+        rng=np.random.default_rng(0),
+    )
+    (measurement,) = run.measurements
+    timed_s = sum(measurement.samples_ns) / 1e9
+    assert clock() / 1e9 - timed_s < WARMUP_S + 15
 
 
 def test_a_sample_of_a_short_model_is_a_mean_long_enough_for_the_timer() -> None:
