@@ -16,7 +16,7 @@ from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs, judge_latency
 from ofa_deploy.zoo import find_in_zoo
 from profilers.backends import get_backend
-from profilers.device import differing_fields, this_device
+from profilers.device import differing_fields, read_conditions, this_device
 from profilers.fresh import (
     AnchorModel,
     FreshMeasurement,
@@ -56,7 +56,8 @@ class Rebench:
             return (
                 "certified beside an anchor model, and timed alone now: that is of a "
                 "network of somebody's own, or of a supernet that is not in the zoo, "
-                "or single runs are asked about"
+                "or single runs are asked about, or others do not share this machine "
+                "any more"
             )
         off = f"the anchor model takes {now_ms / then_ms - 1:+.1%} now"
         if self.measurement.anchor_model_ms is None:
@@ -76,9 +77,9 @@ def rebench(
 ) -> Rebench:
     """Time a bundle's model in fresh processes, at the pace it was certified at.
 
-    On the machine of the manifest latencies speak of the same quiet level as there; if
-    that was an anchor model's, and the supernet is in the zoo, by that model again,
-    unless it takes over 5 % more or less by now.
+    On the machine of the manifest, if others' work slows it down, latencies speak of
+    the same quiet level as there; if that was an anchor model's, and the supernet is in
+    the zoo, by that model again, unless it takes over 5 % more or less by now.
 
     Args:
         bundle: Open.
@@ -99,7 +100,8 @@ def rebench(
     reporter.begin("timing the bundle's model")
     with TemporaryDirectory(prefix="ofa-deploy-") as folder:
         anchor_model = None
-        if known is not None and asked.is_plain:
+        shared = read_conditions().shared_host
+        if known is not None and asked.is_plain and shared:
             anchor_model = _anchor_model(manifest, Path(folder))
         measurement = measure_in_fresh_process(
             bundle.model_path,

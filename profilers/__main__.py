@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,18 @@ EXIT_INTERRUPTED = 130
 SHOWN_PERCENTILES = (50, 90, 99)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code."""
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    take_stdout: Callable[[], Callable[[str], None]] = lambda: print,
+) -> int:
+    """Run a command; return the exit code.
+
+    Args:
+        arguments: None takes the process's.
+        take_stdout: Gives what reports to other processes are written with; called
+            before a runtime is started.
+    """
     parser = argparse.ArgumentParser(prog="profilers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     measure = commands.add_parser("measure", help="time one model, report as JSON")
@@ -90,14 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "doctor":
             return _doctor()
         if parsed.command == "backend":
-            tell = own_stdout()
+            tell = take_stdout()
             tell(json.dumps(dataclasses.asdict(start_backend(parsed.name))))
             return 0
         if parsed.command == "time":
             return _time(parsed)
         if parsed.command == "layers":
-            return _layers(parsed)
-        tell = own_stdout()
+            return _layers(parsed, take_stdout() if parsed.json else print)
+        tell = take_stdout()
         report = _measure(
             parsed.model,
             backend_name=parsed.backend,
@@ -260,8 +270,7 @@ def _show_timings(timings: Sequence[Timing]) -> None:
         print("shared host: the figures are indicative")
 
 
-def _layers(parsed: argparse.Namespace) -> int:
-    tell = own_stdout() if parsed.json else print
+def _layers(parsed: argparse.Namespace, tell: Callable[[str], None]) -> int:
     layers = profile_layers(
         parsed.model,
         backend_name=parsed.backend,
@@ -296,4 +305,4 @@ def _doctor() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(take_stdout=own_stdout))

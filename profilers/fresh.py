@@ -304,6 +304,9 @@ def measure_in_fresh_process(
         reports.append(report)
         if progress is not None:
             progress(number + 1, processes)
+        if not report.run.indicative:
+            # A machine of one's own is as slow as it is, whatever an earlier run found.
+            beta = anchor_reference_ns = None
         if len(reports) < 2 and processes > 1:
             continue
         pooled = pool_reports(
@@ -459,19 +462,13 @@ def pool_reports(
 ) -> FreshMeasurement:
     """Combine what several processes measured of one model.
 
-    On a machine of one's own a clock that is lower all along is not taken off: it is
-    as slow as it is, whatever an earlier run found.
-
     Args:
         reports: At least one.
         settings: What was to be reached.
-        beta: Of an earlier run, for shared hosts; None fits it.
-        anchor_reference_ns: Likewise; None takes it from the visits.
+        beta: None fits it.
+        anchor_reference_ns: None takes it from the visits.
         anchor_model: That was timed beside the model.
     """
-    indicative = any(report.run.indicative for report in reports)
-    if not indicative:
-        beta = anchor_reference_ns = None
     by_process = visits_by_process(reports)
     visits = tuple(visit for process in by_process for visit in process)
     pooled = fit_visits([visits], beta=beta, anchor_reference_ns=anchor_reference_ns)
@@ -532,7 +529,7 @@ def pool_reports(
         anchor_visits=anchor_visits,
         anchor_found_ms=found_ms,
         conditions=reports[-1].run.conditions,
-        indicative=indicative,
+        indicative=any(report.run.indicative for report in reports),
         stability=Stability(
             verdict="unstable" if reasons else "stable", reasons=reasons
         ),

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from profilers.errors import RunFailed
 
 __all__ = [
     "describe_exit",
-    "end_with_parent",
     "last_words",
     "own_stdout",
     "package_environment",
@@ -24,6 +22,21 @@ __all__ = [
 ]
 
 STDERR_TAIL_CHARACTERS = 2000
+
+# What another interpreter runs, whose packages may be of another version.
+_FORGET_CURRENT_FOLDER = "import sys; sys.path[:] = [path for path in sys.path if path]"
+# One that measures on would disturb whatever is begun in its place.
+_END_WITH_PARENT = """
+import os, threading
+def wait():
+    while os.read(0, 1): pass
+    os._exit(1)
+threading.Thread(target=wait, daemon=True).start()
+"""
+_RUN = """
+import runpy
+runpy.run_module("profilers", run_name="__main__", alter_sys=True)
+"""
 
 
 def run_for_line(
@@ -44,14 +57,19 @@ def run_for_line(
         interpreter: Python to run; None takes this one.
 
     Returns:
-        The line; empty if there is none. A runtime may print lines before ours.
+        The line; empty if there is none.
 
     Raises:
         RunFailed: The process did not start, failed, crashed, or took too long.
     """
-    command = [*profilers_command(interpreter, with_parent=True), *arguments]
-    # The child reads from it until this process ends, however it does.
-    read, write = os.pipe()
+    # On Windows what a thread reads from holds up whoever asks what kind of file it is.
+    with_parent = os.name == "posix"
+    command = [*profilers_command(interpreter, with_parent=with_parent), *arguments]
+    try:
+        # The child reads from it until this process ends, however it does.
+        read, write = os.pipe()
+    except OSError as error:
+        raise RunFailed(f"{label} could not be started: {error}") from error
     try:
         finished = subprocess.run(
             command,
@@ -60,7 +78,7 @@ def run_for_line(
             encoding="utf-8",
             env=package_environment(),
             errors="replace",
-            stdin=read,
+            stdin=read if with_parent else subprocess.DEVNULL,
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired as error:
@@ -120,20 +138,6 @@ def own_stdout() -> Callable[[str], None]:
     return write
 
 
-def end_with_parent() -> None:
-    """End this process when the one does that holds the other end of its input.
-
-    One that measures on would disturb whatever is begun in its place.
-    """
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def profilers_command(
     interpreter: str | None = None, *, with_parent: bool = False
 ) -> tuple[str, ...]:
@@ -144,16 +148,13 @@ def profilers_command(
 
     Args:
         interpreter: Python to run; None takes this one.
-        with_parent: Whether it ends once nobody holds the other end of its input.
+        with_parent: Whether it ends once nobody holds the other end of its input,
+            which it must not read itself.
     """
-    steps = ["import sys; sys.path[:] = [path for path in sys.path if path]"]
+    steps = [_FORGET_CURRENT_FOLDER, _RUN]
     if with_parent:
-        steps += ["from profilers.process import end_with_parent; end_with_parent()"]
-    steps += [
-        "import runpy",
-        "runpy.run_module('profilers', run_name='__main__', alter_sys=True)",
-    ]
-    return (interpreter or sys.executable, "-c", "; ".join(steps))
+        steps.insert(1, _END_WITH_PARENT)
+    return (interpreter or sys.executable, "-c", "\n".join(steps))
 
 
 def package_environment() -> dict[str, str]:

@@ -107,7 +107,7 @@ class DevicePrices:
         asked: Constraints | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> FreshMeasurement:
-        """Time a file as it is certified, at the table's level.
+        """Time a file as it is certified; on a shared host at the table's level.
 
         Args:
             model_path: Of a form of the network.

@@ -76,6 +76,7 @@ class OpenVinoCpu:
             if int(compiled.get_property("INFERENCE_NUM_THREADS")) < threads:
                 # By itself it leaves out the second thread of each core.
                 settings["ENABLE_HYPER_THREADING"] = "YES"
+                del compiled  # or a process would be told to need both
                 compiled = self._core.compile_model(network, "CPU", settings)
             return OpenVinoSession(openvino, compiled)
         except Exception as error:  # OpenVINO raises RuntimeError for everything

@@ -399,6 +399,7 @@ def test_openvino_runs_as_many_threads_as_it_is_asked_for() -> None:
             assert int(compiled.get_property("INFERENCE_NUM_THREADS")) == threads
 
 
+@needs_openvino
 def test_openvino_reads_its_own_format(tmp_path: Path) -> None:
     import openvino
 

@@ -40,7 +40,7 @@ from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import read_supernet, write_supernet
 from profilers import LatencyTable, fresh
 from profilers.backends import get_backend
-from profilers.device import available_cores, this_device
+from profilers.device import available_cores, read_conditions, this_device
 from profilers.memory import MemoryGauge
 from tests.support import tiny
 from tests.support.quick import QUICK
@@ -458,9 +458,10 @@ def test_a_bundle_is_timed_again_where_it_was_made(everything: Bundle) -> None:
     found = rebench.rebench(everything)
     assert found.elsewhere == ()
     assert found.verdict is not None
-    assert found.measurement.anchor_reference_ns == pytest.approx(
-        everything.manifest.measured.anchor_reference_ns
-    )
+    if found.measurement.indicative:  # a machine of one's own is as slow as it is
+        assert found.measurement.anchor_reference_ns == pytest.approx(
+            everything.manifest.measured.anchor_reference_ns
+        )
 
 
 def test_a_bundle_that_was_certified_beside_an_anchor_model_is_timed_beside_it(
@@ -472,6 +473,8 @@ def test_a_bundle_that_was_certified_beside_an_anchor_model_is_timed_beside_it(
     bundle = Bundle(
         everything.path, replace(manifest, measured=measured, constraints=asked)
     )
+    shared = replace(read_conditions(), shared_host=True)
+    monkeypatch.setattr(rebench, "read_conditions", lambda: shared)
     unknown = rebench.rebench(bundle)
     assert unknown.measurement.anchor_model_ms is None
     assert "timed alone now" in unknown.level_told
@@ -497,6 +500,9 @@ def test_a_bundle_that_was_certified_beside_an_anchor_model_is_timed_beside_it(
     elsewhere = rebench.rebench(moved(bundle))
     assert elsewhere.measurement.anchor_model_ms is None
     assert not elsewhere.level_told
+    own = replace(shared, shared_host=False)
+    monkeypatch.setattr(rebench, "read_conditions", lambda: own)
+    assert rebench.rebench(bundle).measurement.anchor_model_ms is None
 
 
 def moved(bundle: Bundle) -> Bundle:

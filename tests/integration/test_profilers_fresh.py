@@ -28,6 +28,7 @@ from profilers.fresh import (
     pool_reports,
 )
 from profilers.kept import FORGOTTEN_S, KeptTexts
+from profilers.measure import WARMUP_S
 from profilers.measurement import (
     NO_TARGET,
     Measurement,
@@ -204,7 +205,9 @@ def test_what_lies_in_the_current_folder_is_not_imported(
 def test_what_is_measured_ends_with_the_process_that_asked(tmp_path: Path) -> None:
     """It would disturb whatever is begun in its place."""
     told = tmp_path / "pid"
-    child = script(tmp_path, f'echo $$ > {told}\nexec {sys.executable} "$@"')
+    # What the child does first, and then nothing that reads its input.
+    first = '"${2%%import runpy*}import time; time.sleep(60)"'
+    child = script(tmp_path, f"echo $$ > {told}\nexec {sys.executable} -c {first}")
     code = (
         "from profilers.process import run_for_line; run_for_line(['work'], label='x', "
         f"timeout_s=60, cure='', interpreter={child!r})"
@@ -234,9 +237,12 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = Path(f"/proc/{pid}/stat")
-    # One that nobody waits for stays in the list.
-    return not (state.is_file() and ") Z " in state.read_text())
+    if not Path("/proc/self/stat").is_file():
+        return True
+    try:  # one that nobody waits for stays in the list
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @posix_only
@@ -319,11 +325,20 @@ def seen(name: str, latency_ns: int, *, slowdown: float) -> Measurement:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_lower_clock_is_taken_off_on_shared_hosts_alone(shared: bool) -> None:
+def test_a_lower_clock_is_taken_off_on_shared_hosts_alone(
+    shared: bool, monkeypatch: pytest.MonkeyPatch, model_path: Path
+) -> None:
     """Whatever level an earlier run had: a machine of one's own is as slow as it is."""
     twice = report(100_000, slowdown=2.0, shared=shared)
-    found = pool_reports(
-        [twice, twice], settings=SETTINGS, beta=1.0, anchor_reference_ns=250_000.0
+    monkeypatch.setattr(fresh_module, "report_of_fresh_process", lambda *_, **__: twice)
+    found = measure_in_fresh_process(
+        model_path,
+        backend_name="onnxruntime-cpu",
+        threads=1,
+        settings=SETTINGS,
+        processes=2,
+        beta=1.0,
+        anchor_reference_ns=250_000.0,
     )
     assert found.quiet_ms == pytest.approx(0.1 if shared else 0.2)
     assert found.median_ms == pytest.approx(0.2)
@@ -470,7 +485,7 @@ def test_a_model_beside_another_may_take_as_long_as_the_other(
                 beside=beside,
             )
     alone_s, together_s = allowed_s
-    a_model_s = fresh_module.STARTUP_ALLOWANCE_S + fresh_module.WARMUP_S
+    a_model_s = fresh_module.STARTUP_ALLOWANCE_S + WARMUP_S
     assert together_s - alone_s == a_model_s
 
 
