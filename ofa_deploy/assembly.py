@@ -41,6 +41,7 @@ from profilers.measurement import Visit
 SAMPLES_FILE = "latency_samples.json"
 # Of the anchor model that was timed beside it, if one was.
 ANCHOR_SAMPLES_FILE = "anchor_samples.json"
+PREPARED_AT_A_TIME = 100
 VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime", "pillow")
 NO_PREDICTOR = (
     "the supernet has no accuracy predictor; finish its training with "
@@ -235,23 +236,30 @@ def measured_accuracy(
         DataError: The images have other classes than the network.
     """
     require_classes(evaluation, source)
-    inputs = prepare(
-        evaluation.images,
-        resolution=exported.facts.resolution,
-        normalisation=source.normalisation,
-    )
-    path = exported.folder / exported.model_file
+    path, count, correct = exported.folder / exported.model_file, len(evaluation), 0.0
     with get_backend(runtime.backend).load(path, threads=runtime.threads) as session:
-        value = top1_accuracy(
-            session, inputs, evaluation.labels, batch_size=1, progress=progress
-        )
-    margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / len(inputs)))
+        # As network inputs all of them would take sixteen times their memory.
+        for start in range(0, count, PREPARED_AT_A_TIME):
+            part = slice(start, start + PREPARED_AT_A_TIME)
+            inputs = prepare(
+                evaluation.images[part],
+                resolution=exported.facts.resolution,
+                normalisation=source.normalisation,
+            )
+            share = top1_accuracy(
+                session, inputs, evaluation.labels[part], batch_size=1
+            )
+            correct += share * len(inputs)
+            if progress is not None:
+                progress(start + len(inputs), count)
+    value = round(correct) / count
+    margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / count))
     return AccuracyClaim(
         kind="measured",
         value=value,
         low=max(0.0, value - margin),
         high=min(1.0, value + margin),
-        image_count=len(inputs),
+        image_count=count,
     )
 
 

@@ -8,11 +8,9 @@ rather than believed.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import sys
 import zlib
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,6 +28,7 @@ from profilers.device import Conditions
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
 from profilers.files import sync_folder
 from profilers.json_reader import Json, JsonNode, parse_json
+from profilers.locks import HELD, lock
 from profilers.measurement import Visit
 
 __all__ = ["Failure", "Journal", "OrderDone", "Retry", "SessionBegan", "VisitRecord"]
@@ -40,7 +39,6 @@ FORMAT_VERSION = 2
 # Of a value in a message.
 SHOWN_CHARACTERS = 80
 _CHECKSUM_DIGITS = 8
-_LOCKED_BYTE = 2**40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,10 +307,10 @@ def _open_alone(path: Path) -> BinaryIO:
             f"the journal {path} cannot be opened: {error}; check the folder"
         ) from error
     try:
-        _lock(file)
+        lock(file)
     except OSError as error:
         file.close()
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+        if error.errno not in HELD:
             raise MeasurementError(
                 f"the journal {path} cannot be locked: {error}; its file system has no "
                 "locks. Set XDG_CACHE_HOME, or TMPDIR, to a folder that has"
@@ -322,18 +320,6 @@ def _open_alone(path: Path) -> BinaryIO:
             "run the same command again"
         ) from error
     return file
-
-
-def _lock(file: BinaryIO) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(_LOCKED_BYTE)  # far behind what is written, which stays readable
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _write_whole(file: BinaryIO, line: bytes) -> None:

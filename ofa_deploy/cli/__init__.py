@@ -287,6 +287,13 @@ def shrink(
         float | None, typer.Option(help="Accuracy to keep besides, 0..1.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
+    learning_rate: Annotated[
+        float,
+        typer.Option(
+            help="Factor on the learning rates; 0.1 or less for what was trained on "
+            "many other images, or with small batches."
+        ),
+    ] = 1.0,
     eval_data: EvalData = None,
     work: Annotated[
         Path | None,
@@ -319,7 +326,11 @@ def shrink(
             normalisation=shrinking.normalisation(mean, std),
             recipe=replace(
                 shrinking.recipe(
-                    search_epochs, finetune_epochs, batch_size, evaluations
+                    search_epochs,
+                    finetune_epochs,
+                    batch_size,
+                    evaluations,
+                    learning_rate,
                 ),
                 distill=distill,
                 lowest_share=lowest_share,

@@ -136,7 +136,11 @@ def _three(name: str, given: str | None, *, least: float) -> tuple[float, float,
 
 
 def recipe(
-    search_epochs: int, finetune_epochs: int, batch_size: int, evaluations: int
+    search_epochs: int,
+    finetune_epochs: int,
+    batch_size: int,
+    evaluations: int,
+    rate: float,
 ) -> ShrinkRecipe:
     """The default recipe, of another length."""
     from ofa_deploy.shrink.legr import LegrSettings
@@ -146,6 +150,7 @@ def recipe(
         search_epochs=search_epochs,
         finetune_epochs=finetune_epochs,
         batch_size=batch_size,
+        rate=rate,
     )
     population = min(LegrSettings().population, evaluations)
     legr = LegrSettings(evaluations=evaluations, population=population)

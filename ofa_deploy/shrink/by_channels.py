@@ -80,6 +80,7 @@ class ByChannels:
         else:
             least_share = self._least_share(whole)
         share = max(share, least_share)
+        self.stack.enter_context(call.alone())
         # What its file would not compute is known before hours of training.
         with TemporaryDirectory(prefix="ofa-deploy-") as name:
             written = whole.written(unchanged, kept, Path(name))
@@ -224,7 +225,7 @@ class ByChannels:
 
     @property
     def _floors_cure(self) -> str:
-        return "" if self.method == "tas" else ", or lower these in the recipe"
+        return "" if self.method == "tas" else ", or lower these (from Python: recipe=)"
 
     def _least(self, whole: Fitting) -> Fitting:
         """Of whose forms the one at its floors is the least; of tas one block a stage.

@@ -55,6 +55,7 @@ class ByWeights:
         if whole.met:
             return self._shrunk(whole, self._had, ())
         self._require_only_size(whole)
+        self.stack.enter_context(call.alone())
         call.compare(whole.exported, beside=BROUGHT)  # before hours of training
         fitting = self._size_fitting(whole)
         most = fitting.most(lambda count: self._bytes(self._masks(model), count))

@@ -29,12 +29,10 @@ from torch.optim.swa_utils import update_bn
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input
-from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import write_atomically
 
-# At most.
-BATCH_SIZE = 250
 # Of the steps that tune a candidate.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 # Candidates of one budget differ by some percent of their loss; below this many images
@@ -109,7 +107,7 @@ class CandidateImages:
         """Inputs and labels of `training` or `validation`, one batch at a time."""
         images, labels = _loaded(self.folder, part)
         # Of equal size: statistics are the mean of batches'.
-        count = -(-len(labels) // BATCH_SIZE)
+        count = -(-len(labels) // evaluation_batch(self.resolution))
         places = np.linspace(0, len(labels), count + 1).astype(int)
         for start, end in itertools.pairwise(places):
             inputs = network_input(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ from ofa_deploy.shrink.tas import (
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
+from profilers.device import available_cores
 from profilers.files import write_atomically
 
 SEARCHING = "searching widths"
@@ -391,8 +391,9 @@ def _executor(given: Executor | None) -> Iterator[Executor]:
         from loky import ProcessPoolExecutor
     except ImportError as error:
         raise MissingDependency("loky", extra="shrink") from error
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    with ProcessPoolExecutor(cores, env={"OMP_NUM_THREADS": "1"}) as executor:
+    with ProcessPoolExecutor(
+        available_cores(), env={"OMP_NUM_THREADS": "1"}
+    ) as executor:
         yield executor
 
 
@@ -405,8 +406,9 @@ def _told_if_broken() -> Iterator[None]:
         raise TrainingError(
             f"a process that judges candidates ended: {error}. It had too little "
             "memory, or cannot import the network's module, which must be found on its "
-            "sys.path. What was judged is kept; give an executor of fewer processes, "
-            "or of threads, or move the network's class where it can be imported"
+            "sys.path. What was judged is kept; from Python give an executor of fewer "
+            "processes, or of threads; from the command line let it have fewer cores "
+            "(taskset); or move the network's class where it can be imported"
         ) from error
 
 

@@ -98,10 +98,12 @@ class ShrinkRecipe:
         """The floor of channels, as a multiple of the step."""
         return math.ceil(self.floor / step) * step
 
-    @property
-    def of_search(self) -> dict[str, object]:
+    def of_search(self, method: Method) -> dict[str, object]:
         """What decides a search, and not how what it finds is trained further."""
         found = asdict(self)
+        if method == "legr":  # trains nothing
+            decides = ("legr", "floor", "step", "lowest_share")
+            return {name: found[name] for name in decides}
         return {k: v for k, v in found.items() if k not in ("finetune", "distill")}
 
     def finetune_of(self, method: Method) -> Recipe:
@@ -125,7 +127,11 @@ class ShrinkRecipe:
 
 
 def default_shrink_recipe(
-    *, search_epochs: int = 10, finetune_epochs: int = 30, batch_size: int = 256
+    *,
+    search_epochs: int = 10,
+    finetune_epochs: int = 30,
+    batch_size: int = 256,
+    rate: float = 1.0,
 ) -> ShrinkRecipe:
     """Search at a low rate, then fine-tune at a higher one.
 
@@ -133,14 +139,22 @@ def default_shrink_recipe(
         search_epochs: Passes over the data while widths are searched.
         finetune_epochs: Passes afterwards.
         batch_size: Images per step.
-    """
+        rate: Factor on both learning rates. They are of networks that were trained on
+            these images in batches of 256: what was trained on many others forgets it,
+            and smaller batches step more often.
 
-    def recipe(name: str, epochs: int, rate: float) -> Recipe:
+    Raises:
+        SpaceError: The rate is none.
+    """
+    if not 0 < rate < math.inf:
+        raise SpaceError(f"rate={rate:g}; give a number above 0, such as 0.1")
+
+    def recipe(name: str, epochs: int, peak: float) -> Recipe:
         phase = Phase(
             name=name,
             epochs=epochs,
             warmup_epochs=min(1.0, epochs / 4),
-            peak_learning_rate=rate,
+            peak_learning_rate=rate * peak,
             distill=False,
             cutmix_share=0.25,
         )

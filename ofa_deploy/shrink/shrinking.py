@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ofa_deploy.assembly import VerifiedNetwork, measured_accuracy
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.errors import InfeasibleBudget, TrainingError
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation
@@ -35,8 +35,9 @@ from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.verify import ParityReport, judge
 from profilers.backends import get_backend
 from profilers.device import this_device
+from profilers.locks import HELD, lock
 
-SEARCH_FOLDER = "search"
+SEARCH_FOLDER, LOCK_FILE = "search", ".lock"
 # The network that a call is given, for people.
 BROUGHT = "the network that was brought"
 
@@ -142,7 +143,10 @@ class Shrinking:
         """
         decides = [self.method, self.own.sha256, prices.table.space_sha256]
         decides += [prices.table.created_at, self.images.sha256, *map(str, others)]
-        decides += [str(self.recipe.of_search), str(asdict(self.own.normalisation))]
+        decides += [
+            str(self.recipe.of_search(self.method)),
+            str(asdict(self.own.normalisation)),
+        ]
         return short_digest(decides)
 
     @property
@@ -188,6 +192,26 @@ class Shrinking:
         """
         if any(v.constraint == "accuracy" and not v.met for v in network.verdicts):
             raise self.missed(network)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the work folder for itself: two trainings in one would spoil its log.
+
+        Raises:
+            TrainingError: Another call is at work in it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / LOCK_FILE, "ab") as file:
+            try:
+                lock(file)
+            except OSError as error:
+                if error.errno in HELD:
+                    raise TrainingError(
+                        f"another call is at work in {self.work}; wait for it, stop "
+                        "it, or name another work folder"
+                    ) from error
+                # Where there are no locks it goes without.
+            yield
 
     def compare(self, exported: ExportedNetwork, *, beside: str) -> ParityReport:
         """What a file computes, beside the network that it was written from.

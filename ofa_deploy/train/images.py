@@ -16,7 +16,13 @@ from ofa_deploy.preprocess import Normalisation, measure_normalisation
 from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, distort, network_input
 from ofa_deploy.train.recipe import Recipe
 
+# Images of up to 64 pixels that networks see at a time, where nothing is trained.
 _EVALUATION_BATCH = 250
+
+
+def evaluation_batch(resolution: int) -> int:
+    """Images that a network sees at a time: the fewer, the larger they are."""
+    return max(16, min(_EVALUATION_BATCH, _EVALUATION_BATCH * 64**2 // resolution**2))
 
 
 class TrainingImages:
@@ -158,8 +164,9 @@ class TrainingImages:
         # Evenly spaced, so that every class is in it however the set is ordered.
         picked = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
         picked = np.random.default_rng(0).permutation(picked)
-        for start in range(0, len(picked), _EVALUATION_BATCH):
-            part = picked[start : start + _EVALUATION_BATCH]
+        size = evaluation_batch(resolution)
+        for start in range(0, len(picked), size):
+            part = picked[start : start + size]
             images = torch.from_numpy(data.images[part].transpose(0, 3, 1, 2).copy())
             inputs = network_input(
                 images, resolution=resolution, normalisation=self.normalisation

@@ -186,7 +186,7 @@ class TrainingLoop:
         self._bf16 = bf16
         self._checkpoint_seconds = checkpoint_seconds
         self._clock = clock
-        self._started_s = clock()
+        self._started_s = self._told_s = clock()
         self._elapsed_before_s = 0.0
         self._step = 0
         self._accuracy: float | None = None
@@ -230,7 +230,9 @@ class TrainingLoop:
             if ends_epoch or self._clock() - saved_s >= self._checkpoint_seconds:
                 self._save()
                 saved_s = self._clock()
-            if progress and (ends_epoch or step % 10 == 0):
+            told_s, now_s = self._told_s, self._clock()
+            if progress and (ends_epoch or step % 10 == 0 or now_s - told_s > 1):
+                self._told_s = now_s
                 rate = (self._step - began_step) / (self._clock() - began_s)
                 progress(self._report(loss_sum / loss_count, rate))
             if ends_epoch:

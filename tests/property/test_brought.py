@@ -24,7 +24,13 @@ from torch.nn.utils import (
 from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.errors import DataError, ParityError, TraceError
+from ofa_deploy.errors import (
+    DataError,
+    ParityError,
+    SpaceError,
+    TraceError,
+    TrainingError,
+)
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.shrink import candidates
 from ofa_deploy.shrink.autoprune import Deciding, typical_gradient
@@ -34,9 +40,9 @@ from ofa_deploy.shrink.by_weights import ByWeights
 from ofa_deploy.shrink.candidates import CandidateImages, CandidateJob, validation_loss
 from ofa_deploy.shrink.legr import STATE_FILE
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.recipe import Method
+from ofa_deploy.shrink.recipe import Method, default_shrink_recipe
 from ofa_deploy.target import Target
-from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE
 from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.train.views import ViewsInAnyOrder
@@ -395,7 +401,7 @@ def test_statistics_are_those_of_all_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However they are parted: no batch is one of few images."""
-    monkeypatch.setattr(candidates, "BATCH_SIZE", 5)
+    monkeypatch.setattr(candidates, "evaluation_batch", lambda resolution: 5)
     images = TrainingImages(data(), RECIPE)
     judged = written(images, tmp_path, count=count)
     batches = [inputs for inputs, _ in judged.batches("training")]
@@ -409,6 +415,13 @@ def test_statistics_are_those_of_all_images(
     assert norm.running_mean is not None
     error = (norm.running_mean - whole.mean((0, 2, 3))).abs().max()
     assert error < 0.05
+
+
+def test_the_larger_images_are_the_fewer_are_seen_at_a_time() -> None:
+    counts = [evaluation_batch(size) for size in (32, 64, 128, 224, 512)]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (250, 16)
+    assert counts[3] * 224**2 <= 250 * 64**2
 
 
 # -- before hours of training ----------------------------------------------------------
@@ -443,3 +456,39 @@ def test_a_file_that_would_compute_something_else_is_known_before_the_search(
             shrinking.run()
     assert not list(tmp_path.rglob(LOG_FILE))
     assert not list(tmp_path.rglob(STATE_FILE))
+
+
+def test_two_calls_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
+    call, _ = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
+    again, _ = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
+    refused = pytest.raises(TrainingError, match="another call is at work in")
+    with call.alone(), refused:
+        again.alone().__enter__()
+    with again.alone():
+        pass
+
+
+@pytest.mark.parametrize("method", ["legr", "pas"])
+def test_what_a_search_does_not_use_begins_none_anew(
+    method: Method, tmp_path: Path
+) -> None:
+    call, prices = call_of(Net(), tmp_path, budget_share=0.6, method=method)
+    changed = default_shrink_recipe(batch_size=9, search_epochs=3)
+    changed = replace(
+        changed, **{k: getattr(call.recipe, k) for k in ("legr", "floor", "step")}
+    )
+    same = replace(call, recipe=changed).name(prices) == call.name(prices)
+    assert same == (method == "legr")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(SpaceError, match="give a number above 0"):
+        default_shrink_recipe(rate=rate)
+
+
+def test_a_rate_scales_both_trainings() -> None:
+    whole, tenth = default_shrink_recipe(), default_shrink_recipe(rate=0.1)
+    for part in ("search", "finetune"):
+        (slow,), (fast,) = getattr(tenth, part).phases, getattr(whole, part).phases
+        assert slow.peak_learning_rate == pytest.approx(0.1 * fast.peak_learning_rate)

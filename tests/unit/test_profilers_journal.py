@@ -186,7 +186,7 @@ def test_a_file_system_without_locks_is_told_as_that(
     def no_locks(file: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(journal_module, "_lock", no_locks)
+    monkeypatch.setattr(journal_module, "lock", no_locks)
     with pytest.raises(MeasurementError, match="its file system has no locks"):
         Journal(tmp_path / "journal", subject=SUBJECT)
 
