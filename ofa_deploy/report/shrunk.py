@@ -200,7 +200,7 @@ def _chances(history: ShrinkHistory) -> list[str]:
 def draw_chances(history: ShrinkHistory) -> str:
     """A strip a distribution, a column an epoch."""
     epochs, count = len(history.search), len(history.groups)
-    row_height, names_width = 46, 190
+    row_height = 46
     strips = Plot(
         name="chances",
         label="Probabilities of all choices by epoch",
@@ -209,7 +209,7 @@ def draw_chances(history: ShrinkHistory) -> str:
         x_range=(0.0, float(epochs)),
         y_range=(0.0, float(count)),
         height=row_height * count + 70,
-        margin_left=names_width,
+        margin_left=_names_width(history),
     )
     for place, name in enumerate(history.groups):
         bottom = count - place - 0.92
@@ -227,6 +227,11 @@ def draw_chances(history: ShrinkHistory) -> str:
                 )
         strips.text(-0.01 * epochs, bottom + 0.42, name, anchor="end")
     return strips.render(y_ticks=False)
+
+
+def _names_width(history: ShrinkHistory) -> int:
+    """Pixels that the longest name takes, about; neither too little nor all."""
+    return max(190, min(360, 7 * max(map(len, history.groups), default=0)))
 
 
 def _part(history: ShrinkHistory) -> str:
@@ -253,17 +258,17 @@ def draw_losses(history: ShrinkHistory) -> str:
 
 def draw_kept(history: ShrinkHistory) -> str:
     """A bar a group."""
-    row_height, names_width = 22, 190
+    row_height = 22
     count = len(history.groups)
     bars = Plot(
         name="kept",
         label=f"{history.unit.capitalize()} kept of each {_part(history)}",
         x_label=history.unit,
         y_label="",
-        x_range=(0.0, max(history.channels) * 1.16),
+        x_range=(0.0, max(history.channels) * 1.3),
         y_range=(0.0, float(count)),
         height=row_height * count + 70,
-        margin_left=names_width,
+        margin_left=_names_width(history),
     )
     for place, (name, had, kept) in enumerate(
         zip(history.groups, history.channels, history.kept, strict=True)

@@ -7,6 +7,7 @@ the drawn width are zero, so that sums of different widths add their first chann
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -237,13 +238,16 @@ class SearchedNorm(nn.Module):
 
 
 def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(
-        channels,
-        eps=norm.eps,
-        momentum=norm.momentum,
-        affine=norm.affine,
-        track_running_stats=norm.track_running_stats,
-    )
+    """Of the first channels, and whatever a subclass does besides."""
+    like = copy.deepcopy(norm)
+    like.num_features = channels
+    for name, parameter in norm.named_parameters(recurse=False):
+        first = parameter.detach()[:channels].clone()
+        like.register_parameter(name, nn.Parameter(first))
+    for name, buffer in norm.named_buffers(recurse=False):
+        first = buffer[:channels] if buffer.ndim else buffer
+        like.register_buffer(name, first.clone())
+    return like
 
 
 class SearchedOutput(StandIn):

@@ -46,7 +46,7 @@ from ofa_deploy.train.distill import knowledge_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe
-from tests.support import own_networks, tiny
+from tests.support import own_networks, searching, tiny
 from tests.support.mac_counter import counted_macs
 from tests.support.searching import (
     chosen,
@@ -1116,3 +1116,39 @@ def test_shapes_that_are_none_are_refused(
 ) -> None:
     with pytest.raises(SpaceError, match=told):
         ResNetShape(widths=widths, kept_blocks=kept)
+
+
+class Activating(nn.BatchNorm2d):
+    """A norm that is followed by its activation, as some libraries have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_norms_of_a_kind_of_their_own_are_searched_as_what_they_are() -> None:
+    def layers(norm: Callable[[], list[nn.Module]]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            *norm(),
+            nn.Conv2d(16, 16, 3, padding=1, bias=False),
+            *norm(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ).eval()
+
+    together = layers(lambda: [Activating(16)])
+    apart = layers(lambda: [nn.BatchNorm2d(16), nn.ReLU()])
+    found, expected = (
+        searched_by_tas(searching.owned(net, resolution=8, class_count=3))
+        for net in (together, apart)
+    )
+    assert len(found.graph.groups) == len(expected.graph.groups) == 2
+    nets = [searching.searched(own) for own in (found, expected)]
+    x = searching.drawn(1, 2, 3, 8, 8)
+    for net in nets:
+        net.module.eval()
+        searching.scattered(net, seed=2)
+    first, second = (net.module(x) for net in nets)
+    torch.testing.assert_close(first, second)
