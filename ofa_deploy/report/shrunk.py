@@ -15,6 +15,8 @@ from profilers.table import LatencyTable
 FORMAT_VERSION = 1
 # Of probabilities; the page has a class for each.
 CHANCE_SHADES = 6
+# Of plots, in pixels: what is beside the names, and these at least.
+BARS_WIDTH, NAMES_WIDTH = 430, 190
 NOTHING_SEARCHED = "<p>Nothing was searched: the whole network keeps the budget.</p>"
 Log = tuple[Mapping[str, Any], ...]
 
@@ -209,6 +211,7 @@ def draw_chances(history: ShrinkHistory) -> str:
         x_range=(0.0, float(epochs)),
         y_range=(0.0, float(count)),
         height=row_height * count + 70,
+        width=BARS_WIDTH + _names_width(history),
         margin_left=_names_width(history),
     )
     for place, name in enumerate(history.groups):
@@ -231,7 +234,7 @@ def draw_chances(history: ShrinkHistory) -> str:
 
 def _names_width(history: ShrinkHistory) -> int:
     """Pixels that the longest name takes, about; neither too little nor all."""
-    return max(190, min(360, 7 * max(map(len, history.groups), default=0)))
+    return max(NAMES_WIDTH, min(360, 7 * max(map(len, history.groups), default=0)))
 
 
 def _part(history: ShrinkHistory) -> str:
@@ -268,6 +271,7 @@ def draw_kept(history: ShrinkHistory) -> str:
         x_range=(0.0, max(history.channels) * 1.3),
         y_range=(0.0, float(count)),
         height=row_height * count + 70,
+        width=BARS_WIDTH + _names_width(history),
         margin_left=_names_width(history),
     )
     for place, (name, had, kept) in enumerate(

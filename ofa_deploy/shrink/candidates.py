@@ -138,7 +138,8 @@ class CandidateJob:
     Args:
         module: Without the removed channels; belongs to whoever runs the job.
         images: To judge it on.
-        tuning_steps: Of SGD before it is judged; 0 for none.
+        tuning_steps: Of SGD before it is judged, each of `evaluation_batch` images at
+            most; 0 for none.
         learning_rate: Of these.
         seed: Of what is random in the network itself, such as dropout.
     """

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +41,7 @@ from ofa_deploy.shrink.ranking import (
     quota_floors,
     writers,
 )
+from profilers.device import available_cores
 from profilers.files import write_atomically
 
 Floats = NDArray[np.float64]
@@ -374,7 +374,7 @@ class RankingSearch:
             kept: Channels that stay, of each candidate.
             executor: Runs the judging.
         """
-        most = max(self.settings.together, CANDIDATES_PER_CORE * (os.cpu_count() or 1))
+        most = max(self.settings.together, CANDIDATES_PER_CORE * available_cores())
         jobs: deque[Future[float]] = deque()
         for one in kept:
             if len(jobs) == most:

@@ -142,7 +142,7 @@ def insert_distributions(
             put_module(copied, cut.module, SearchedOutput(module, width))
         else:
             assert isinstance(module, nn.BatchNorm2d)
-            put_module(copied, cut.module, _searched_norm(module, width))
+            put_module(copied, cut.module, SearchedNorm(module, width))
     stages = find_stages(network, graph, image) if searches_depth else ()
     depths = [Distribution(depth_choices(stage.blocks)) for stage in stages]
     carried = carried_groups(graph, stages)
@@ -171,16 +171,6 @@ def reset_parameters(network: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-
-
-def _searched_norm(norm: nn.BatchNorm2d, width: Distribution) -> SearchedNorm:
-    """A norm for each width, each of which begins as the first channels' were."""
-    found = SearchedNorm(norm, width)
-    before = norm.state_dict()
-    for choice, one in zip(width.choices, found.norms, strict=True):
-        state = {k: v[:choice] if v.ndim else v for k, v in before.items()}
-        one.load_state_dict(state)
-    return found
 
 
 def _join_blocks(

@@ -35,7 +35,7 @@ from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.verify import ParityReport, judge
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.locks import HELD, lock
+from profilers.locks import HELD, lock, unlock
 
 SEARCH_FOLDER, LOCK_FILE = "search", ".lock"
 # The network that a call is given, for people.
@@ -210,8 +210,12 @@ class Shrinking:
                         f"another call is at work in {self.work}; wait for it, stop "
                         "it, or name another work folder"
                     ) from error
-                # Where there are no locks it goes without.
-            yield
+                yield  # where there are no locks it goes without
+                return
+            try:
+                yield
+            finally:
+                unlock(file)
 
     def compare(self, exported: ExportedNetwork, *, beside: str) -> ParityReport:
         """What a file computes, beside the network that it was written from.

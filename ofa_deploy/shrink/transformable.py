@@ -238,7 +238,7 @@ class SearchedNorm(nn.Module):
 
 
 def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
-    """Of the first channels, and whatever a subclass does besides."""
+    """It for the first channels, as they are, and whatever a subclass does besides."""
     like = copy.deepcopy(norm)
     like.num_features = channels
     for name, parameter in norm.named_parameters(recurse=False):
@@ -246,7 +246,8 @@ def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
         like.register_parameter(name, nn.Parameter(first))
     for name, buffer in norm.named_buffers(recurse=False):
         first = buffer[:channels] if buffer.ndim else buffer
-        like.register_buffer(name, first.clone())
+        kept = name not in norm._non_persistent_buffers_set
+        like.register_buffer(name, first.clone(), persistent=kept)
     return like
 
 

@@ -459,11 +459,12 @@ def test_a_file_that_would_compute_something_else_is_known_before_the_search(
 
 
 def test_two_calls_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
-    call, _ = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
+    call, prices = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
     again, _ = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
+    shrinking = ByChannels(call=again, method="legr", prices=prices, stack=ExitStack())
     refused = pytest.raises(TrainingError, match="another call is at work in")
     with call.alone(), refused:
-        again.alone().__enter__()
+        shrinking.run()
     with again.alone():
         pass
 

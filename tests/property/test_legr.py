@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -48,6 +47,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import RemovalOrder, quota_floors, writers
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.recipe import Phase, Recipe
+from profilers.device import available_cores
 from tests.support import own_networks, tiny
 from tests.support.mac_counter import counted_macs
 
@@ -480,7 +480,7 @@ def test_few_candidates_wait_at_a_time(images: CandidateImages) -> None:
 
     searched.run(Counting())
     assert len(waiting) == searched.settings.evaluations
-    most = max(searched.settings.together, CANDIDATES_PER_CORE * (os.cpu_count() or 1))
+    most = max(searched.settings.together, CANDIDATES_PER_CORE * available_cores())
     assert max(waiting) <= most
 
 
