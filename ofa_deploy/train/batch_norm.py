@@ -9,14 +9,15 @@ Pruned networks have such widths. Here several pixels make a row of whole lines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
+
+from ofa_deploy.train.replaced import Replaced
 
 # A cache line of 64 bytes, in float32 sums.
 SUMS_PER_LINE = 16
@@ -25,23 +26,15 @@ SUMS_PER_LINE = 16
 LEAST_ROWS = 16
 
 
-class LineAlignedBatchNorm(TorchFunctionMode):
+class LineAlignedBatchNorm(Replaced):
     """While entered, batch norms of such widths are trained by rows of whole lines.
 
     They compute what torch's do, up to rounding, and can be differentiated once. What
     the backward pass computes again (`torch.utils.checkpoint`) is torch's own.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """See `torch.overrides`."""
-        called = _batch_norm if func is F.batch_norm else func
-        return called(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__({F.batch_norm: _batch_norm})
 
 
 def _batch_norm(

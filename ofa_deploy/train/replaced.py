@@ -1,0 +1,34 @@
+"""Functions of torch that others stand in for while a network is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class Replaced(TorchFunctionMode):
+    """While entered, other functions are called in place of torch's.
+
+    Args:
+        functions: What is called, by what it stands in for. In there torch's own are
+            themselves again.
+    """
+
+    def __init__(
+        self, functions: Mapping[Callable[..., Any], Callable[..., Any]]
+    ) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """See `torch.overrides`."""
+        called = self._functions.get(func, func)
+        return called(*args, **(kwargs or {}))
