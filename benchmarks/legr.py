@@ -6,7 +6,8 @@ measures and publishes. In this order:
 
     first      ResNet-20, one cycle
     taught     it once more, from there, by the first teachers of `pas.py`
-    dense      and once more, in a longer cycle, by them as they were trained further
+    longer     and once more, in a longer cycle, by them as they were trained further
+    dense      and at a low rate, on images that are not mixed
     ranking    LeGR's ranking, learned at the lowest budget; nothing else may run
     tuned      what each of three rankings leaves at each budget, fine-tuned alike
     latency    LeGR by OpenVINO's latency, through `specialize`; nothing else may run
@@ -89,7 +90,7 @@ from ofa_deploy.train.recipe import Recipe
 
 DEPTH = 20
 SHAPE = ResNetShape.dense(DEPTH)
-FIRST_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 90, 24
+FIRST_EPOCHS, LONGER_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 90, 12, 24
 BUDGETS = (0.2, 0.3, 0.5, 0.7)
 SEEDS = (0, 1)
 RANKINGS = ("LeGR", "uniform", "norm")
@@ -98,11 +99,18 @@ LATENCY = "legr-latency"
 # Evaluations that tell what one costs at each budget.
 TIMED_EVALUATIONS = 32
 FIRST = one_cycle("first", epochs=FIRST_EPOCHS, peak_learning_rate=0.1, cutmix_share=0)
+LONGER = one_cycle(
+    "longer",
+    epochs=LONGER_EPOCHS,
+    peak_learning_rate=0.1,
+    cutmix_share=0.5,
+    temperature=TEMPERATURE,
+)
 DENSE = one_cycle(
     "dense",
     epochs=DENSE_EPOCHS,
-    peak_learning_rate=0.1,
-    cutmix_share=0.5,
+    peak_learning_rate=0.01,
+    cutmix_share=0,
     temperature=TEMPERATURE,
 )
 TUNE = one_cycle(
@@ -140,9 +148,14 @@ def train_taught(args: argparse.Namespace) -> None:
     train_further("resnet20-first", "taught", TAUGHT, args, first_teachers)
 
 
-def train_dense(args: argparse.Namespace) -> None:
+def train_longer(args: argparse.Namespace) -> None:
     """And once more, by the later ones."""
-    train_further("resnet20-taught", "dense", DENSE, args, later_teachers)
+    train_further("resnet20-taught", "longer", LONGER, args, later_teachers)
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """What is left to learn from images as they are."""
+    train_further("resnet20-longer", "dense", DENSE, args, later_teachers)
 
 
 def train_further(
@@ -402,7 +415,8 @@ def publish(args: argparse.Namespace) -> None:
     section = Section("legr", "LeGR", results=args.results)
     section.text(
         f"ResNet-{DEPTH}, {full:.1f} MMACs, trained for {FIRST_EPOCHS} epochs, "
-        f"and by other networks for {TAUGHT_EPOCHS} and {DENSE_EPOCHS} more: "
+        f"and by other networks for {TAUGHT_EPOCHS}, {LONGER_EPOCHS} and "
+        f"{DENSE_EPOCHS} more: "
         f"{dense:.2%} of the test images. What each ranking leaves "
         f"is fine-tuned for {TUNE_EPOCHS} epochs with the dense network as teacher. "
         f"Test accuracy of the exported models, the mean of {len(SEEDS)} trainings; "
@@ -470,6 +484,7 @@ def write_search(section: Section) -> None:
 STAGES = {
     "first": train_first,
     "taught": train_taught,
+    "longer": train_longer,
     "dense": train_dense,
     "ranking": learn_ranking,
     "tuned": tune,
