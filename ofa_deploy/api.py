@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.bundle import Bundle, require_free
+from ofa_deploy.bundle import Bundle, require_output
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, DeviceError, SpaceError
@@ -285,7 +285,7 @@ def specialize(
             told=training_told or no_training_told,
             executor=executor,
         )
-    require_free(Path(out))
+    require_output(Path(out))
     require_seed(seed)
     parse_target(device, threads=threads)
     reporter = reporter or Silent()

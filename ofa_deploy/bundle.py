@@ -261,17 +261,26 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
 
 
 def require_free(out: Path) -> None:
-    """Refuse an output folder that holds something, or cannot be made.
+    """Refuse an output folder that holds something.
 
     Raises:
-        BundleError: `out` is a file, a folder that is not empty, or one that nothing
-            can be put in the place of.
+        BundleError: `out` is a file, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(
             f"{out} exists and is not an empty folder; name another output folder, or "
             "remove it first"
         )
+
+
+def require_output(out: Path) -> None:
+    """Refuse an output folder that holds something, or that cannot be made.
+
+    Raises:
+        BundleError: `out` is a file, a folder that is not empty, or one that nothing
+            can be put in the place of.
+    """
+    require_free(out)
     whole = out.resolve()  # "." is its own parent
     if os.path.ismount(whole):
         raise BundleError(
@@ -283,7 +292,8 @@ def require_free(out: Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=f".{whole.name}.partial-", dir=parent))
     except OSError as error:
         raise BundleError(
-            f"{out} cannot be made: {error}; name a folder whose parent can be written"
+            f"{out} cannot be made: {error}; make free space, or name a folder whose "
+            "parent can be written"
         ) from error
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.assembly import VerifiedNetwork, assemble_bundle
-from ofa_deploy.bundle import Bundle, new_bundle_folder, require_free
+from ofa_deploy.bundle import Bundle, new_bundle_folder, require_output
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.dataset import ImageSet
@@ -150,7 +150,7 @@ def specialize_fleet(
     count = _require_count(len(asked), max_models)
     require_seed(seed)
     out, reporter = Path(out).resolve(), reporter or Silent()
-    require_free(out)
+    require_output(out)
     source = opened(supernet)
     images, evaluation = read_inputs(
         source, calibration=calibration, eval_data=eval_data, reporter=reporter

@@ -21,7 +21,7 @@ from ofa_deploy.assembly import (
     assemble_bundle,
     require_classes,
 )
-from ofa_deploy.bundle import Bundle, require_free
+from ofa_deploy.bundle import Bundle, require_output
 from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
@@ -226,7 +226,7 @@ class Specializer:
         """
         asked = _asked(constraints)
         out = Path(out)
-        require_free(out)
+        require_output(out)
         images, evaluation = read_inputs(
             self.supernet,
             calibration=calibration,

@@ -179,10 +179,8 @@ def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> N
     Raises:
         TraceError: It fails in training, gives more then than in use, such as networks
             with two heads, or logits that depend on more than the image.
-        DataError: Its weights are no numbers.
     """
     name = type(module).__name__
-    _require_numbers(module)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((2, *image_shape), dtype=np.float32)
     alone = run(module, noise[:1])
@@ -232,7 +230,7 @@ def _logits(module: nn.Module, outputs: object) -> Tensor:
     )
 
 
-def _require_numbers(module: nn.Module) -> None:
+def require_numbers(module: nn.Module) -> None:
     """Refuse weights of a training that came to nothing.
 
     Raises:

@@ -27,6 +27,7 @@ from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.brought import (
     are_equal,
     plain_copy,
+    require_numbers,
     require_trainable,
     run,
     train_once,
@@ -101,6 +102,7 @@ class OwnNetwork:
             else trace_channels(module, input_shape=shape)
         )
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
+        require_numbers(module)
         if outputs != (1, len(class_names)):
             raise DataError(
                 f"the network gives outputs of shape {outputs} for one image; the data "

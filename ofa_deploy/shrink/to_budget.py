@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from ofa_deploy.assembly import assemble_bundle, require_classes
-from ofa_deploy.bundle import Bundle, require_free
+from ofa_deploy.bundle import Bundle, require_output
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError, DeviceError, SpaceError
@@ -106,7 +106,7 @@ def shrink(
     if normalisation is not None:
         require_pixel_scale(normalisation)
     out = Path(out).resolve()
-    require_free(out)
+    require_output(out)
     target = parse_target(device, threads=threads)
     get_backend(target.backend).runtime(threads=target.threads)
     recipe, reporter = recipe or default_shrink_recipe(), reporter or Silent()

@@ -39,12 +39,13 @@ FULL_DISK_MESSAGE = "No space left on device.*free space"
 # Every step of making a bundle that touches the disk: whose function, and which
 # call of it.
 WRITING: dict[str, tuple[Any, str, int]] = {
-    "making a folder for the candidates": (tempfile, "mkdtemp", 1),
+    "trying whether out can be made": (tempfile, "mkdtemp", 1),
+    "making a folder for the candidates": (tempfile, "mkdtemp", 2),
     "writing a candidate": (Path, "write_bytes", 1),
-    "making a folder to export to": (tempfile, "mkdtemp", 2),
+    "making a folder to export to": (tempfile, "mkdtemp", 3),
     "writing the model": (Path, "write_bytes", 2),
     "writing the reference": (Path, "write_bytes", 3),
-    "making the folder beside out": (tempfile, "mkdtemp", 3),
+    "making the folder beside out": (tempfile, "mkdtemp", 4),
     "copying the first file": (shutil, "copyfile", 1),
     "copying the second file": (shutil, "copyfile", 2),
     "writing the report": (Path, "write_bytes", 4),
