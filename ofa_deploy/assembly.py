@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -30,11 +28,12 @@ from ofa_deploy.manifest import (
     MeasuredLatency,
 )
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
-from ofa_deploy.preprocess import Normalisation, prepare
+from ofa_deploy.preprocess import Normalisation, PreparedImages
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
 from profilers.backends import get_backend
+from profilers.backends.base import installed_version
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
 from profilers.measurement import Visit
@@ -42,7 +41,6 @@ from profilers.measurement import Visit
 SAMPLES_FILE = "latency_samples.json"
 # Of the anchor model that was timed beside it, if one was.
 ANCHOR_SAMPLES_FILE = "anchor_samples.json"
-PREPARED_AT_A_TIME = 100
 VERSIONED_PACKAGES = ("ofa-deploy", "numpy", "onnx", "onnxruntime", "pillow")
 NO_PREDICTOR = (
     "the supernet has no accuracy predictor; finish its training with "
@@ -172,17 +170,10 @@ def assemble_bundle(
             accuracy=network.accuracy,
             parity=parity,
             cost=facts.cost,
-            versions={name: _version(name) for name in VERSIONED_PACKAGES},
+            versions={name: installed_version(name) for name in VERSIONED_PACKAGES},
         )
         write_manifest(folder, manifest)
     return Bundle.open(out)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"  # a variant under another name
 
 
 def predicted_accuracy(
@@ -237,25 +228,16 @@ def measured_accuracy(
         DataError: The images have other classes than the network.
     """
     require_classes(evaluation, source)
-    path, count, correct = exported.folder / exported.model_file, len(evaluation), 0.0
+    inputs = PreparedImages(
+        images=evaluation.images,
+        resolution=exported.facts.resolution,
+        normalisation=source.normalisation,
+    )
+    path, count = exported.folder / exported.model_file, len(evaluation)
     with get_backend(runtime.backend).load(path, threads=runtime.threads) as session:
-        # All of them as network inputs would take four times their memory, and more.
-        for start in range(0, count, PREPARED_AT_A_TIME):
-            part = slice(start, start + PREPARED_AT_A_TIME)
-            inputs = prepare(
-                evaluation.images[part],
-                resolution=exported.facts.resolution,
-                normalisation=source.normalisation,
-            )
-            share = top1_accuracy(
-                session,
-                inputs,
-                evaluation.labels[part],
-                batch_size=1,
-                progress=partial(_advance, progress, start, count),
-            )
-            correct += share * len(inputs)
-    value = round(correct) / count
+        value = top1_accuracy(
+            session, inputs, evaluation.labels, batch_size=1, progress=progress
+        )
     margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / count))
     return AccuracyClaim(
         kind="measured",
@@ -264,13 +246,6 @@ def measured_accuracy(
         high=min(1.0, value + margin),
         image_count=count,
     )
-
-
-def _advance(
-    progress: Progress | None, before: int, total: int, done: int, _: int
-) -> None:
-    if progress is not None:
-        progress(before + done, total)
 
 
 def _write_visits(path: Path, visits: Sequence[Visit]) -> None:

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ofa_deploy.dataset import IMAGE_SUFFIXES, Progress, is_hidden, open_zip
+from ofa_deploy.dataset import (
+    IMAGE_SUFFIXES,
+    Progress,
+    is_hidden,
+    is_image,
+    open_zip,
+)
 from ofa_deploy.errors import DataError, few_of
 from ofa_deploy.preprocess import as_rgb, require_pixels, resize
 
@@ -86,7 +92,7 @@ def require_enough(images: NDArray[Any]) -> None:
 def _decode(
     path: Path, files: Mapping[str, Read], size: int, progress: Progress | None
 ) -> NDArray[np.uint8]:
-    names = sorted(name for name in files if _is_image(name))
+    names = sorted(name for name in files if _is_shown(name))
     if not names:
         raise DataError(
             f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}); give a few hundred "
@@ -110,10 +116,9 @@ def _decode(
     return np.stack(images)
 
 
-def _is_image(name: str) -> bool:
-    """Whether it is one by its name, and not hidden."""
-    hidden = any(map(is_hidden, Path(name).parts))
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not hidden
+def _is_shown(name: str) -> bool:
+    """Whether it is an image by its name, and not hidden."""
+    return is_image(name) and not any(map(is_hidden, Path(name).parts))
 
 
 def _spread(count: int) -> NDArray[np.int64]:

@@ -195,7 +195,7 @@ def _folder_files(root: Path) -> Iterator[_Entry]:
         files = {
             file.relative_to(root).parts: file
             for file in sorted(folder.rglob("*"))
-            if _is_image(file.name)
+            if is_image(file.name)
         }
         shown = {k: v for k, v in files.items() if not any(map(is_hidden, k))}
         deepest = max(shown, key=len, default=())
@@ -210,7 +210,8 @@ def _folder_files(root: Path) -> Iterator[_Entry]:
             yield folder.name, "/".join(parts), file.read_bytes
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -253,7 +254,7 @@ def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
     images = [
         (parts, name)
         for parts, name in listed
-        if not name.endswith("/") and len(parts) > 1 and _is_image(name)
+        if not name.endswith("/") and len(parts) > 1 and is_image(name)
     ]
     classes = _class_folders(source, {tuple(parts[:-1]) for parts, _ in images})
     parent_of: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from ofa_deploy.fuse import fuse
 from ofa_deploy.inference import infer
 from ofa_deploy.materialise import Weights, materialise
 from ofa_deploy.plan import NetworkPlan
-from ofa_deploy.preprocess import prepare
+from ofa_deploy.preprocess import PreparedImages, prepare
 from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.stored import StoredSupernet
 from profilers.backends.base import Backend, Session
@@ -97,7 +97,7 @@ class Evaluator:
 
 def top1_accuracy(
     session: Session,
-    inputs: NDArray[np.float32],
+    inputs: NDArray[np.float32] | PreparedImages,
     labels: NDArray[np.int64],
     *,
     batch_size: int = EVALUATION_BATCH,

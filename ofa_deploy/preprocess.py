@@ -119,6 +119,28 @@ def prepare(
     return normalisation.apply(resize(images, resolution))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedImages:
+    """Network inputs that are prepared when they are asked for, by slices.
+
+    All at once would take four times their images' memory, and more.
+    """
+
+    images: NDArray[np.uint8]
+    resolution: int
+    normalisation: Normalisation
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, part: slice) -> Floats:
+        return prepare(
+            self.images[part],
+            resolution=self.resolution,
+            normalisation=self.normalisation,
+        )
+
+
 def require_pixels(images: NDArray[Any], *, where: str = "") -> None:
     """Refuse what is not `(N, H, W, 3)` uint8.
 

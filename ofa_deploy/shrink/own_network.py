@@ -409,12 +409,7 @@ def warn_if_by_chance(own: OwnNetwork, images: ImageSet) -> None:
     inputs = prepare(
         seen.images, resolution=own.resolution, normalisation=own.normalisation
     )
-    guesses = np.concatenate(
-        [
-            run(own.module, inputs[begin : begin + AT_A_TIME]).argmax(1)
-            for begin in range(0, len(inputs), AT_A_TIME)
-        ]
-    )
+    guesses = _run_in_parts(own.module, inputs).argmax(1)
     right = guesses == seen.labels
     known = float(np.mean([right[seen.labels == c].mean() for c in set(seen.labels)]))
     by_chance = 1 / len(own.class_names)
@@ -452,12 +447,13 @@ def _some(
 def _frozen(module: nn.Module) -> Callable[[Floats], Floats]:
     """What a module computes now, whatever becomes of it."""
     kept = copy.deepcopy(module)
+    return lambda inputs: _run_in_parts(kept, inputs)
 
-    def reference(inputs: Floats) -> Floats:
-        parts = range(0, len(inputs), AT_A_TIME)
-        return np.concatenate([run(kept, inputs[k : k + AT_A_TIME]) for k in parts])
 
-    return reference
+def _run_in_parts(module: nn.Module, inputs: Floats) -> Floats:
+    """`run`, of few images at a time."""
+    parts = range(0, len(inputs), AT_A_TIME)
+    return np.concatenate([run(module, inputs[k : k + AT_A_TIME]) for k in parts])
 
 
 def _digest(kept: Sequence[Tensor]) -> str:

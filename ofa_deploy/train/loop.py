@@ -186,7 +186,7 @@ class TrainingLoop:
         self._bf16 = bf16
         self._checkpoint_seconds = checkpoint_seconds
         self._clock = clock
-        self._started_s = self._told_s = clock()
+        self._started_s = clock()
         self._elapsed_before_s = 0.0
         self._step = 0
         self._accuracy: float | None = None
@@ -216,7 +216,7 @@ class TrainingLoop:
         Raises:
             TrainingError: The loss is no number; the last checkpoint is kept.
         """
-        saved_s = began_s = self._clock()
+        saved_s = told_s = began_s = self._clock()
         began_step, loss_sum, loss_count = self._step, 0.0, 0
         per_epoch = self.images.batches_per_epoch
         for step in range(self._step, self.steps):
@@ -230,10 +230,10 @@ class TrainingLoop:
             if ends_epoch or self._clock() - saved_s >= self._checkpoint_seconds:
                 self._save()
                 saved_s = self._clock()
-            told_s, now_s = self._told_s, self._clock()
+            now_s = self._clock()
             if progress and (ends_epoch or step % 10 == 0 or now_s - told_s > 1):
-                self._told_s = now_s
-                rate = (self._step - began_step) / (self._clock() - began_s)
+                told_s = now_s
+                rate = (self._step - began_step) / (now_s - began_s)
                 progress(self._report(loss_sum / loss_count, rate))
             if ends_epoch:
                 loss_sum, loss_count = 0.0, 0

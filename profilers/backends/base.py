@@ -6,6 +6,7 @@ A backend imports its runtime inside its methods, maps the runtime's exceptions 
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -206,6 +207,18 @@ class LayerProfiler(Protocol):
             ModelRejected: The runtime cannot read or compile the model.
             RunFailed: The runtime failed.
         """
+
+
+def installed_version(distribution: str) -> str:
+    """Of a package, as it was installed.
+
+    "unknown" of nightly builds, those of Linux distributions, and variants under other
+    names.
+    """
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def check_runs(runs: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from profilers.backends.base import (
     check_inputs,
     check_threads,
     describe_model,
+    installed_version,
 )
 from profilers.closing import Closing
 from profilers.device import RuntimeSpec
@@ -73,7 +73,7 @@ class LiteRtCpu:
         fallback = distribution == _FALLBACK
         return RuntimeSpec(
             backend=self.name,
-            version=_version(distribution),
+            version=installed_version(distribution),
             provider=f"{_PROVIDER} in {_FALLBACK}" if fallback else _PROVIDER,
             threads=threads,
             precision="f32",
@@ -172,13 +172,6 @@ def _details(interpreter: Any, side: str) -> dict[str, Mapping[str, Any]]:
         return found
     listed = getattr(interpreter, f"get_{side}_details")()
     return {detail["name"]: detail for detail in listed}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # nightly builds and those of Linux distributions
 
 
 def _import_litert() -> tuple[Any, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from ofa_deploy.assembly import _version
+from profilers.backends.base import installed_version
 
 
 def test_a_package_under_another_name_loses_no_bundle() -> None:
     """Such as onnxruntime-openvino, whose module is imported as any other's."""
-    assert _version("no-such-distribution") == "unknown"
-    assert _version("numpy") == version("numpy")
+    assert installed_version("no-such-distribution") == "unknown"
+    assert installed_version("numpy") == version("numpy")
