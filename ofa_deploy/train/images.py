@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet, split_validation
@@ -56,7 +57,6 @@ class TrainingImages:
         )
         self.sha256 = data.sha256
         self._recipe = recipe
-        self._images, self._labels = _tensors(self.training)
 
     def for_recipe(self, recipe: Recipe) -> TrainingImages:
         """The same images, augmented and batched as another recipe says.
@@ -116,7 +116,6 @@ class TrainingImages:
     def _with(self, training: ImageSet) -> TrainingImages:
         other = copy.copy(self)
         other.training = training
-        other._images, other._labels = _tensors(training)
         other._require_batch(self._recipe)
         return other
 
@@ -141,12 +140,11 @@ class TrainingImages:
             [self._recipe.seed, phase, epoch, len(self.training)]
         ).permutation(len(self.training))
         size = self._recipe.batch_size
-        index = torch.from_numpy(order[place * size : (place + 1) * size])
-        images = crop_and_flip(
-            self._images[index], padding=self._recipe.crop_padding, rng=rng
+        images, labels = _tensors(
+            self.training, order[place * size : (place + 1) * size]
         )
-        targets = F.one_hot(self._labels[index], len(self.training.class_names))
-        targets = targets.float()
+        images = crop_and_flip(images, padding=self._recipe.crop_padding, rng=rng)
+        targets = F.one_hot(labels, len(self.training.class_names)).float()
         changes = self._recipe.phases[phase]
         if changes.distortion:
             images = distort(images, strength=changes.distortion, rng=rng)
@@ -166,15 +164,14 @@ class TrainingImages:
         picked = np.random.default_rng(0).permutation(picked)
         size = evaluation_batch(resolution)
         for start in range(0, len(picked), size):
-            part = picked[start : start + size]
-            images = torch.from_numpy(data.images[part].transpose(0, 3, 1, 2).copy())
+            images, labels = _tensors(data, picked[start : start + size])
             inputs = network_input(
                 images, resolution=resolution, normalisation=self.normalisation
             )
-            yield inputs, torch.from_numpy(data.labels[part])
+            yield inputs, labels
 
 
-def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
-    """Images `(N, 3, H, W)` and labels."""
-    pixels = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
-    return torch.from_numpy(pixels), torch.from_numpy(data.labels)
+def _tensors(data: ImageSet, index: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Images `(N, 3, H, W)` and labels of these; the whole set is not held twice."""
+    pixels = np.ascontiguousarray(data.images[index].transpose(0, 3, 1, 2))
+    return torch.from_numpy(pixels), torch.from_numpy(data.labels[index])
