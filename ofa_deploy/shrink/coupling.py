@@ -47,15 +47,35 @@ def trace_channels(
     """
     probe = copy.deepcopy(network).eval().requires_grad_(True)
     image = torch.zeros(1, *input_shape)
-    code = _exported_code(probe, image)
-    layers = called_layers(probe, image)
+    with _telling_module(probe, image):
+        layers = called_layers(probe, image)
     atoms = _Atoms(probe, image)
     groups, cuts = atoms.grouped([layer.name for layer in layers])
-    return ChannelGraph(groups=groups, cuts=cuts, layers=layers, code=code)
+    return ChannelGraph(groups=groups, cuts=cuts, layers=layers)
 
 
-def _exported_code(network: nn.Module, image: Tensor) -> str:
-    """The network's operations; raises where they depend on the values in it."""
+def operations_of(network: nn.Module, *, input_shape: tuple[int, int, int]) -> str:
+    """A network's operations as text: always the same ones, whatever is in the images.
+
+    Takes much longer than `trace_channels`.
+
+    Args:
+        network: From images `(N, *input_shape)` to logits `(N, classes)`.
+        input_shape: Channels, height and width.
+
+    Raises:
+        TraceError: Names the module whose operations depend on values.
+    """
+    probe = copy.deepcopy(network).eval().requires_grad_(True)
+    image = torch.zeros(1, *input_shape)
+    with torch.no_grad(), _quiet(), _telling_module(probe, image):
+        exported = torch.export.export(probe, (image,), strict=False)
+    return str(exported.graph_module.code)
+
+
+@contextmanager
+def _telling_module(network: nn.Module, image: Tensor) -> Iterator[None]:
+    """Turns what is raised while the network runs into an error that says where."""
     entered: list[str] = []
     handles = [
         handle
@@ -68,8 +88,9 @@ def _exported_code(network: nn.Module, image: Tensor) -> str:
         )
     ]
     try:
-        with torch.no_grad(), _quiet():
-            exported = torch.export.export(network, (image,), strict=False)
+        yield
+    except TraceError:
+        raise
     except Exception as error:  # whatever the network's own code raises
         path = entered[-1] if entered else ""
         told = str(error).strip().partition("\n")[0]
@@ -81,7 +102,6 @@ def _exported_code(network: nn.Module, image: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return str(exported.graph_module.code)
 
 
 def _drop_last(entered: list[str]) -> None:

@@ -156,7 +156,8 @@ def measure_prices(
     Raises:
         MeasurementError: A layer, or a network, could not be measured.
     """
-    path = folder / _table_name(own, target, backend, step=step)
+    digest = _digest(own, step=step)
+    path = folder / f"own-{digest[:12]}_{_where(target, backend)}.json"
     if path.is_file():
         table = LatencyTable.load(path)
         require_compatible(
@@ -165,7 +166,15 @@ def measure_prices(
             backend.runtime(threads=target.threads),
         )
     else:
-        table = _measure(own, target, backend, step=step, path=path, reporter=reporter)
+        table = _measure(
+            own,
+            target,
+            backend,
+            step=step,
+            digest=digest,
+            path=path,
+            reporter=reporter,
+        )
     return fit_prices(own, table, step=step)
 
 
@@ -230,6 +239,7 @@ def _measure(
     backend: Backend,
     *,
     step: int,
+    digest: str,
     path: Path,
     reporter: Reporter,
 ) -> LatencyTable:
@@ -285,7 +295,7 @@ def _measure(
     table = LatencyTable(
         origin="measured",
         space_name=own.family,
-        space_sha256=_digest(own, step=step),
+        space_sha256=digest,
         device=device,
         runtime=runtime,
         settings=PROFILE_SETTINGS,
@@ -315,12 +325,8 @@ def _digest(own: OwnNetwork, *, step: int) -> str:
     names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
     cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
     # Activations, pools and skips cost, too.
-    text = json.dumps([names, cuts, own.resolution, own.graph.code])
+    text = json.dumps([names, cuts, own.resolution, own.operations])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _table_name(own: OwnNetwork, target: Target, backend: Backend, *, step: int) -> str:
-    return f"own-{_digest(own, step=step)[:12]}_{_where(target, backend)}.json"
 
 
 def _where(target: Target, backend: Backend) -> str:

@@ -109,14 +109,12 @@ class ChannelGraph:
         groups: In the order in which they are written.
         cuts: Where they are.
         layers: In the order in which they are called.
-        code: The network's operations as text: what else decides how fast it is.
         removable: Names of layers that may go with all that they are in.
     """
 
     groups: tuple[ChannelGroup, ...]
     cuts: tuple[Cut, ...]
     layers: tuple[TracedLayer, ...]
-    code: str
     removable: frozenset[str] = frozenset()
 
     def cuts_at(self, module: str, side: Side) -> tuple[Cut, ...]:
@@ -182,7 +180,6 @@ def planned_channels(network: PlannedNet) -> ChannelGraph:
         groups=tuple(groups),
         cuts=tuple(cuts),
         layers=tuple(layers),
-        code=repr(network.plan.blocks),
     )
 
 

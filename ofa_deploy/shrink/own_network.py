@@ -33,7 +33,11 @@ from ofa_deploy.shrink.brought import (
     train_once,
 )
 from ofa_deploy.shrink.cost import MacPrice
-from ofa_deploy.shrink.coupling import called_layers, trace_channels
+from ofa_deploy.shrink.coupling import (
+    called_layers,
+    operations_of,
+    trace_channels,
+)
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
 from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
@@ -96,11 +100,11 @@ class OwnNetwork:
                 f"these have {resolution}. Resize them, or lower a plan for them"
             )
         shape = (IMAGE_CHANNELS, resolution, resolution)
-        graph = (
-            planned_channels(module)
-            if _is_chain(module)
-            else trace_channels(module, input_shape=shape)
-        )
+        if _is_chain(module):
+            graph = planned_channels(module)
+        else:
+            operations_of(module, input_shape=shape)  # or says where it branches
+            graph = trace_channels(module, input_shape=shape)
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
         require_numbers(module)
         if outputs != (1, len(class_names)):
@@ -259,6 +263,14 @@ class OwnNetwork:
     def is_chain(self) -> bool:
         """Whether it becomes a plain chain of convolutions, which any writer writes."""
         return _is_chain(self.module)
+
+    @property
+    def operations(self) -> str:
+        """As text: what decides how fast it is, besides its channels."""
+        if _is_chain(self.module):
+            return repr(self.module.plan.blocks)
+        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        return operations_of(self.module, input_shape=shape)
 
     @property
     def sha256(self) -> str:
