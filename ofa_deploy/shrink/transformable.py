@@ -171,12 +171,9 @@ def interpolation_matrix(channels: int, out: int) -> Tensor:
 
     Each is the mean of those in its stretch: adaptive average pooling over channels.
     """
-    matrix = torch.zeros(out, channels)
-    for row in range(out):
-        first = row * channels // out
-        end = -(-(row + 1) * channels // out)
-        matrix[row, first:end] = 1 / (end - first)
-    return matrix
+    rows, columns = torch.arange(out)[:, None], torch.arange(channels)
+    first, end = rows * channels // out, -(-(rows + 1) * channels // out)
+    return ((first <= columns) & (columns < end)) / (end - first)
 
 
 def interpolate_channels(x: Tensor, out: int) -> Tensor:
@@ -184,10 +181,14 @@ def interpolate_channels(x: Tensor, out: int) -> Tensor:
     channels = x.shape[1]
     if channels == out:
         return x
-    matrix = interpolation_matrix(channels, out).to(x.dtype)
+    return _through(x, interpolation_matrix(channels, out).to(x.dtype))
+
+
+def _through(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A matrix of channels times `(N, channels)`, or `(N, channels, H, W)`."""
     if x.ndim == 2:
-        return F.linear(x, matrix)
-    return F.conv2d(x, matrix[:, :, None, None])
+        return F.linear(x, matrix, bias)
+    return F.conv2d(x, matrix[:, :, None, None], bias)
 
 
 def padded_channels(x: Tensor, channels: int) -> Tensor:
@@ -196,6 +197,12 @@ def padded_channels(x: Tensor, channels: int) -> Tensor:
     if not missing:
         return x
     return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, missing))
+
+
+def padded_matrix(values: Tensor, size: int) -> Tensor:
+    """Zeros for the rows and columns that are missing."""
+    missing = [(0, size - count) for count in reversed(values.shape)]
+    return F.pad(values, [one for pair in missing for one in pair])
 
 
 class SearchedNorm(nn.Module):
@@ -224,17 +231,59 @@ class SearchedNorm(nn.Module):
         """Mix the drawn widths of `(N, channels, …)`; zeros beyond the widest."""
         drawn = self.width.drawn
         assert drawn is not None
-        choices = [self.width.choices[index] for index in drawn.indices]
+        norms = [self.norms[index] for index in drawn.indices]
+        plain = [norm for norm in norms if type(norm) is nn.BatchNorm2d]
+        if len(plain) == len(norms) and all(norm.training for norm in plain):
+            return self._normed_once(x, drawn, plain)
         widest = self.width.widest_drawn
+        choices = [self.width.choices[index] for index in drawn.indices]
         total: Tensor | None = None
-        for place, (index, count) in enumerate(
-            zip(drawn.indices, choices, strict=True)
-        ):
-            normed = self.norms[index](x[:, :count])
+        for place, (norm, count) in enumerate(zip(norms, choices, strict=True)):
+            normed = norm(x[:, :count])
             mixed = interpolate_channels(normed, widest) * drawn.weights[place]
             total = mixed if total is None else total + mixed
         assert total is not None
         return padded_channels(total, self.channels)
+
+    def _normed_once(
+        self, x: Tensor, drawn: Draw, norms: Sequence[nn.BatchNorm2d]
+    ) -> Tensor:
+        """The same mixture in fewer passes over the pixels: memory is what bounds them.
+
+        A width's statistics are the first ones of the whole layer's, and all that
+        follows is linear in a pixel's channels: one 1×1 convolution.
+        """
+        sums_type = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = x.new_zeros((2, self.channels), dtype=sums_type)
+        normed = F.batch_norm(
+            x, mean, variance, training=True, momentum=1.0, eps=norms[0].eps
+        )
+        matrix = mean.new_zeros((self.channels, self.channels))
+        bias = mean.new_zeros(self.channels)
+        for norm, weight in zip(norms, drawn.weights, strict=True):
+            count = norm.num_features
+            _note_statistics(norm, mean[:count], variance[:count])
+            stretch = interpolation_matrix(count, self.width.widest_drawn).to(mean)
+            stretch = stretch * weight
+            if norm.bias is not None:
+                bias = bias + padded_matrix((stretch * norm.bias).sum(1), self.channels)
+            if norm.weight is not None:
+                stretch = stretch * norm.weight
+            matrix = matrix + padded_matrix(stretch, self.channels)
+        return _through(normed, matrix.to(x.dtype), bias.to(x.dtype))
+
+
+def _note_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """As the norm does itself of a batch with these; the variance is the unbiased."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # of all batches
+        momentum = 1 / int(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance, momentum)
 
 
 def _norm_like(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
@@ -316,14 +365,15 @@ class SearchedStage(nn.Module):
                 break
             x = block(x)
             if count in weights:
-                mixed = _stretched(x, widths[count], widest) * weights[count]
+                mixed = _stretched(x, widths[count], widest, times=weights[count])
                 total = mixed if total is None else total + mixed
         assert total is not None
         return total
 
 
-def _stretched(x: Tensor, width: int, out: int) -> Tensor:
-    """The first channels as more of them; zeros stay beyond."""
+def _stretched(x: Tensor, width: int, out: int, *, times: Tensor) -> Tensor:
+    """The first channels as more of them, times a factor; zeros stay beyond."""
     if width == out:
-        return x
-    return padded_channels(interpolate_channels(x[:, :width], out), x.shape[1])
+        return x * times
+    matrix = padded_matrix(interpolation_matrix(width, out) * times, x.shape[1])
+    return _through(x, matrix.to(x.dtype))

@@ -349,6 +349,56 @@ def test_channels_beyond_the_widest_that_is_drawn_are_zero() -> None:
     assert output[:, :widest].abs().sum(dim=(0, 2, 3)).min() > 0
 
 
+class NormedApart(nn.BatchNorm2d):
+    """Of a class of its own: each width is normed by itself."""
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.permutations(range(8)).map(lambda places: tuple(places[:2])),
+    st.sampled_from([0.1, 0.7, None]),
+    st.booleans(),
+)
+def test_widths_that_are_normed_together_are_normed_as_each_alone(
+    indices: tuple[int, int], momentum: float | None, affine: bool
+) -> None:
+    torch.manual_seed(0)
+    width = Distribution(width_choices(20))
+    logits = torch.tensor([0.3, -0.4], dtype=torch.float64, requires_grad=True)
+    x = 1 + 2 * drawn(0, 4, 20, 5, 5).double()
+    outcomes = []
+    for kind in (nn.BatchNorm2d, NormedApart):
+        norm = kind(20, momentum=momentum, affine=affine).double()
+        for place, parameter in enumerate(norm.parameters()):
+            parameter.data = 1 + drawn(place, 20).double()
+        layer = SearchedNorm(norm, width).train()
+        for _ in range(2):
+            width.drawn = Draw(indices=indices, weights=logits.softmax(0))
+            leaf = x.clone().requires_grad_(True)
+            output = layer(leaf)
+        parameters = [
+            parameter
+            for index in indices
+            for parameter in layer.norms[index].parameters()
+        ]
+        gradients = torch.autograd.grad(
+            (output * x.cos()).sum(), [leaf, logits, *parameters]
+        )
+        outcomes.append([output, *gradients, *layer.state_dict().values()])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_that_is_frozen_stays_frozen_among_widths() -> None:
+    layer = SearchedNorm(nn.BatchNorm2d(20), Distribution(width_choices(20))).train()
+    for norm in layer.norms:
+        norm.eval()
+    layer.width.draw(1.0)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(drawn(0, 4, 20, 5, 5))
+    assert all(torch.equal(layer.state_dict()[name], before[name]) for name in before)
+
+
 def test_a_network_that_is_narrower_than_a_step_is_refused() -> None:
     own = owned(Deep(), resolution=SIZE, class_count=3)
     with pytest.raises(TraceError, match=r"at most 24 channels .* are multiples of 24"):
