@@ -10,6 +10,8 @@ from torch import nn
 class StandIn(nn.Module):
     """Has all that a layer has: a forward may ask it, such as for `in_features`.
 
+    It reads an `input`, as torch's layers do: that may be given by name.
+
     Args:
         layer: The layer.
     """

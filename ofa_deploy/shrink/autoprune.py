@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
+from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
@@ -69,7 +70,7 @@ class Deciding:
             0, step, resolution=self.resolution, rng=rng
         )
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
-        with ViewsInAnyOrder(), autocast:
+        with LineAlignedBatchNorm(), ViewsInAnyOrder(), autocast:
             logits = module(inputs)
         loss = F.cross_entropy(
             logits.float(), targets, label_smoothing=self.label_smoothing

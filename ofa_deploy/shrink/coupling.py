@@ -35,7 +35,7 @@ from ofa_deploy.shrink.groups import (
 def trace_channels(
     network: nn.Module, *, input_shape: tuple[int, int, int]
 ) -> ChannelGraph:
-    """Run a network once, and group its channels.
+    """Run a network, and group its channels.
 
     Args:
         network: From images `(N, *input_shape)` to logits `(N, classes)`.
@@ -47,7 +47,7 @@ def trace_channels(
     """
     probe = copy.deepcopy(network).eval().requires_grad_(True)
     image = torch.zeros(1, *input_shape)
-    with _telling_module(probe, image):
+    with _telling_module(probe, image, cure="Give a network that takes such images"):
         layers = called_layers(probe, image)
     atoms = _Atoms(probe, image)
     groups, cuts = atoms.grouped([layer.name for layer in layers])
@@ -68,13 +68,14 @@ def operations_of(network: nn.Module, *, input_shape: tuple[int, int, int]) -> s
     """
     probe = copy.deepcopy(network).eval().requires_grad_(True)
     image = torch.zeros(1, *input_shape)
-    with torch.no_grad(), _quiet(), _telling_module(probe, image):
+    cure = "Its forward must not branch on the values of tensors"
+    with torch.no_grad(), _quiet(), _telling_module(probe, image, cure=cure):
         exported = torch.export.export(probe, (image,), strict=False)
     return str(exported.graph_module.code)
 
 
 @contextmanager
-def _telling_module(network: nn.Module, image: Tensor) -> Iterator[None]:
+def _telling_module(network: nn.Module, image: Tensor, *, cure: str) -> Iterator[None]:
     """Turns what is raised while the network runs into an error that says where."""
     entered: list[str] = []
     handles = [
@@ -96,8 +97,7 @@ def _telling_module(network: nn.Module, image: Tensor) -> Iterator[None]:
         told = str(error).strip().partition("\n")[0]
         raise TraceError(
             f"{path or type(network).__name__} cannot be traced on images of shape "
-            f"{tuple(image.shape[1:])}: {told}. Its forward must not branch on the "
-            "values of tensors"
+            f"{tuple(image.shape[1:])}: {told}. {cure}"
         ) from error
     finally:
         for handle in handles:
@@ -121,6 +121,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def read_by(args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """What one of torch's layers reads in a call."""
+    return args[0] if args else named["input"]
+
+
 def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
     """Convolutions and linear layers in the order of their first calls."""
     found: dict[str, TracedLayer] = {}
@@ -139,7 +144,10 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
 
     handles = [
         module.register_forward_hook(
-            lambda module, args, output, name=name: note(name, module, args[0], output)
+            lambda module, args, named, output, name=name: note(
+                name, module, read_by(args, named), output
+            ),
+            with_kwargs=True,
         )
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)

@@ -325,7 +325,7 @@ def _digest(own: OwnNetwork, *, step: int) -> str:
     names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
     cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
     # Activations, pools and skips cost, too.
-    text = json.dumps([names, cuts, own.resolution, own.operations])
+    text = json.dumps([names, cuts, own.resolution, own.operations()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

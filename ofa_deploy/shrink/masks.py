@@ -173,15 +173,15 @@ class MaskedInput(StandIn):
         # Features are last, channels second.
         self._is_linear = isinstance(layer, nn.Linear)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply to `(N, width, ...)`, or of a linear layer `(..., width)`."""
         always = torch.ones(1, dtype=self._masks[0].latent.dtype)
         every = torch.cat([always, *(mask.binary for mask in self._masks)])
         assert isinstance(self.index, Tensor)
-        kept = every[self.index].to(x.dtype)
+        kept = every[self.index].to(input.dtype)
         if not self._is_linear:
-            kept = kept.view(1, -1, *(1,) * (x.ndim - 2))
-        masked = sign_product(x, kept) if self._rule == "sign" else x * kept
+            kept = kept.view(1, -1, *(1,) * (input.ndim - 2))
+        masked = sign_product(input, kept) if self._rule == "sign" else input * kept
         result = self.layer(masked)
         assert isinstance(result, Tensor)
         return result

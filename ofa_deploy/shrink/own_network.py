@@ -264,9 +264,12 @@ class OwnNetwork:
         """Whether it becomes a plain chain of convolutions, which any writer writes."""
         return _is_chain(self.module)
 
-    @property
     def operations(self) -> str:
-        """As text: what decides how fast it is, besides its channels."""
+        """As text: what decides how fast it is, besides its channels.
+
+        Raises:
+            TraceError: They depend on values.
+        """
         if _is_chain(self.module):
             return repr(self.module.plan.blocks)
         shape = (IMAGE_CHANNELS, self.resolution, self.resolution)

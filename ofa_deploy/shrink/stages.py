@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ofa_deploy.shrink.coupling import trace_channels
+from ofa_deploy.shrink.coupling import read_by, trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
 
 
@@ -107,7 +107,10 @@ def normed_layers(network: nn.Module, image: Tensor) -> dict[str, str]:
         if isinstance(module, nn.BatchNorm2d):
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda module, args, name=name: note_input(name, args[0])
+                    lambda module, args, named, name=name: note_input(
+                        name, read_by(args, named)
+                    ),
+                    with_kwargs=True,
                 )
             )
     run_hooked(network, image, handles)

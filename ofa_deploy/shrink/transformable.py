@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -227,19 +228,19 @@ class SearchedNorm(nn.Module):
         """The distribution of its width."""
         return self._width[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Mix the drawn widths of `(N, channels, …)`; zeros beyond the widest."""
         drawn = self.width.drawn
         assert drawn is not None
         norms = [self.norms[index] for index in drawn.indices]
-        plain = [norm for norm in norms if type(norm) is nn.BatchNorm2d]
-        if len(plain) == len(norms) and all(norm.training for norm in plain):
-            return self._normed_once(x, drawn, plain)
+        plain = [norm for norm in norms if _only_norms(norm)]
+        if len(plain) == len(norms):
+            return self._normed_once(input, drawn, plain)
         widest = self.width.widest_drawn
         choices = [self.width.choices[index] for index in drawn.indices]
         total: Tensor | None = None
         for place, (norm, count) in enumerate(zip(norms, choices, strict=True)):
-            normed = norm(x[:, :count])
+            normed = norm(input[:, :count])
             mixed = interpolate_channels(normed, widest) * drawn.weights[place]
             total = mixed if total is None else total + mixed
         assert total is not None
@@ -251,7 +252,8 @@ class SearchedNorm(nn.Module):
         """The same mixture in fewer passes over the pixels: memory is what bounds them.
 
         A width's statistics are the first ones of the whole layer's, and all that
-        follows is linear in a pixel's channels: one 1×1 convolution.
+        follows is linear in a pixel's channels: one 1×1 convolution. Of all channels:
+        to part the widest from the others takes longer than to multiply with zeros.
         """
         sums_type = torch.promote_types(x.dtype, torch.float32)
         mean, variance = x.new_zeros((2, self.channels), dtype=sums_type)
@@ -273,15 +275,33 @@ class SearchedNorm(nn.Module):
         return _through(normed, matrix.to(x.dtype), bias.to(x.dtype))
 
 
+def _only_norms(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether it norms by this batch, and its call does nothing besides."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return (
+        type(module) is nn.BatchNorm2d
+        and module.training
+        and not any(hooks)
+        and "forward" not in vars(module)
+    )
+
+
 def _note_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     """As the norm does itself of a batch with these; the variance is the unbiased."""
-    if norm.running_mean is None or norm.running_var is None:
+    counter = norm.num_batches_tracked
+    if not norm.track_running_stats or norm.running_mean is None:
         return
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
+    if counter is not None:
+        counter.add_(1)
     momentum = norm.momentum
     if momentum is None:  # of all batches
-        momentum = 1 / int(norm.num_batches_tracked)
+        momentum = 0.0 if counter is None else 1 / int(counter)
+    assert norm.running_var is not None
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(variance, momentum)
 
@@ -312,9 +332,9 @@ class SearchedOutput(StandIn):
         super().__init__(layer)
         self.mixed = SearchedNorm(None, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """See `SearchedNorm`."""
-        result = self.mixed(self.layer(x))
+        result = self.mixed(self.layer(input))
         assert isinstance(result, Tensor)
         return result
 

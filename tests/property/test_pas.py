@@ -798,6 +798,19 @@ def test_a_layer_that_cannot_be_told_is_named(network: nn.Module, named: str) ->
         own_network(network)
 
 
+def test_layers_may_be_called_by_name() -> None:
+    own = own_network(own_networks.CalledByName(nn.ReLU()))
+    assert [group.name for group in own.graph.groups] == ["conv", "last"]
+
+
+def test_networks_of_other_activations_are_other_operations() -> None:
+    """What is alike in layers and widths may still take another time."""
+    kinds = (nn.ReLU(), nn.SiLU(), nn.ReLU())
+    networks = [own_network(own_networks.CalledByName(kind)) for kind in kinds]
+    first, other, same = (network.operations() for network in networks)
+    assert first == same != other
+
+
 def test_images_of_another_shape_are_refused() -> None:
     with pytest.raises(TraceError, match=r"stem cannot be traced on images of shape"):
         trace_channels(own("residual"), input_shape=(1, 12, 12))

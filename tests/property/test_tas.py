@@ -42,6 +42,7 @@ from ofa_deploy.shrink.transformable import (
     temperature,
     width_choices,
 )
+from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.distill import knowledge_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, LoopProgress, TrainingLoop
@@ -353,50 +354,99 @@ class NormedApart(nn.BatchNorm2d):
     """Of a class of its own: each width is normed by itself."""
 
 
+def learned(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """With factors and offsets of a trained one."""
+    for place, parameter in enumerate(norm.parameters()):
+        parameter.data = 1 + drawn(place, len(parameter))
+    return norm
+
+
+def trained_twice(
+    norm: nn.BatchNorm2d, x: Tensor, indices: tuple[int, int]
+) -> list[Tensor]:
+    """What widths of it compute and learn, and what they keep."""
+    width = Distribution(width_choices(norm.num_features))
+    layer = SearchedNorm(norm, width).to(x.dtype).train(norm.training)
+    logits = torch.tensor([0.3, -0.4], dtype=x.dtype, requires_grad=True)
+    for _ in range(2):
+        width.drawn = Draw(indices=indices, weights=logits.softmax(0))
+        leaf = x.clone().requires_grad_(True)
+        output = layer(leaf)
+    parameters = [p for index in indices for p in layer.norms[index].parameters()]
+    gradients = torch.autograd.grad(
+        (output * x.cos()).sum(), [leaf, logits, *parameters]
+    )
+    return [output, *gradients, *layer.state_dict().values()]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
-    st.permutations(range(8)).map(lambda places: tuple(places[:2])),
+    st.permutations(range(8)).map(lambda places: (places[0], places[1])),
     st.sampled_from([0.1, 0.7, None]),
     st.booleans(),
 )
 def test_widths_that_are_normed_together_are_normed_as_each_alone(
     indices: tuple[int, int], momentum: float | None, affine: bool
 ) -> None:
-    torch.manual_seed(0)
-    width = Distribution(width_choices(20))
-    logits = torch.tensor([0.3, -0.4], dtype=torch.float64, requires_grad=True)
     x = 1 + 2 * drawn(0, 4, 20, 5, 5).double()
-    outcomes = []
-    for kind in (nn.BatchNorm2d, NormedApart):
-        norm = kind(20, momentum=momentum, affine=affine).double()
-        for place, parameter in enumerate(norm.parameters()):
-            parameter.data = 1 + drawn(place, 20).double()
-        layer = SearchedNorm(norm, width).train()
-        for _ in range(2):
-            width.drawn = Draw(indices=indices, weights=logits.softmax(0))
-            leaf = x.clone().requires_grad_(True)
-            output = layer(leaf)
-        parameters = [
-            parameter
-            for index in indices
-            for parameter in layer.norms[index].parameters()
-        ]
-        gradients = torch.autograd.grad(
-            (output * x.cos()).sum(), [leaf, logits, *parameters]
-        )
-        outcomes.append([output, *gradients, *layer.state_dict().values()])
-    for one, other in zip(*outcomes, strict=True):
+    together, apart = (
+        trained_twice(learned(kind(20, momentum=momentum, affine=affine)), x, indices)
+        for kind in (nn.BatchNorm2d, NormedApart)
+    )
+    for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_a_norm_that_is_frozen_stays_frozen_among_widths() -> None:
-    layer = SearchedNorm(nn.BatchNorm2d(20), Distribution(width_choices(20))).train()
-    for norm in layer.norms:
-        norm.eval()
-    layer.width.draw(1.0)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    layer(drawn(0, 4, 20, 5, 5))
-    assert all(torch.equal(layer.state_dict()[name], before[name]) for name in before)
+@pytest.mark.parametrize("channels", [16, 20])
+def test_as_trainings_run_they_are_the_same_up_to_rounding(channels: int) -> None:
+    x = drawn(0, 16, channels, 8, 8).to(memory_format=torch.channels_last)
+    with LineAlignedBatchNorm(), torch.autocast("cpu", torch.bfloat16):
+        together = trained_twice(learned(nn.BatchNorm2d(channels)), x, (1, 5))
+    apart = trained_twice(learned(NormedApart(channels)), x, (1, 5))
+    for one, other in zip(together, apart, strict=True):
+        error = (one - other).double().norm() / other.double().norm().clamp(min=1)
+        assert error < 0.02
+
+
+def without_statistics(norm: nn.BatchNorm2d) -> None:
+    norm.track_running_stats = False
+
+
+def without_counter(norm: nn.BatchNorm2d) -> None:
+    del norm.num_batches_tracked
+    norm.num_batches_tracked = None
+
+
+def with_a_hook(norm: nn.BatchNorm2d) -> None:
+    norm.register_forward_hook(lambda module, args, output: F.relu(output))
+
+
+def frozen(norm: nn.BatchNorm2d) -> None:
+    norm.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [without_statistics, without_counter, with_a_hook, frozen]
+)
+def test_norms_that_do_more_or_less_than_others_still_do(
+    change: Callable[[nn.BatchNorm2d], None],
+) -> None:
+    x, norms = drawn(0, 4, 20, 5, 5), (nn.BatchNorm2d(20), NormedApart(20))
+    for norm in norms:
+        change(learned(norm))
+    together, apart = (trained_twice(norm, x, (6, 2)) for norm in norms)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_called_by_name_are_searched() -> None:
+    own = searched_by_tas(
+        owned(own_networks.CalledByName(), resolution=SIZE, class_count=5)
+    )
+    net = searched(own).module.train()
+    net(drawn(0, 2, 3, SIZE, SIZE)).sum().backward()
+    assert len(net.distributions) == 2
+    assert all(one.logits.grad is not None for one in net.distributions)
 
 
 def test_a_network_that_is_narrower_than_a_step_is_refused() -> None:

@@ -257,3 +257,18 @@ ALL: dict[str, type[nn.Module]] = {
     "asking": AskingNet,
     "aliased": AliasedNet,
 }
+
+
+class CalledByName(nn.Module):
+    """Hands on its input by name."""
+
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.activation = nn.Conv2d(3, 16, 3), activation or nn.ReLU()
+        self.norm = nn.BatchNorm2d(16)
+        self.last, self.head = nn.Conv2d(16, 12, 3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(input=self.conv(input=x))
+        x = self.last(input=self.activation(x))
+        return cast(Tensor, self.head(input=x.mean((2, 3))))
