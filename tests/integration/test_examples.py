@@ -14,6 +14,7 @@ from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.zoo import zoo_names
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LAUNCHER = Path(__file__).resolve().parents[1] / "support" / "quick_example.py"
 MOST_LINES = 80
 
 needs_zoo = pytest.mark.skipif(
@@ -33,7 +34,7 @@ def attempt(
 ) -> subprocess.CompletedProcess[str]:
     """Run an example, whatever comes of it."""
     return subprocess.run(
-        [sys.executable, EXAMPLES / name, *words],
+        [sys.executable, LAUNCHER, EXAMPLES / name, *words],
         cwd=cache,
         env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         capture_output=True,
