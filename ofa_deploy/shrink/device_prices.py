@@ -155,6 +155,7 @@ def measure_prices(
 
     Raises:
         MeasurementError: A layer, or a network, could not be measured.
+        TraceError: The network's operations depend on values.
     """
     digest = _digest(own, step=step)
     path = folder / f"own-{digest[:12]}_{_where(target, backend)}.json"
