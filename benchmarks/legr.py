@@ -39,6 +39,7 @@ from teachers import OnOpenVino, asked_once
 from torch import nn
 from trainings import (
     DIGITS,
+    DRY_RUN,
     RESOLUTION,
     TEMPERATURE,
     accuracy_of,
@@ -94,7 +95,7 @@ FIRST_EPOCHS, LONGER_EPOCHS, DENSE_EPOCHS, TUNE_EPOCHS = 40, 90, 12, 24
 BUDGETS = (0.2, 0.3, 0.5, 0.7)
 SEEDS = (0, 1)
 RANKINGS = ("LeGR", "uniform", "norm")
-SETTINGS = LegrSettings()
+SETTINGS = LegrSettings(evaluations=8, population=4) if DRY_RUN else LegrSettings()
 LATENCY = "legr-latency"
 # Evaluations that tell what one costs at each budget.
 TIMED_EVALUATIONS = 32

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from ofa_deploy.errors import BundleError, DataError, DigestMismatch, FormatError
+from ofa_deploy.export.model_files import loaded_files
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
 from ofa_deploy.exporting import REFERENCE_FILE
 from ofa_deploy.inference import infer
@@ -68,7 +69,8 @@ class Bundle:
         """Open a bundle and check every file's digest.
 
         Raises:
-            BundleError: The folder is no bundle, or a file is missing.
+            BundleError: The folder is no bundle, or a file is missing, a link, of
+                another size, or would be loaded unlisted.
             DigestMismatch: A file is not the one that was written.
             FormatError: The manifest is damaged.
         """
@@ -78,6 +80,7 @@ class Bundle:
                 f"{folder} is not a bundle: it has no {MANIFEST_FILE}; give a folder "
                 "that `ofa-deploy specialize` wrote"
             )
+        _refuse_link(folder / MANIFEST_FILE)
         bundle = cls(folder, Manifest.read(folder / MANIFEST_FILE))
         bundle.check_digests()
         return bundle
@@ -91,19 +94,37 @@ class Bundle:
         """Compare every file with its recorded digest.
 
         Raises:
-            BundleError: A file is missing.
+            BundleError: A file is missing, a link, of another size, or would be
+                loaded unlisted.
             DigestMismatch: A file was changed.
         """
         for name, record in self.manifest.files.items():
-            file = self.path / name
-            if not file.is_file():
+            self._check_file(self.path / name, record)
+        for file in loaded_files(self.model_path):
+            if file.name not in self.manifest.files:
                 raise BundleError(
-                    f"{self.path} lacks {name}, which its manifest lists; the bundle "
-                    "is not complete. Copy it again, or make it anew"
+                    f"{file} would be loaded with {self.manifest.model_file}, and the "
+                    "manifest does not list it; remove it, or copy the bundle again"
                 )
-            actual = hashlib.sha256(file.read_bytes()).hexdigest()
-            if actual != record.sha256:
-                raise DigestMismatch(file, expected=record.sha256, actual=actual)
+
+    def _check_file(self, file: Path, record: FileRecord) -> None:
+        _refuse_link(file)
+        if not file.is_file():
+            raise BundleError(
+                f"{self.path} lacks {file.name}, which its manifest lists; the bundle "
+                "is not complete. Copy it again, or make it anew"
+            )
+        # Before it is read: a file that has grown could be larger than the memory.
+        size_bytes = file.stat().st_size
+        if size_bytes != record.size_bytes:
+            raise BundleError(
+                f"{file.name} has {size_bytes} bytes, the manifest says "
+                f"{record.size_bytes}; the file was changed or damaged. Restore it "
+                "from where it came from; do not use it"
+            )
+        actual = hashlib.sha256(file.read_bytes()).hexdigest()
+        if actual != record.sha256:
+            raise DigestMismatch(file, expected=record.sha256, actual=actual)
 
     def check(self) -> ParityReport:
         """Check digests, and that the model still computes what was recorded.
@@ -112,8 +133,8 @@ class Bundle:
         the unfused reference gave when the bundle was made.
 
         Raises:
-            BundleError: A file is missing.
-            DigestMismatch: A file was changed.
+            BundleError: As `check_digests`.
+            DigestMismatch: Likewise.
             FormatError: The model or the recorded outputs do not fit the manifest.
             ParityError: The outputs differ.
         """
@@ -213,6 +234,15 @@ class Bundle:
             backend = get_backend(runtime.backend)
             self._session = backend.load(self.model_path, threads=runtime.threads)
         return self._session
+
+
+def _refuse_link(file: Path) -> None:
+    # A bundle from elsewhere must not make us read, or trust, what is outside it.
+    if file.is_symlink():
+        raise BundleError(
+            f"{file} is a link; a bundle's files are its own. Put the file that it "
+            "leads to in its place, or copy the bundle again"
+        )
 
 
 def _as_pixels(

@@ -20,10 +20,10 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import Confirmed
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.drift import DriftCheck
+from ofa_deploy.export.model_files import loaded_files
 from ofa_deploy.exporting import (
     ExportedNetwork,
     export_network,
-    loaded_files,
     write_model,
 )
 from ofa_deploy.fuse import fuse

@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ofa_deploy.export import litert
+from ofa_deploy.export.model_files import (
+    IR_FILE,
+    LITERT_FILE,
+    ONNX_FILE,
+    loaded_files,
+    model_file_of,
+)
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.fuse import fuse
@@ -33,9 +40,6 @@ from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 Floats = NDArray[np.float32]
 
-ONNX_FILE = "model.onnx"
-IR_FILE = "model.xml"
-LITERT_FILE = "model.tflite"
 REFERENCE_FILE = "reference.safetensors"
 PARITY_IMAGES = 256
 REFERENCE_IMAGES = 8
@@ -217,17 +221,9 @@ def write_model(
     (folder / ONNX_FILE).write_bytes(model)
     if target.backend == "openvino-cpu":
         write_ir(model, folder / IR_FILE)
-        return IR_FILE
     if target.backend == "litert-cpu":
         (folder / LITERT_FILE).write_bytes(litert.emit_network(plan, fused))
-        return LITERT_FILE
-    return ONNX_FILE
-
-
-def loaded_files(model_path: Path) -> list[Path]:
-    """What a runtime loads: the model file, and weights beside it."""
-    files = [model_path, model_path.with_suffix(".bin")]
-    return [file for file in files if file.is_file()]
+    return model_file_of(target.backend)
 
 
 def _parity_inputs(inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -15,7 +15,8 @@ from ofa_deploy.constraints import (
     Verdict,
     binding,
 )
-from ofa_deploy.errors import SpaceError
+from ofa_deploy.errors import FormatError, SpaceError, few_of
+from ofa_deploy.export.model_files import model_file_of
 from ofa_deploy.plan import NetworkCost
 from ofa_deploy.predict.latency import LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
@@ -31,6 +32,8 @@ from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
+# Hundreds of times what one takes; a larger file is none.
+MAX_MANIFEST_BYTES = 16_000_000
 # More than any machine has; a runtime starts as many as it is told to.
 MAX_THREADS = 1_024
 
@@ -161,8 +164,14 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            FormatError: Damaged or of another version; names the place.
+            FormatError: Damaged, too large or of another version; names the place.
         """
+        if path.is_file() and (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise FormatError(
+                f"{size} bytes are no manifest's, which has at most "
+                f"{MAX_MANIFEST_BYTES}; the bundle is damaged, make it anew",
+                path="",
+            ).in_file(path.name)
         return read_json(path, _decode, otherwise="the bundle is damaged, make it anew")
 
 
@@ -180,8 +189,16 @@ def _decode(node: JsonNode) -> Manifest:
         for name, entry in entries["files"].entries().items()
     }
     model_file = entries["model_file"].text()
+    runtime = _decode_runtime(entries["runtime"])
+    loaded = model_file_of(runtime.backend)
+    if model_file != loaded:
+        entries["model_file"].refuse(
+            f"{model_file!r} is not what {runtime.backend} loads, which is {loaded!r}"
+        )
     if model_file not in files:
-        entries["model_file"].refuse(f"{model_file!r} is not among the files")
+        entries["model_file"].refuse(
+            f"{model_file!r} is not among the files, {few_of(sorted(files))}"
+        )
     return Manifest(
         created_at=entries["created_at"].text(),
         config_id=entries["config_id"].text(),
@@ -198,7 +215,7 @@ def _decode(node: JsonNode) -> Manifest:
         model_file=model_file,
         files=files,
         device=decode_device(entries["device"]),
-        runtime=_decode_runtime(entries["runtime"]),
+        runtime=runtime,
         anchor_ratio=entries["anchor_ratio"].optional(JsonNode.positive),
         measured=_decode_measured(entries["measured"]),
         predicted=_decode_estimate(entries["predicted"]),
@@ -212,8 +229,13 @@ def _decode(node: JsonNode) -> Manifest:
 
 
 def _file_name(node: JsonNode, name: str) -> str:
-    # A bundle from elsewhere must not make us read, or trust, what is outside it.
-    if name in ("", ".", "..", MANIFEST_FILE) or "/" in name or "\\" in name:
+    # A bundle from elsewhere must not make us read, or trust, what is outside it. On
+    # Windows a colon names a drive, or a stream beside a file's content.
+    if (
+        name in ("", ".", "..", MANIFEST_FILE)
+        or set(name) & set("/\\:")
+        or not name.isprintable()
+    ):
         node.refuse(f"{name!r} is not a plain file name inside the bundle")
     return name
 

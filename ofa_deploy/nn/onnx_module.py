@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ofa_deploy.errors import MissingDependency
+from ofa_deploy.export.model_files import IR_FILE, ONNX_FILE
 from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.plan import IMAGE_CHANNELS
@@ -16,8 +17,6 @@ from ofa_deploy.target import Target
 if TYPE_CHECKING:
     import onnx_ir
     from torch import nn
-
-ONNX_FILE, IR_FILE = "model.onnx", "model.xml"
 
 
 def write_module(

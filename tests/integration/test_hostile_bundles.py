@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.numpy import load, save
 
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.errors import BundleError, DeployError, DigestMismatch, FormatError
-from ofa_deploy.manifest import MAX_THREADS
+from ofa_deploy.manifest import MAX_MANIFEST_BYTES, MAX_THREADS
 from ofa_deploy.space_file import MAX_RESOLUTION
 from ofa_deploy.stored import (
     ACCURACY_FILE,
@@ -115,6 +116,45 @@ def test_a_missing_file_is_seen(
     )
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json"])
+def test_a_link_is_not_followed(name: str, bundle: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.move(bundle / name, tmp_path / "elsewhere")
+    try:
+        (bundle / name).symlink_to(elsewhere)
+    except OSError as error:  # Windows wants a right for it
+        pytest.skip(f"no links here: {error}")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle)
+    assert str(caught.value) == (
+        f"{bundle / name} is a link; a bundle's files are its own. Put the file that "
+        "it leads to in its place, or copy the bundle again"
+    )
+
+
+def test_a_file_of_another_size_is_not_read(bundle: Path) -> None:
+    size = (bundle / "model.onnx").stat().st_size
+    os.truncate(bundle / "model.onnx", 10**12)  # sparse; more than any memory
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle)
+    assert str(caught.value) == (
+        f"model.onnx has 1000000000000 bytes, the manifest says {size}; the file was "
+        "changed or damaged. Restore it from where it came from; do not use it"
+    )
+
+
+def test_weights_that_would_be_loaded_unlisted_are_refused(
+    originals: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(originals / "openvino-cpu", tmp_path / "bundle"))
+    rewrite_manifest(folder, drop("files", "model.bin"))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    assert str(caught.value) == (
+        f"{folder / 'model.bin'} would be loaded with model.xml, and the manifest does "
+        "not list it; remove it, or copy the bundle again"
+    )
+
+
 def test_a_change_after_opening_is_seen_by_the_check(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     flip_a_byte(bundle / "model.onnx")
@@ -177,6 +217,9 @@ def refused_manifest(bundle: Path) -> FormatError:
         "a/b",
         "a\\b",
         "..\\evil",
+        "C:evil",
+        "model.onnx:stream",
+        "model\n.onnx",
         "manifest.json",
     ],
 )
@@ -188,13 +231,33 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str, bundle: Path) ->
     assert str(error).endswith(f"{name!r} is not a plain file name inside the bundle")
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "model.xml"])
-def test_a_model_that_is_not_among_the_files_is_refused(
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/passwd", "model.xml", "reference.safetensors"]
+)
+def test_a_model_that_the_runtime_does_not_load_is_refused(
     name: str, bundle: Path
 ) -> None:
     rewrite_manifest(bundle, put("model_file", value=name))
-    error = refused_manifest(bundle)
-    assert str(error) == (f"manifest.json: model_file: {name!r} is not among the files")
+    assert str(refused_manifest(bundle)) == (
+        f"manifest.json: model_file: {name!r} is not what onnxruntime-cpu loads, which "
+        "is 'model.onnx'"
+    )
+
+
+def test_a_model_that_is_not_among_the_files_is_refused(bundle: Path) -> None:
+    rewrite_manifest(bundle, drop("files", "model.onnx"))
+    assert str(refused_manifest(bundle)) == (
+        "manifest.json: model_file: 'model.onnx' is not among the files, "
+        "latency_samples.json, reference.safetensors"
+    )
+
+
+def test_a_manifest_that_is_too_large_is_not_read(bundle: Path) -> None:
+    os.truncate(bundle / "manifest.json", MAX_MANIFEST_BYTES + 1)
+    assert str(refused_manifest(bundle)) == (
+        "manifest.json: 16000001 bytes are no manifest's, which has at most 16000000; "
+        "the bundle is damaged, make it anew"
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,7 +367,8 @@ def forge(bundle: Path, name: str, content: bytes) -> None:
     """Replace a file, and make the manifest say that it is right."""
     (bundle / name).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    rewrite_manifest(bundle, put("files", name, "sha256", value=digest))
+    record = {"sha256": digest, "size_bytes": len(content)}
+    rewrite_manifest(bundle, put("files", name, value=record))
 
 
 def refused_check(bundle: Path) -> str:
