@@ -154,7 +154,7 @@ def _told_whole(history: ShrinkHistory) -> str:
 
 def _family(history: ShrinkHistory) -> list[str]:
     """What the same ranking leaves for other budgets."""
-    if not history.family:
+    if not _judged(history):
         return []
     return [
         plot(
@@ -166,10 +166,16 @@ def _family(history: ShrinkHistory) -> list[str]:
     ]
 
 
+def _judged(history: ShrinkHistory) -> Log:
+    """Members of the family but those that overflow, which have no loss to draw."""
+    return tuple(member for member in history.family if member["loss"] is not None)
+
+
 def draw_family(history: ShrinkHistory) -> str:
     """Loss by price."""
-    prices = [float(member["price"]) for member in history.family]
-    losses = [float(member["loss"]) for member in history.family]
+    family = _judged(history)
+    prices = [float(member["price"]) for member in family]
+    losses = [float(member["loss"]) for member in family]
     drawn = Plot(
         name="family",
         label="Loss before fine-tuning by predicted milliseconds",
@@ -179,7 +185,7 @@ def draw_family(history: ShrinkHistory) -> str:
         y_range=padded(losses),
     )
     drawn.line(prices, losses, kind="course course0", tip="the nested family")
-    for member, price, loss in zip(history.family, prices, losses, strict=True):
+    for member, price, loss in zip(family, prices, losses, strict=True):
         tip = f"{price:.4g} ms, loss {loss:.4f}\n{sum(member['counts'])} channels"
         drawn.point(price, loss, kind="chosen", tip=tip)
     return drawn.render()
@@ -243,10 +249,14 @@ def _part(history: ShrinkHistory) -> str:
 
 def draw_losses(history: ShrinkHistory) -> str:
     """The best loss by candidates judged."""
-    losses = [float(line["best_loss"]) for line in history.search]
-    if not losses:
+    found = [
+        (float(place), float(line["best_loss"]))
+        for place, line in enumerate(history.search, start=1)
+        if line["best_loss"] is not None
+    ]
+    if not found:
         return NOTHING_SEARCHED
-    judged = [float(place) for place in range(1, len(losses) + 1)]
+    judged, losses = zip(*found, strict=True)
     lines = Plot(
         name="losses",
         label="Best loss by candidates judged",

@@ -92,11 +92,11 @@ class CandidateImages:
 
     @property
     def sha256(self) -> str:
-        """Of all images and labels."""
-        digest = hashlib.sha256()
+        """Of all images and labels, and of how networks see them."""
+        digest = hashlib.sha256(f"{self.resolution} {self.normalisation}".encode())
         for part in ("training", "validation"):
             for array in _loaded(self.folder, part):
-                digest.update(np.ascontiguousarray(array).tobytes())
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def count(self, part: str) -> int:

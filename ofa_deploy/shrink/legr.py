@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.ranges import COUNT, PART, POSITIVE, SEED, SHARE, require_in_range
 from ofa_deploy.shrink.candidates import (
     CandidateImages,
     CandidateJob,
@@ -100,17 +101,14 @@ class LegrSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise SpaceError(f"{name}={getattr(self, name)}; give at least 1")
+        require_in_range(self, COUNT, *_COUNTS)
+        require_in_range(self, SEED, "tuning_steps", "seed")
+        require_in_range(self, POSITIVE, "spread", "learning_rate")
+        require_in_range(self, SHARE, "mutated_share")
+        require_in_range(self, PART, "safeguard")
         if self.norm_power not in (1, 2):
             raise SpaceError(
                 f"norm_power={self.norm_power}; give 2 for squared norms, or 1"
-            )
-        if self.tuning_steps < 0 or not self.spread > 0:
-            raise SpaceError(
-                f"tuning_steps={self.tuning_steps}, spread={self.spread:g}; give at "
-                "least 0 steps, and a spread above 0"
             )
         if self.evaluations < self.population:
             raise SpaceError(
@@ -165,12 +163,13 @@ class Population:
     Args:
         alpha: `(population, layers)`.
         kappa: `(population, layers)`.
-        losses: `(population,)`; infinite where nobody lives yet.
+        losses: `(population,)`; infinite where nobody lives yet, and of candidates
+            whose outputs are no numbers.
         done: Evaluations so far.
         seconds: That these took, over all sittings.
         best: The best so far; None before the first.
         best_loss: Its loss.
-        history: Best loss after each evaluation.
+        history: Best loss after each evaluation; infinite before the first number.
     """
 
     alpha: Floats
@@ -245,12 +244,13 @@ class Member:
     Args:
         price: In the price's unit.
         counts: Channels of each group.
-        loss: On the held-out images, before anything is fine-tuned.
+        loss: On the held-out images, before anything is fine-tuned; None where it is
+            no number.
     """
 
     price: float
     counts: tuple[int, ...]
-    loss: float
+    loss: float | None
 
 
 class RankingSearch:
@@ -294,6 +294,7 @@ class RankingSearch:
         self._kappa_spread = np.array([source.norms.std() for source in self.sources])
         self.order(Affine.plain(len(self.sources))).within(price, most)
         self.population = Population.empty(settings.population, len(self.sources))
+        self._subject = self._digest()
         if folder is not None and (folder / STATE_FILE).is_file():
             self._restore(folder / STATE_FILE)
 
@@ -310,9 +311,13 @@ class RankingSearch:
         Args:
             executor: Runs the judging; of processes, threads, or another engine's.
             told: Of the population, after each evaluation.
+
+        Raises:
+            TrainingError: No candidate's outputs are numbers.
         """
         settings, began_s = self.settings, time.monotonic()
         while self.population.done < settings.evaluations:
+            self._require_numbers()
             first = self.population.done
             # The first ones have no parents: all can be judged side by side.
             end = min(first + settings.together, settings.evaluations)
@@ -338,8 +343,19 @@ class RankingSearch:
                     self._save()
                 if told is not None:
                     told(self.population)
+        self._require_numbers()
         assert self.population.best is not None
         return self.population.best
+
+    def _require_numbers(self) -> None:
+        """Stop after a first population of which nobody can be told from another."""
+        done = self.population.done
+        if done >= self.settings.population and np.isinf(self.population.best_loss):
+            raise TrainingError(
+                f"the loss of all {done} candidates is no number: what is left of the "
+                "network overflows on these images. Look at its outputs, or take a "
+                "higher budget"
+            )
 
     def family(self, affine: Affine, executor: Executor) -> tuple[Member, ...]:
         """The networks of a ranking at some prices, cheapest first.
@@ -360,7 +376,7 @@ class RankingSearch:
             Member(
                 price=float(self.price(torch.tensor(count, dtype=torch.float64))),
                 counts=count,
-                loss=loss,
+                loss=loss if np.isfinite(loss) else None,
             )
             for count, loss in zip(counts, self._judged(kept, executor), strict=True)
         )
@@ -378,10 +394,10 @@ class RankingSearch:
         jobs: deque[Future[float]] = deque()
         for one in kept:
             if len(jobs) == most:
-                yield _finite(jobs.popleft().result())
+                yield _or_worst(jobs.popleft().result())
             jobs.append(executor.submit(validation_loss, self._job(one)))
         while jobs:
-            yield _finite(jobs.popleft().result())
+            yield _or_worst(jobs.popleft().result())
 
     def _kept(self, affine: Affine, most: float) -> tuple[Tensor, ...]:
         """Channels that a ranking keeps at a price."""
@@ -399,17 +415,15 @@ class RankingSearch:
 
     # -- what a killed search goes on from ---------------------------------------------
 
-    @property
-    def _subject(self) -> str:
-        """Digest of everything that decides the search."""
+    def _digest(self) -> str:
+        """Of everything that decides the search."""
         digest = hashlib.sha256()
         graph = self.own.graph
         decides = [asdict(self.settings), self.most, self.step, self.price.unit]
         decides += [float(self.price(full_counts(graph))), self.images.sha256]
         decides += [self.floors, [group.name for group in graph.groups]]
+        decides += [self.own.sha256]
         digest.update(json.dumps(decides, sort_keys=True).encode())
-        for source in self.sources:
-            digest.update(source.norms.tobytes())
         return digest.hexdigest()
 
     def _save(self) -> None:
@@ -425,7 +439,7 @@ class RankingSearch:
             "done": population.done,
             "seconds": population.seconds,
             "best": {"alpha": best.alpha.tolist(), "kappa": best.kappa.tolist()},
-            "history": population.history,
+            "history": [None if np.isinf(x) else x for x in population.history],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / STATE_FILE, json.dumps(content).encode())
@@ -443,7 +457,7 @@ class RankingSearch:
         population.losses[:] = [np.inf if x is None else x for x in content["losses"]]
         population.done = content["done"]
         population.seconds = content["seconds"]
-        population.history = content["history"]
+        population.history = [np.inf if x is None else x for x in content["history"]]
         population.best_loss = population.history[-1]
         population.best = Affine(
             alpha=np.array(content["best"]["alpha"]),
@@ -451,6 +465,6 @@ class RankingSearch:
         )
 
 
-def _finite(loss: float) -> float:
+def _or_worst(loss: float) -> float:
     """What is no number is worse than anything."""
-    return loss if np.isfinite(loss) else float(np.finfo(np.float64).max)
+    return loss if np.isfinite(loss) else float("inf")

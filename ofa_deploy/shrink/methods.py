@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
@@ -415,7 +416,12 @@ def _told_if_broken() -> Iterator[None]:
 def _write_log(folder: Path, losses: list[float]) -> None:
     """The best loss after each evaluation, a line each, as trainings log epochs."""
     lines = [
-        json.dumps({"evaluation": place, "best_loss": round(loss, 5)})
+        json.dumps(
+            {
+                "evaluation": place,
+                "best_loss": round(loss, 5) if math.isfinite(loss) else None,
+            }
+        )
         for place, loss in enumerate(losses, start=1)
     ]
     write_atomically(folder / LOG_FILE, ("\n".join(lines) + "\n").encode())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.ranges import COUNT, DECAY, POSITIVE, Range, require_in_range
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -77,21 +78,10 @@ class PasSettings:
     step: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_share <= 1:
-            raise SpaceError(
-                f"target share {self.target_share:g} of the price; give a number above "
-                "0 and at most 1"
-            )
-        if not (self.latent_rate > 0 and 0 <= self.momentum < 1):
-            raise SpaceError(
-                f"latent_rate={self.latent_rate:g}, momentum={self.momentum:g}; give a "
-                "rate above 0, and a momentum of at least 0 and below 1"
-            )
-        if self.floor < 1 or self.step < 1 or self.steps_to_flip < 1:
-            raise SpaceError(
-                f"floor={self.floor}, step={self.step}, "
-                f"steps_to_flip={self.steps_to_flip}; give at least 1"
-            )
+        require_in_range(self, Range(above=0, most=1), "target_share")
+        require_in_range(self, POSITIVE, "latent_rate")
+        require_in_range(self, DECAY, "momentum")
+        require_in_range(self, COUNT, "floor", "step", "steps_to_flip")
 
 
 class PruningAsSearch:

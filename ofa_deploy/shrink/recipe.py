@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args
 
 from ofa_deploy.errors import SpaceError
+from ofa_deploy.ranges import COUNT, PART, POSITIVE, require_in_range
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.masks import Estimator
@@ -74,25 +75,16 @@ class ShrinkRecipe:
                     f"{name} has phases of {epochs} epochs; give one phase, of at "
                     "least 1"
                 )
-        if self.floor < 1 or (self.step is not None and self.step < 1):
-            raise SpaceError(f"floor={self.floor}, step={self.step}; give at least 1")
-        if self.latent_rate is not None and not self.latent_rate > 0:
-            raise SpaceError(f"latent_rate={self.latent_rate:g}; give more than 0")
+        require_in_range(self, COUNT, "floor")
+        require_in_range(self, PART, "deciding_share", "flip_share", "wander_share")
+        require_in_range(self, COUNT, "step", optional=True)
+        require_in_range(self, POSITIVE, "latent_rate", optional=True)
+        require_in_range(self, PART, "lowest_share", optional=True)
         if self.estimator not in get_args(Estimator):
             raise SpaceError(
                 f"estimator={self.estimator!r}; give one of "
                 f"{', '.join(get_args(Estimator))}"
             )
-        shares = {
-            "deciding_share": self.deciding_share,
-            "flip_share": self.flip_share,
-            "wander_share": self.wander_share,
-        }
-        if self.lowest_share is not None:
-            shares["lowest_share"] = self.lowest_share
-        for name, share in shares.items():
-            if not 0 < share < 1:
-                raise SpaceError(f"{name}={share:g}; give a share between 0 and 1")
 
     def aligned_floor(self, step: int) -> int:
         """The floor of channels, as a multiple of the step."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
+from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PART, POSITIVE, require_in_range
 from ofa_deploy.shrink.autoprune import Deciding, only_trained
 from ofa_deploy.shrink.cost import LayerPrices, rounded_up
 from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
@@ -72,22 +73,20 @@ class TasSettings:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.cost_weight < 0 or not 0 <= self.tolerance < 1 or not self.rate > 0:
-            raise SpaceError(
-                f"cost_weight={self.cost_weight:g}, tolerance={self.tolerance:g}, "
-                f"rate={self.rate:g}; give a weight of at least 0, a tolerance of 0 to "
-                "1, and a rate above 0"
-            )
-        if not 0 < self.deciding_share < 1:
-            raise SpaceError(
-                f"deciding_share={self.deciding_share:g}; give a share between 0 and 1"
-            )
-        if not 0 < self.lowest_temperature <= self.highest_temperature:
+        require_in_range(self, NOT_NEGATIVE, "cost_weight", "weight_decay")
+        require_in_range(self, DECAY, "tolerance")
+        require_in_range(
+            self, POSITIVE, "rate", "lowest_temperature", "highest_temperature"
+        )
+        require_in_range(self, PART, "deciding_share")
+        if self.lowest_temperature > self.highest_temperature:
             raise SpaceError(
                 f"temperatures {self.highest_temperature:g} to "
-                f"{self.lowest_temperature:g}; give a lowest one above 0, and a "
-                "highest one that is no lower"
+                f"{self.lowest_temperature:g}; give a highest one that is no lower "
+                "than the lowest"
             )
+        if not all(beta in DECAY for beta in self.betas):
+            raise SpaceError(f"betas={self.betas}; give two, each {DECAY}")
         if self.falls not in ("cosine", "linear"):
             raise SpaceError(f"falls={self.falls!r}; give 'cosine' or 'linear'")
 

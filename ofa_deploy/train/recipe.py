@@ -13,6 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ofa_deploy.errors import TrainingError
+from ofa_deploy.ranges import (
+    COUNT,
+    DECAY,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Range,
+    require_in_range,
+)
 from ofa_deploy.space import SearchSpace
 
 
@@ -59,15 +70,27 @@ class Phase:
     sorted_expands: int | None = None
 
     def __post_init__(self) -> None:
+        def require(allowed: Range, *names: str, optional: bool = False) -> None:
+            require_in_range(
+                self,
+                allowed,
+                *names,
+                optional=optional,
+                what=f"phase {self.name}",
+                error=TrainingError,
+            )
+
+        choices = ("kernel_choices", "depth_choices", "expand_choices")
+        require(Range(least=0, whole=True), "epochs")
+        require(COUNT, *choices, "sorted_expands", optional=True)
+        require(COUNT, "subnet_count")
+        require(NOT_NEGATIVE, "warmup_epochs")
+        require(POSITIVE, "peak_learning_rate")
+        require(SHARE, "cutmix_share", "distortion")
         if self.sandwich and self.subnet_count < 2:
             raise TrainingError(
                 f"phase {self.name}: subnet_count={self.subnet_count}; a sandwich has "
                 "at least 2"
-            )
-        if not 0 <= self.distortion <= 1:
-            raise TrainingError(
-                f"phase {self.name}: distortion={self.distortion:g}; give 0 for none, "
-                "up to 1 for the strongest"
             )
 
 
@@ -109,18 +132,29 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2:
+        if self.batch_size not in Range(least=2, whole=True):
             raise TrainingError(
                 f"batch_size={self.batch_size} must be at least 2: batch norm needs "
                 "more than one image"
             )
-        if self.temperature is not None and not (
-            self.temperature > 0 and 0 <= self.teacher_share <= 1
-        ):
-            raise TrainingError(
-                f"temperature={self.temperature:g}, teacher_share="
-                f"{self.teacher_share:g}; give one above 0, and a share of 0 to 1"
-            )
+
+        def require(allowed: Range, *names: str) -> None:
+            require_in_range(self, allowed, *names, error=TrainingError)
+
+        require(DECAY, "momentum", "muon_momentum", "label_smoothing")
+        require(
+            NOT_NEGATIVE,
+            "weight_decay",
+            "muon_weight_decay",
+            "muon_rate_ratio",
+            "distillation_ratio",
+        )
+        require(SHARE, "teacher_share")
+        require(PART, "validation_fraction")
+        require(SEED, "crop_padding", "seed")
+        require_in_range(
+            self, POSITIVE, "temperature", optional=True, error=TrainingError
+        )
         if not self.phases or self.phases[0].distill:
             raise TrainingError(
                 "the first phase trains the teacher and cannot have one itself"

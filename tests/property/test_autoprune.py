@@ -6,8 +6,10 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,20 +24,25 @@ from ofa_deploy.errors import (
 )
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.autoprune import AutoPrune, Deciding, typical_gradient
 from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.groups import Cut
 from ofa_deploy.shrink.masks import (
     LEAK,
     THRESHOLD,
     BinaryMask,
     Estimator,
+    MaskedInput,
     MaskedNetwork,
+    Rule,
     estimated_slope,
     insert_masks,
     sign_product,
 )
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import PasSettings, PruningAsSearch
+from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (
     SparsityPull,
@@ -87,6 +94,24 @@ def gradients(
     return mask.latent.grad, weights.grad
 
 
+def of_channels(rule: Rule, seed: int, estimator: Estimator) -> tuple[Tensor, ...]:
+    """Of a masked layer: latents' gradients, its input, and what came back to that."""
+    torch.manual_seed(seed)
+    mask, layer = BinaryMask(4, estimator=estimator), nn.Conv2d(4, 3, 3)
+    mask.latent.data = drawn(seed, 4)
+    every = np.arange(4)
+    cut = Cut(module="", side="in", group=0, positions=every, channels=every)
+    reads = MaskedInput(layer, width=4, cuts=[cut], masks=[mask], rule=rule)
+    x = drawn(seed + 1, 2, 4, 5, 5)
+    torch.autograd.backward(reads(x).square().sum())
+    plain = (x * mask.binary.detach().view(-1, 1, 1)).requires_grad_()
+    torch.autograd.backward(layer(plain).square().sum())
+    assert mask.latent.grad is not None
+    assert plain.grad is not None
+    slope = estimated_slope(mask.latent.detach() - THRESHOLD, estimator)
+    return mask.latent.grad, x, plain.grad, slope
+
+
 # -- P1 to P4: the rule ----------------------------------------------------------------
 
 
@@ -116,6 +141,40 @@ def test_the_gradient_is_by_the_signs_of_the_weights(
     # However large the weights are.
     scaled = weights * (drawn(seed + 3, 12).abs() + 0.1)
     assert torch.equal(gradients(latent, scaled, upstream, estimator)[0], found)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, estimators)
+def test_a_channel_adds_up_the_signs_of_all_its_pixels(
+    seed: int, estimator: Estimator
+) -> None:
+    found, x, upstream, slope = of_channels("sign", seed, estimator)
+    wanted = (upstream * x.sign()).sum((0, 2, 3)) * slope
+    torch.testing.assert_close(found, wanted)
+    # As others do it, large values make masks restless.
+    found, *_ = of_channels("product", seed, estimator)
+    product = (upstream * x).sum((0, 2, 3)) * slope
+    torch.testing.assert_close(found, product)
+    assert not torch.allclose(product, wanted)
+
+
+def test_a_search_for_channels_follows_the_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def inserted(*_: object, rule: Rule, estimator: Estimator) -> None:
+        assert (rule, estimator) == ("sign", "softplus")
+        raise Stopped
+
+    monkeypatch.setattr(methods, "insert_masks", inserted)
+    network, _ = masked()
+    one = SimpleNamespace(
+        own=SimpleNamespace(module=network, graph=None), recipe=default_shrink_recipe()
+    )
+    with pytest.raises(Stopped):
+        methods._autoprune(cast(methods.Search, one))
 
 
 @settings(max_examples=30, deadline=None)

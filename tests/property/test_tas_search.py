@@ -20,8 +20,10 @@ from ofa_deploy.report.shrunk import (
     ShrinkHistory,
     _chances,
     _course,
+    _family,
     _told_whole,
     draw_chances,
+    draw_losses,
 )
 from ofa_deploy.reporting import Silent
 from ofa_deploy.shrink import methods
@@ -336,3 +338,16 @@ def test_layers_are_left_whole_for_the_reason_that_is_told() -> None:
         "a, b. These have no more channels than the runtime's kernels take at a time: "
         "c."
     )
+
+
+def test_losses_that_are_no_numbers_have_no_place_on_a_plot() -> None:
+    """A page that fails after hours of training would take the bundle with it."""
+    lines = tuple({"evaluation": k, "best_loss": x} for k, x in enumerate([None, 5, 4]))
+    ranked = replace(history(), method="legr", search=lines)
+    assert "at the end 4.0000" in draw_losses(ranked)
+    assert "Nothing was searched" in draw_losses(replace(ranked, search=lines[:1]))
+    member = {"price": 1.0, "counts": [8, 1], "loss": None}
+    family = (member, {**member, "price": 2.0, "loss": 0.5})
+    (section,) = _family(replace(ranked, family=family))
+    assert section.count("9 channels") == 1
+    assert _family(replace(ranked, family=(member,))) == []

@@ -176,7 +176,9 @@ def test_a_missing_bundle_is_refused(tmp_path: Path, run: Run) -> None:
 
 def test_a_damaged_bundle_is_refused(original: Path, tmp_path: Path, run: Run) -> None:
     folder = shutil.copytree(original, tmp_path / "bundle")
-    (folder / "model.onnx").write_bytes(b"")
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.onnx").write_bytes(content)
     outcome = run("check", folder)
     assert outcome.code == 1
     assert outcome.told.startswith("error: model.onnx has sha256 ")
