@@ -52,19 +52,6 @@ from tests.support.tiny_torch import inputs, relative_error
 SHAPE = (3, 12, 12)
 
 
-def randomise(network: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    network.train()
-    with torch.no_grad():
-        for _ in range(10):
-            network(inputs(SHAPE[1], count=16))
-    return network.eval()
-
-
 def branched() -> StaticNet:
     space = repvgg.small(class_count=5)
     space = replace(
@@ -74,14 +61,14 @@ def branched() -> StaticNet:
         stages=(repvgg.stage(16, depths=(2,)), repvgg.stage(24, depths=(1,))),
     )
     torch.manual_seed(0)
-    network = randomise(StaticNet(lower(space, space.largest())))
+    network = own_networks.randomise(StaticNet(lower(space, space.largest())))
     assert isinstance(network, StaticNet)
     return network
 
 
 def own(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(own_networks.ALL[name]())
+    return own_networks.randomise(own_networks.ALL[name]())
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -8,8 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.support.tiny_torch import inputs
+
 SIZE = 12
 CLASS_COUNT = 5
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """As if trained: batch norms with statistics of images, and their own factors."""
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    network.train()
+    with torch.no_grad():
+        for _ in range(10):
+            network(inputs(SIZE, count=16))
+    return network.eval()
 
 
 def conv(

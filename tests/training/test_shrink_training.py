@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.shrink import methods, sparse
 from ofa_deploy.shrink.autoprune import Deciding
@@ -31,7 +31,10 @@ from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress, TrainingLoop
 from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.verify import run_one_by_one
+from profilers.backends import get_backend
 from tests.support import own_networks, tiny
+from tests.support.searching import owned
 from tests.support.shrinking import (
     SIZE,
     ResidualNet,
@@ -222,15 +225,29 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-@pytest.mark.parametrize("name", ["residual", "mobilenet", "vgg", "gated"])
-def test_batch_norms_behind_convolutions_are_folded_into_files(
+@pytest.mark.parametrize("name", ["dense", "padded", "mobilenet", "gated"])
+def test_a_file_computes_what_is_left_of_a_network_with_batch_norms_folded(
     name: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript", reason="torch's exporter needs it")
-    network = own_networks.ALL[name]().eval()
-    target = Target(backend="onnxruntime-cpu", threads=1)
-    file = write_module(
-        network, resolution=own_networks.SIZE, target=target, folder=tmp_path
+    torch.manual_seed(0)
+    own = owned(
+        own_networks.randomise(own_networks.ALL[name]()),
+        resolution=own_networks.SIZE,
+        class_count=5,
     )
-    nodes = onnx.load(tmp_path / file).graph.node
-    assert "BatchNormalization" not in {node.op_type for node in nodes}
+    kept = [torch.arange(0, group.channels, 2) for group in own.graph.groups]
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    file = tmp_path / own.write(kept, target=target, folder=tmp_path)
+    nodes = onnx.load(file).graph.node
+    of_convolutions = {n.output[0] for n in nodes if n.op_type == "Conv"}
+    norms = [node for node in nodes if node.op_type == "BatchNormalization"]
+    assert not any(norm.input[0] in of_convolutions for norm in norms)
+    inputs = torch.randn(3, 3, own_networks.SIZE, own_networks.SIZE)
+    with torch.no_grad():
+        left = own.candidate(kept).eval()(inputs)
+    with get_backend(target.backend).load(file, threads=1) as session:
+        found = run_one_by_one(session, inputs.numpy())
+    np.testing.assert_allclose(
+        found, left, rtol=1e-4, atol=1e-5 * float(left.abs().max())
+    )
