@@ -33,6 +33,7 @@ from report import Section
 from same_latency import (
     compare_by_latency,
     further_models,
+    require_found_here,
     shrink_to_latency_of,
 )
 from teachers import OnOpenVino, asked_once
@@ -393,6 +394,7 @@ def prune_by_latency(args: argparse.Namespace) -> None:
 
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
+    require_found_here(LATENCY)
     images = TrainingImages(training_set(args), TUNE)
     test = test_set(args)
     own = owned(network("resnet20-dense"), images)

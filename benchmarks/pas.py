@@ -38,6 +38,7 @@ from report import Section
 from same_latency import (
     SAME_LATENCY,
     kept_model,
+    require_found_here,
     require_this_device,
     shrink_to_latency_of,
 )
@@ -490,12 +491,9 @@ def publish(args: argparse.Namespace) -> None:
     test = test_set(args)
     fused, _ = pruned_by_macs(training)
     dense, scaled = dense_plan(), uniform_plan()
+    require_this_device(kept_facts("pas-scale")["device"], "pas-scale")
+    require_found_here("pas-milliseconds")
     bundle = Bundle.open(WEIGHTS / "pas-milliseconds")
-    for name, fingerprint in (
-        ("pas-scale", kept_facts("pas-scale")["device"]),
-        ("pas-milliseconds", bundle.manifest.device.fingerprint),
-    ):
-        require_this_device(fingerprint, name)
     networks = {
         "dense": (dense, fuse(kept("pas-dense"), dense)),
         "PaS, half of the MACs": (fused.plan, dict(fused.weights)),

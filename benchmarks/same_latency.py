@@ -190,6 +190,20 @@ def keep_bundle(name: str, bundle: Path) -> None:
     shutil.copyfile(bundle / HISTORY_FILE, LOGS / f"{name}.json")
 
 
+def is_shrunk(name: str) -> bool:
+    """Whether a bundle that was kept is less than the whole network."""
+    return bool(kept_facts(name)["search"])
+
+
+def require_found_here(name: str) -> None:
+    """Stop, where a bundle was chosen by another machine's milliseconds.
+
+    Asked before anything is tested, which takes minutes.
+    """
+    bundle = Bundle.open(WEIGHTS / name)
+    require_this_device(bundle.manifest.device.fingerprint, name)
+
+
 def require_this_device(fingerprint: str, name: str) -> None:
     """Stop, where a result was chosen by another machine's milliseconds."""
     here = this_device().fingerprint
@@ -219,10 +233,13 @@ def compare_by_latency(
         test: Their labels.
         again: Models of further trainings by that latency.
     """
+    require_found_here(name)
     bundle = Bundle.open(WEIGHTS / name)
-    if not kept_facts(name)["search"]:
-        section.text("The whole network kept the latency: nothing was searched.")
-    require_this_device(bundle.manifest.device.fingerprint, name)
+    if not is_shrunk(name):
+        section.text(
+            "By latency nothing was searched: the whole network keeps it, trained as "
+            "it was before."
+        )
     by_ms = kept_model(name)
     found_ms = time_on("openvino-cpu", {"ms": by_ms, "macs": by_macs[0]})
     accuracies = {

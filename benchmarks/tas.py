@@ -8,7 +8,8 @@ what they find is what the stage `dense` of `legr.py` leaves. In this order:
 
     search     widths and depths; widths alone; random rivals; nothing else may run, as
                epochs are timed
-    trained    what was found, and its rivals, several seeds each
+    trained    what was found, and its rivals, several seeds each: `--seeds 0` beside
+               `--seeds 1`, and then `--seeds 2` alone, as that has fewer
     latency    by OpenVINO's latency, through `specialize`; nothing else may run
     again      what was found by latency, with the other seeds
     report     everything measured, and the section of RESULTS.md
@@ -30,7 +31,12 @@ import torch
 from inputs import console
 from numpy.typing import NDArray
 from report import Section
-from same_latency import compare_by_latency, shrink_to_latency_of
+from same_latency import (
+    compare_by_latency,
+    is_shrunk,
+    require_found_here,
+    shrink_to_latency_of,
+)
 from teachers import OnOpenVino, asked_once
 from torch import nn
 from trainings import (
@@ -60,6 +66,7 @@ from trainings import (
     train,
     training_set,
     trainings_of,
+    wait_until_idle,
 )
 
 from ofa_deploy.bundle import Bundle
@@ -78,6 +85,7 @@ from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.tas import TasSettings
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress
+from profilers.device import this_device
 
 DEPTH, TARGET_SHARE = 20, 0.55
 WHOLE = ResNetShape.dense(DEPTH)
@@ -94,6 +102,7 @@ LATENCY = "tas-latency"
 OTHER_SEEDS = SEEDS[1:]
 ONCE = one_cycle("once", epochs=1, peak_learning_rate=0.1, cutmix_share=0)
 TIMED_EPOCHS = 3
+EPOCHS = "tas-search-epochs"
 # Bars.
 LEAST_WON = {"uniform": 0.007, "random": 0.003}
 MOST_OFF, MOST_COST = 0.05, 3.0
@@ -256,14 +265,12 @@ def as_arrays(shape: ResNetShape) -> dict[str, NDArray[Any]]:
 
 
 def trained(kind: str, seed: int) -> CifarResNet:
-    """What the stage `trained` left."""
-    arrays = kept(f"tas-{kind}-{seed}")
-    widths, blocks = (arrays.pop(key) for key in ("widths", "kept_blocks"))
-    first, second, third = (int(count) for count in blocks)
-    shape = ResNetShape(
-        widths=tuple(int(width) for width in widths),
-        kept_blocks=(first, second, third),
-    )
+    """What the stage `trained` left, or `again`, of the structure as it is now."""
+    name, shape = f"tas-{kind}-{seed}", structure(kind, seed)
+    arrays = kept(name)
+    for key, values in as_arrays(shape).items():
+        if not np.array_equal(arrays.pop(key), values):
+            raise SystemExit(f"{name} is of another structure; train it again")
     module = CifarResNet(shape)
     loaded(module, arrays)
     return module
@@ -296,7 +303,17 @@ def search(args: argparse.Namespace) -> None:
     for seed in SEEDS:
         found, share = random_network(own, seed)
         keep_structure(f"random-{seed}", found, searched_share=share)
-    keep_facts("tas-search-epochs", timed_epochs(data))
+    recipe = shrink_recipe(searches_depth=True)
+    origin = digest({}, recipe, ONCE, TIMED_EPOCHS, this_device().fingerprint)
+    if not is_timed(origin):
+        wait_until_idle()
+        keep_facts(EPOCHS, {"origin": origin, **timed_epochs(data)})
+
+
+def is_timed(origin: str) -> bool:
+    """Whether epochs were timed here, by this recipe."""
+    path = LOGS / f"{EPOCHS}.json"
+    return path.is_file() and kept_facts(EPOCHS).get("origin") == origin
 
 
 def is_searched(name: str, origin: str) -> bool:
@@ -404,6 +421,9 @@ def shrink_by_latency(args: argparse.Namespace) -> None:
 
 def train_again(args: argparse.Namespace) -> None:
     """What was found by latency, trained as what was found by MACs."""
+    if not is_shrunk(LATENCY):
+        print("the whole network keeps the latency; it is the teacher as it is")
+        return
     data = training_set(args)
     for seed in OTHER_SEEDS:
         if seed in args.seeds:
@@ -415,6 +435,7 @@ def train_again(args: argparse.Namespace) -> None:
 
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
+    require_found_here(LATENCY)
     images = TrainingImages(training_set(args), PLAIN)
     test = test_set(args)
     inputs = test_inputs(test, images.normalisation)
@@ -470,7 +491,10 @@ def publish(args: argparse.Namespace) -> None:
         [onnx_of(one) for one in networks["found"]],
         inputs,
         test,
-        again=[onnx_of(trained("latency", seed)) for seed in OTHER_SEEDS],
+        again=[
+            onnx_of(trained("latency", seed))
+            for seed in (OTHER_SEEDS if is_shrunk(LATENCY) else ())
+        ],
     )
     section.publish()
 
@@ -492,8 +516,8 @@ def write_search(section: Section) -> None:
         f"{fitted:.2%}",
         passed=off <= MOST_OFF,
     )
-    seconds = kept_facts("tas-search-epochs")
-    each_s = {name: statistics.median(values) for name, values in seconds.items()}
+    seconds = kept_facts(EPOCHS)
+    each_s = {name: statistics.median(seconds[name]) for name in ("search", "dense")}
     ratio = each_s["search"] / each_s["dense"]
     section.bar(
         f"an epoch of the search: {each_s['search']:.0f} s, {ratio:.2f} × the "

@@ -204,6 +204,8 @@ class AutoPrune:
                 "another folder"
             )
         self.pull.restore(state)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.pull.latent_rate
         self._step, self._flips = (int(count) for count in state["masks_steps"])
         for index, latent in enumerate(self._latents):
             if f"momentum.{index}" in state:

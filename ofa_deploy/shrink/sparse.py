@@ -14,7 +14,6 @@ of steps, and how far they wander from the task's own gradient.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -39,12 +38,18 @@ from ofa_deploy.shrink.masks import (
     Estimator,
     estimated_slope,
 )
+from ofa_deploy.shrink.pas import MOST_PULL, REACHED, STRENGTHENED
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import NoRegulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
 
 SEARCHING = "searching weights"
+# What is left is missed the more, the less it is: the task's gradients grow, and a pull
+# that does not grow with them stops short of its share. So the share is led down a path
+# as the price of channels is: at each look at which it is this far off, the strength
+# becomes so much larger or smaller. The path is what the pull alone would leave.
+LOOK_STEPS, PATH_POINTS = 20, 200
 
 
 class _IndicatedWeight(torch.autograd.Function):
@@ -185,7 +190,8 @@ class SparsityPull:
         self.weight_count = sum(mask.latent.numel() for mask in self.masks.values())
         # Of the parameters' whole way; what sums up to it in `steps` steps.
         self._height = self._least_of(self._count(target_share)) - THRESHOLD
-        self._rate, self._strength = 0.0, 0.0
+        self._rate, self._strength, self._first_strength = 0.0, 0.0, 0.0
+        self._steps, self._path = 0, self._planned_shares()
         # Of each layer: its weights, which are removed, and what they all were then.
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []
         self._note()
@@ -203,14 +209,50 @@ class SparsityPull:
             steps=self.steps,
             momentum=momentum,
         )
-        fall = self._way_pulled() / (self.settings.fall_share * self.steps)
-        self._strength = fall * (1 - momentum) / self._rate
+        way = float(self._way_pulled(torch.tensor(self._height, dtype=torch.float64)))
+        fall = way / (self.settings.fall_share * self.steps)
+        self._first_strength = fall * (1 - momentum) / self._rate
+        self._strength = self._first_strength
 
-    def _way_pulled(self) -> float:
-        """What a pull of 1 takes as many steps for as it must: `∫ dh / slope(h)`."""
+    def _way_pulled(self, height: Tensor) -> Tensor:
+        """Steps that a pull of 1 takes for a parameter's way: `∫ dh / slope(h)`."""
         if self._estimator == "softplus":
-            return self._height + 1 - math.exp(-self._height)
-        return self._height
+            return height + 1 - torch.exp(-height)
+        return height
+
+    @torch.no_grad()
+    def _planned_shares(self) -> list[float]:
+        """Weights that the pull alone would leave, at even parts of its fall."""
+        ways = [self._way_pulled(p.flatten() - THRESHOLD) for p in self.latents]
+        sorted_ways = torch.cat(ways).sort().values
+        parts = (
+            torch.linspace(0, 1, PATH_POINTS + 1)
+            * sorted_ways[-self._count(self.target_share)]
+        )
+        gone = torch.searchsorted(sorted_ways, parts)
+        return (1 - gone.double() / len(sorted_ways)).tolist()
+
+    @property
+    def path(self) -> float:
+        """Share of the weights that is to be left by now."""
+        done = self._steps / (self.settings.fall_share * self.steps)
+        if done >= 1:
+            return self.target_share
+        return max(self._path[int(done * PATH_POINTS)], self.target_share)
+
+    def _led_strength(self) -> float:
+        """A little more above the path of the share, a little less below it.
+
+        Never less than at first: where the share is reached nothing pulls, and what
+        comes back then is to meet what it met before.
+        """
+        share, factor = self.current_share(), 1.0
+        if share > REACHED * self.path:
+            factor = STRENGTHENED
+        elif share < self.path / REACHED:
+            factor = 1 / STRENGTHENED
+        least, most = self._first_strength, MOST_PULL * self._first_strength
+        return min(max(factor * self._strength, least), most)
 
     @property
     def latents(self) -> list[nn.Parameter]:
@@ -256,10 +298,13 @@ class SparsityPull:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep what is removed as it was, which momentum has moved.
+        """Keep what is removed as it was, which momentum has moved; lead the share.
 
         A single weight is no layer that could collapse.
         """
+        self._steps += 1
+        if self._steps % LOOK_STEPS == 0:
+            self._strength = self._led_strength()
         for weight, gone, before in self._noted:
             weight.copy_(torch.where(gone, before, weight))
         self._note()
@@ -280,6 +325,8 @@ class SparsityPull:
         return {
             "kept": [kept for kept, _ in self.kept().values()],
             "price_share": round(self.current_share(), 5),
+            "path": round(self.path, 5),
+            "strength": round(self._strength / self._first_strength, 3),
         }
 
     def kept(self) -> Mapping[str, tuple[int, int]]:
@@ -294,13 +341,18 @@ class SparsityPull:
         return ()
 
     def state(self) -> dict[str, Tensor]:
-        """What decides a search besides its recipe, to tell another one by."""
+        """What decides a search besides its recipe, and how far it has come."""
         slope = float(estimated_slope(torch.tensor(-1.0), self._estimator))
-        values = [self.target_share, self.steps, slope, *astuple(self.settings)]
-        return {"sparsity": torch.tensor(values, dtype=torch.float64)}
+        decides = [self.target_share, self.steps, slope, *astuple(self.settings)]
+        # The rate, too: gradients differ from machine to machine in their last digits.
+        come = [self._rate, self._first_strength, self._strength, self._steps]
+        return {
+            "sparsity": torch.tensor(decides, dtype=torch.float64),
+            "come": torch.tensor(come, dtype=torch.float64),
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse another search."""
+        """Go on with a search; refuse another one."""
         before = state.get("sparsity")
         if before is None or not torch.equal(before, self.state()["sparsity"]):
             raise TrainingError(
@@ -308,6 +360,8 @@ class SparsityPull:
                 "target, estimator or settings. Continue with the same, or name "
                 "another folder"
             )
+        self._rate, self._first_strength, self._strength, steps = state["come"].tolist()
+        self._steps = int(steps)
         self._note()
 
     def _count(self, share: float) -> int:

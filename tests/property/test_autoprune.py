@@ -41,10 +41,11 @@ from ofa_deploy.shrink.masks import (
     sign_product,
 )
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import PasSettings, PruningAsSearch
+from ofa_deploy.shrink.pas import MOST_PULL, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (
+    LOOK_STEPS,
     SparsityPull,
     SparsitySettings,
     finetune_weights,
@@ -554,6 +555,65 @@ def test_the_pull_alone_takes_the_smallest_weights_in_the_time_that_is_set(
         kept = mask.latent.detach() > THRESHOLD
         if kept.any() and not kept.all():
             assert weight.abs()[kept].min() >= weight.abs()[~kept].max()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_task_that_resists_is_pulled_at_harder(estimator: Estimator) -> None:
+    """What is left is missed the more, the less it is; the share still comes down."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    steps = 60 * LOOK_STEPS
+    pull = SparsityPull(
+        network,
+        target_share=0.1,
+        steps=steps,
+        settings=SparsitySettings(),
+        estimator=estimator,
+    )
+    pull.scale_to(0.01)
+    first = pull._strength
+    by_step = torch.optim.SGD(pull.latents, lr=pull.latent_rate, momentum=pull.momentum)
+    shares, strengths = [], []
+    for _ in range(steps):
+        # Twice as strong as the pull is at first.
+        held = [
+            (latent * estimated_slope(latent.detach() - THRESHOLD, estimator)).sum()
+            for latent in pull.latents
+        ]
+        by_step.zero_grad()
+        torch.autograd.backward(pull.loss() - 2 * first * torch.stack(held).sum())
+        by_step.step()
+        pull.after_step()
+        shares.append(pull.current_share())
+        strengths.append(pull._strength)
+    assert pull.path == 0.1
+    assert min(shares) <= 0.1
+    assert max(shares[-2 * LOOK_STEPS :]) < 0.15
+    assert first < max(strengths) <= MOST_PULL * first
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.floats(0.01, 0.99), estimators)
+def test_the_path_goes_down_from_all_weights_to_the_share(
+    seed: int, share: float, estimator: Estimator
+) -> None:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    pull = SparsityPull(
+        network,
+        target_share=share,
+        steps=STEPS,
+        settings=SparsitySettings(),
+        estimator=estimator,
+    )
+    pull.scale_to(0.01)
+    path = [pull.path]
+    for _ in range(STEPS):
+        pull.after_step()
+        path.append(pull.path)
+    assert path[0] == 1
+    assert path == sorted(path, reverse=True)
+    assert path[STEPS // 2 :] == [share] * (STEPS // 2 + 1)
 
 
 def test_without_a_task_single_weights_go_and_never_return() -> None:
