@@ -29,7 +29,9 @@ def main() -> None:
             session = Specializer(args.device, on_drift="reprofile")
         reachable = session.reachable()
         print(f"reachable: {reachable.fastest_ms:.3f} to {reachable.slowest_ms:.3f} ms")
-        budget_ms = args.latency_ms or round(reachable.middle_ms, 3)
+        budget_ms = args.latency_ms
+        if budget_ms is None:
+            budget_ms = round(reachable.middle_ms, 3)
         with console.status(f"specialising for {budget_ms} ms"):
             bundle = session.specialize(budget_ms, out=args.out)
     except DeployError as error:
