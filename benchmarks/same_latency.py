@@ -35,9 +35,9 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.fitting import AIMED_SHARE
-from ofa_deploy.shrink.methods import remembered
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
+from ofa_deploy.shrink.remembered import remembered
 from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target

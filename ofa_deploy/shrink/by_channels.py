@@ -22,9 +22,10 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.expected_price import ROUNDING
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
-from ofa_deploy.shrink.methods import SEARCHING, Found, Search, remembered
+from ofa_deploy.shrink.methods import SEARCHING, Found, Search
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
+from ofa_deploy.shrink.remembered import remembered
 from ofa_deploy.shrink.searched import reset_parameters
 from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.pas import LatentOrder
+from ofa_deploy.shrink.remembered import remembered
 from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (
@@ -26,7 +26,6 @@ from ofa_deploy.shrink.sparse import (
     search_weights,
     weights_of,
 )
-from profilers.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +134,11 @@ class ByWeights:
         self, pull: SparsityPull, fitting: SizeFitting, *, memory: Path
     ) -> int:
         """Weights that may stay of those that were found; a killed call's are taken."""
-        if memory.is_file():
-            return int(json.loads(memory.read_text(encoding="utf-8"))["count"])
         self.call.reporter.begin("fitting the file's size")
-        count = fitting.most(lambda count: self._bytes(pull, count))
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps({"count": count}).encode())
-        return count
+        count = remembered(
+            memory, lambda: fitting.most(lambda count: self._bytes(pull, count))
+        )
+        return int(count)
 
     def _bytes(self, pull: SparsityPull, count: int) -> int:
         """Of the compressed file with so many weights."""

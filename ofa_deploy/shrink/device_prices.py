@@ -24,13 +24,13 @@ from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.remembered import remembered
 from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import read_conditions, this_device
 from profilers.execute import execute
-from profilers.files import write_atomically
 from profilers.fresh import (
     AnchorModel,
     FreshMeasurement,
@@ -190,16 +190,16 @@ def runtime_step(
         folder: Keeps the answer.
         reporter: Told of progress.
     """
-    path = folder / f"step_{_where(target, backend)}.json"
-    if path.is_file():
-        return int(json.loads(path.read_text(encoding="utf-8"))["channels"])
-    prober = Prober(
-        backend=backend, threads=target.threads, settings=MeasureSettings.screen()
-    )
-    step = channel_step(prober.sweep_widths(reporter=reporter)) or DEFAULT_STEP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"channels": step}).encode())
-    return step
+
+    def measured() -> int:
+        prober = Prober(
+            backend=backend, threads=target.threads, settings=MeasureSettings.screen()
+        )
+        widths = prober.sweep_widths(reporter=reporter)
+        return channel_step(widths) or DEFAULT_STEP
+
+    path = folder / f"channel-step_{_where(target, backend)}.json"
+    return int(remembered(path, measured))
 
 
 def fit_prices(own: OwnNetwork, table: LatencyTable, *, step: int) -> DevicePrices:

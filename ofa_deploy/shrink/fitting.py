@@ -6,7 +6,6 @@ of fine-tuning.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +24,9 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import ChannelOrder
+from ofa_deploy.shrink.remembered import recall, remember
 from ofa_deploy.target import Target
 from ofa_deploy.verify import AccuracyClaim, Candidate, judge
-from profilers.files import write_atomically
 from profilers.fresh import FreshMeasurement
 
 # A structure whose certified latency is within these shares of the budget is kept: near
@@ -129,14 +128,14 @@ class Fitting:
         found = self._remembered(memory)
         if found is None:
             found = self._widest()
-            _remember(memory, found)
+            remember(memory, found.counts)
         return found
 
     def _remembered(self, memory: Path) -> Fitted | None:
         """What a killed call chose, if it keeps the limits still."""
         if not memory.is_file():
             return None
-        found = self.time(json.loads(memory.read_text(encoding="utf-8")))
+        found = self.time(recall(memory))
         return found if found.used_share <= STILL_KEPT else None
 
     def _widest(self) -> Fitted:
@@ -197,7 +196,7 @@ class Fitting:
                 break
             fitted = self.time(counts)
             if fitted.used_share <= 1:
-                _remember(memory, fitted)
+                remember(memory, fitted.counts)
                 return fitted
             used_share = fitted.used_share
         return None
@@ -261,11 +260,6 @@ class Fitting:
             asked=self.constraints,
             progress=self.reporter.advance,
         )
-
-
-def _remember(memory: Path, found: Fitted) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(memory, json.dumps(found.counts).encode())
 
 
 # What judging asks for where no accuracy is judged.

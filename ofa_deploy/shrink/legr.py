@@ -42,8 +42,8 @@ from ofa_deploy.shrink.ranking import (
     quota_floors,
     writers,
 )
+from ofa_deploy.shrink.remembered import recall, remember
 from profilers.device import available_cores
-from profilers.files import write_atomically
 
 Floats = NDArray[np.float64]
 STATE_FILE = "legr.json"
@@ -441,11 +441,10 @@ class RankingSearch:
             "best": {"alpha": best.alpha.tolist(), "kappa": best.kappa.tolist()},
             "history": [None if np.isinf(x) else x for x in population.history],
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / STATE_FILE, json.dumps(content).encode())
+        remember(self.folder / STATE_FILE, content)
 
     def _restore(self, path: Path) -> None:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = recall(path)
         if content["subject"] != self._subject:
             raise TrainingError(
                 f"{path} is of another search: of another network, budget or settings. "

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +37,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
+from ofa_deploy.shrink.remembered import remembered
 from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
 from ofa_deploy.shrink.shrinking import short_digest
 from ofa_deploy.shrink.stages import shallower
@@ -266,22 +266,6 @@ def _legr(search: Search) -> Found:
             for one in family
         ),
     )
-
-
-def remembered(path: Path | None, find: Callable[[], Any]) -> Any:
-    """What a call that was killed had found, and otherwise what is found now.
-
-    Args:
-        path: Of the file that keeps it; None to keep nothing.
-        find: Gives what JSON can hold.
-    """
-    if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    found = find()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found).encode())
-    return found
 
 
 def _tas(search: Search) -> Found:
