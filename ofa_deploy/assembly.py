@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -207,11 +208,15 @@ def require_classes(evaluation: ImageSet, source: NetworkSource) -> None:
     Raises:
         DataError: The classes, or their order, differ.
     """
-    if evaluation.class_names != source.class_names:
-        raise DataError(
-            f"the evaluation data has classes {evaluation.class_names}, the "
-            f"network {source.class_names}; they must be the same"
-        )
+    given, wanted = evaluation.class_names, source.class_names
+    for one, other in zip_longest(given, wanted):
+        if one != other:
+            raise DataError(
+                f"the evaluation data has class {one!r} where the network has "
+                f"{other!r} ({len(given)} and {len(wanted)} in all); they must be the "
+                "same, in the same order: rename the folders, or reorder the .npz's "
+                "class_names"
+            )
 
 
 def measured_accuracy(

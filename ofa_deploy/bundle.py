@@ -157,7 +157,7 @@ class Bundle:
         # Of a type that numpy lacks, and of a missing tensor, a KeyError tells.
         except (SafetensorError, KeyError, ValueError) as error:
             raise FormatError(
-                f"{REFERENCE_FILE} is damaged: {error}", path=""
+                f"{REFERENCE_FILE} is damaged: {error}. Make the bundle anew", path=""
             ) from error
         class_count = len(self.manifest.class_names)
         if not (

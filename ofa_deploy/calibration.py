@@ -61,7 +61,9 @@ def load_calibration(
         with open_zip(path) as archive:
             members = {name: partial(archive.read, name) for name in archive.namelist()}
             return _decode(path, members, size, progress)
-    raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+    raise DataError(
+        f"{path} is neither a folder, a .zip nor an .npz file; give one of these"
+    )
 
 
 def require_calibration(images: NDArray[np.uint8]) -> None:
@@ -139,6 +141,6 @@ def _npz_images(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
     require_pixels(images, where=f"{path}: ")
     if not len(images):
-        raise DataError(f"{path} holds no images")
+        raise DataError(f"{path} holds no images; give at least one")
     found: NDArray[np.uint8] = images
     return found

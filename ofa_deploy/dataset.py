@@ -48,7 +48,8 @@ class ImageSet:
             images, labels = np.asarray(self.images), np.asarray(self.labels)
         except ValueError as error:
             raise DataError(
-                f"images must be of one size, and labels of one kind: {error}"
+                f"images must be of one size, and labels of one kind: {error}. Resize "
+                "the images, or give a folder"
             ) from error
         if labels.dtype.kind not in "iu":
             raise DataError(f"labels must be integers; got {labels.dtype}")
@@ -56,9 +57,12 @@ class ImageSet:
         object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
         object.__setattr__(self, "class_names", tuple(map(_text, self.class_names)))
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            is_float = self.images.dtype.kind == "f"
+            cure = ". Of pixels from 0 to 1 give (255 * images).astype('uint8')"
             raise DataError(
                 f"images must be uint8 of shape (count, height, width, 3); got "
                 f"{self.images.dtype} of shape {self.images.shape}"
+                f"{cure if is_float else ''}"
             )
         if self.images.shape[3] != 3:
             raise DataError(
@@ -70,7 +74,7 @@ class ImageSet:
                 f"{len(self.images)} images but labels of shape {self.labels.shape}"
             )
         if len(self.images) == 0:
-            raise DataError("there are no images")
+            raise DataError("there are no images; give at least one of each class")
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if twice:
             raise DataError(
@@ -165,7 +169,9 @@ def load_images(
         with open_zip(path) as archive:
             entries = _zip_files(path.name, archive)
             return _load_files(path.name, entries, skip_bad, progress)
-    raise DataError(f"{path} is neither a folder, a .zip nor an .npz file")
+    raise DataError(
+        f"{path} is neither a folder, a .zip nor an .npz file; give one of these"
+    )
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

@@ -169,7 +169,7 @@ def evaluate_predictor(
     if len(genomes) < 2:
         raise MeasurementError(
             f"{len(genomes)} networks of space {space.name} are not in the table; at "
-            "least 2 are needed to judge a predictor"
+            "least 2 are needed to judge a predictor. Profile fewer, or a larger space"
         )
     names = [space.decode(row).id for row in genomes]
     runs = [
@@ -188,7 +188,8 @@ def evaluate_predictor(
     if both.sum() < 2:
         raise MeasurementError(
             f"{both.sum()} of {len(names)} held-out networks could be measured; at "
-            "least 2 are needed to judge a predictor"
+            "least 2 are needed to judge a predictor. See what ofa-deploy doctor says, "
+            "or ask for more"
         )
     kept = [name for name, known in zip(names, both, strict=True) if known]
     first, second = (np.array([run[name] for name in kept]) for run in runs)

@@ -309,7 +309,11 @@ def _decode_verdicts(node: JsonNode, constraints: JsonNode) -> tuple[Verdict, ..
             "with its limits"
         )
     if not all(verdict.met for verdict in verdicts):
-        node.refuse("a bundle keeps what was asked for; this one does not")
+        missed = [verdict.constraint for verdict in verdicts if not verdict.met]
+        node.refuse(
+            f"a bundle keeps what was asked for; this one misses {', '.join(missed)}. "
+            "Make it anew"
+        )
     return verdicts
 
 

@@ -93,7 +93,10 @@ def decode_normalisation(node: JsonNode) -> Normalisation:
     mean = [item.number() for item in entries["mean"].items()]
     std = [item.positive() for item in entries["std"].items()]
     if len(mean) != 3 or len(std) != 3:
-        node.refuse("mean and std have one number for each of the 3 channels")
+        node.refuse(
+            f"mean has {len(mean)} numbers and std {len(std)}; give one for each of "
+            "the 3 channels"
+        )
     return Normalisation(mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
 
 

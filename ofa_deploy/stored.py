@@ -137,7 +137,8 @@ def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
     class_names = tuple(item.text() for item in entries["class_names"].items())
     if len(class_names) != space.head.class_count:
         entries["class_names"].refuse(
-            f"{len(class_names)} names for {space.head.class_count} classes"
+            f"{len(class_names)} names for {space.head.class_count} classes; the "
+            "folder is damaged, copy or train it again"
         )
     files = {name: node.text() for name, node in entries["files"].entries().items()}
     if WEIGHTS_FILE not in files or not set(files) <= set(FILES):
@@ -178,11 +179,15 @@ def _read(path: Path, expected: str) -> Arrays:
         return load(content)
     except KeyError as error:
         raise FormatError(
-            f"{path.name} has tensors of type {error}, which numpy lacks", path=""
+            f"{path.name} has tensors of type {error}, which numpy lacks; store them "
+            "as float32 or float16",
+            path="",
         ) from error
     except (SafetensorError, ValueError) as error:
         raise FormatError(
-            f"{path.name} is not safetensors: {error}", path=""
+            f"{path.name} is not safetensors: {error}; the folder is damaged, copy or "
+            "train it again",
+            path="",
         ) from error
 
 
@@ -193,7 +198,10 @@ def _require_weights(
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
     for name, array in weights.items():
         if not np.isfinite(array).all():
-            raise FormatError(f"{name} holds NaN or infinity", path="weights")
+            raise FormatError(
+                f"{name} holds NaN or infinity; train the supernet at a lower rate",
+                path="weights",
+            )
     shapes = stored_shapes(lower(space, space.largest()))
     for name, shape in shapes.items():
         if name not in weights or weights[name].shape != shape:

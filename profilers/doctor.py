@@ -185,8 +185,8 @@ def _judge_host(conditions: Conditions) -> Finding | None:
         severity="warning",
         text="this host is shared: its speed changes by others' work",
         cure=(
-            "networks are held against an anchor model, and figures marked indicative; "
-            "on a machine of one's own they are the clock's"
+            "read figures as indicative, though networks are held against an anchor "
+            "model; or measure on a machine of your own, where they are the clock's"
         ),
     )
 

@@ -93,6 +93,10 @@ def time_models(
         UnstableMeasurement: Not one file could be compared.
     """
     _check_files(models)
+    if tier not in TIERS:
+        raise MeasurementError(
+            f"tier={tier!r} is unknown; give one of {', '.join(TIERS)}"
+        )
     settings = TIERS[tier]()
     if tier == "certify":
         return _certify(models, backend, threads, settings, limit_s, progress)

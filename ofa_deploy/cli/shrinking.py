@@ -59,7 +59,8 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
         raise
     except Exception as error:  # whatever somebody else's code raises
         raise DataError(
-            f"{name} cannot be built: {type(error).__name__}: {error}"
+            f"{name} cannot be built: {type(error).__name__}: {error}. It is called "
+            "without arguments"
         ) from error
     if not isinstance(network, torch.nn.Module):
         raise DataError(
@@ -101,11 +102,17 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read as .safetensors: {error}") from error
+        raise DataError(
+            f"{path} cannot be read as .safetensors: {error}. docs/shrinking.md says "
+            "how a .pt becomes one"
+        ) from error
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise DataError(f"{path} holds weights of another network: {error}") from error
+        raise DataError(
+            f"{path} holds weights of another network: {error}. Give those of what "
+            "--model builds"
+        ) from error
 
 
 def normalisation(mean: str | None, std: str | None) -> Normalisation | None:

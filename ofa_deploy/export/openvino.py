@@ -23,7 +23,10 @@ def write_ir(model: bytes, xml_path: Path) -> None:
         converted = openvino.Core().read_model(model=model, weights=b"")
         _name_by_place(converted)
     except Exception as error:  # the runtime's classes differ by version
-        raise ModelRejected(f"OpenVINO cannot convert the model: {error}") from error
+        raise ModelRejected(
+            f"OpenVINO cannot convert the model: {error}. Take another runtime, such "
+            "as onnxruntime-cpu"
+        ) from error
     try:
         # The default halves the weights' precision, and parity with it.
         openvino.save_model(converted, str(xml_path), compress_to_fp16=False)

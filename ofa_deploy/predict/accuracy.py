@@ -149,7 +149,10 @@ class AccuracyPredictor:
                 float(arrays[name][0]) for name in ("base_accuracy", "residual_std")
             )
         except (KeyError, IndexError) as error:
-            raise FormatError(f"missing array {error}", path="accuracy") from error
+            raise FormatError(
+                f"missing array {error}; the folder is damaged, copy or train it again",
+                path="accuracy",
+            ) from error
         width = feature_count(space)
         wanted = _shapes(width)
         fits = all([t.shape for t in member] == wanted for member in weights)

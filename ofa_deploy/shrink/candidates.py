@@ -191,7 +191,9 @@ def warn_if_few(network: nn.Module, images: CandidateImages) -> None:
         f"candidates are ranked on {len(losses)} held-out images, on which the whole "
         f"network's loss of {float(losses.mean()):.4f} has a standard error of "
         f"{error:.4f}: which of two is better is a matter of chance where they differ "
-        f"by less. Give more images, {FEW_IMAGES} of them held out",
+        f"by less. Give {FEW_IMAGES} to rank on: as eval_data=, or more images, as "
+        "half of those that are held out rank; recipe.legr.validation_count is the "
+        "most",
         stacklevel=2,
     )
 

@@ -333,7 +333,8 @@ class TrainingLoop:
             self.network.load_state_dict(checkpoint.weights)
         except RuntimeError as error:
             raise TrainingError(
-                f"{self.folder} holds a run of another network: {error}"
+                f"{self.folder} holds a run of another network: {error}. Continue with "
+                "the same, or name another folder"
             ) from error
         self._step = position.step
         self._elapsed_before_s = position.elapsed_s

@@ -164,7 +164,8 @@ class ProgressiveTraining:
         if space.head.class_count != len(data.class_names):
             raise TrainingError(
                 f"space {space.name} has {space.head.class_count} classes, the data "
-                f"{len(data.class_names)}"
+                f"{len(data.class_names)}; write the data's number as head.class_count "
+                "of the space's file"
             )
         settings.require_startable(recipe)
         self.space = space
@@ -242,7 +243,8 @@ class ProgressiveTraining:
             self.supernet.load_state_dict(checkpoint.weights)
         except RuntimeError as error:
             raise TrainingError(
-                f"{self.settings.folder} holds a run of another space: {error}"
+                f"{self.settings.folder} holds a run of another space: {error}. "
+                "Continue with the same, or name another folder"
             ) from error
         self._phase_index, self._step = position.phase, position.step
         self._elapsed_before_s = position.elapsed_s
@@ -423,8 +425,9 @@ class ProgressiveTraining:
         self._optimizer.step()
         if not math.isfinite(total):
             raise TrainingError(
-                f"the loss is {total} at step {step} of phase {phase.name}; lower the "
-                "peak learning rate and start again"
+                f"the loss is {total} at step {step} of phase {phase.name}; start "
+                "again with larger batches, or in Python with a recipe whose "
+                "peak_learning_rate is lower"
             )
         return total / phase.subnet_count
 

@@ -715,7 +715,8 @@ def test_a_weight_that_is_no_number_is_refused(value: float, supernet: Path) -> 
     with pytest.raises(FormatError) as caught:
         read_supernet(supernet)
     assert str(caught.value) == (
-        "supernet.json: weights: head.classifier.bias holds NaN or infinity"
+        "supernet.json: weights: head.classifier.bias holds NaN or infinity; train "
+        "the supernet at a lower rate"
     )
 
 

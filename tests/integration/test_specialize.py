@@ -659,8 +659,9 @@ def test_evaluation_data_of_other_classes_leaves_nothing_behind(
     with pytest.raises(DataError) as caught:
         session.specialize(GENEROUS_MS, out=tmp_path / "bundle", eval_data=path)
     assert str(caught.value) == (
-        "the evaluation data has classes ('class 0', 'class 1', 'class 2'), the "
-        "network ('blue', 'green', 'red'); they must be the same"
+        "the evaluation data has class 'class 0' where the network has 'blue' (3 and 3 "
+        "in all); they must be the same, in the same order: rename the folders, or "
+        "reorder the .npz's class_names"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["other.npz"]
 

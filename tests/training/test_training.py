@@ -345,7 +345,10 @@ def test_a_missing_teacher_is_refused(tmp_path: Path, trained: Path) -> None:
 def test_data_of_another_class_count_is_refused(tmp_path: Path) -> None:
     data = train_tiny.data()
     two = replace(data, labels=data.labels.clip(max=1), class_names=("a", "b"))
-    message = "space tiny has 3 classes, the data 2"
+    message = (
+        "space tiny has 3 classes, the data 2; write the data's number as "
+        "head.class_count of the space's file"
+    )
     assert refusal(tmp_path / "run", images=two) == message
 
 

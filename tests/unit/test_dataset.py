@@ -197,7 +197,9 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.tar"
     path.write_bytes(b"tar")
-    assert refusal(path) == f"{path} is neither a folder, a .zip nor an .npz file"
+    assert refusal(path) == (
+        f"{path} is neither a folder, a .zip nor an .npz file; give one of these"
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -280,7 +282,9 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "data.zip", class_files(DATA))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert refusal(path) == f"{path} is neither a folder, a .zip nor an .npz file"
+    assert refusal(path) == (
+        f"{path} is neither a folder, a .zip nor an .npz file; give one of these"
+    )
 
 
 def test_a_zip_whose_directory_is_damaged_is_refused(tmp_path: Path) -> None:
@@ -416,7 +420,8 @@ NEEDED = "it needs `images` (count, height, width, 3) uint8 and `labels` (count,
         (
             {"images": IMAGES.astype(np.float32), "labels": LABELS},
             "images must be uint8 of shape (count, height, width, 3); got float32 of "
-            "shape (4, 6, 6, 3)",
+            "shape (4, 6, 6, 3). Of pixels from 0 to 1 give (255 * "
+            "images).astype('uint8')",
         ),
         (
             {"images": IMAGES[..., 0], "labels": LABELS},
