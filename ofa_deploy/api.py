@@ -220,6 +220,10 @@ def specialize(
         },
         "are for supernets, and a network of your own is none",
     )
+    _refuse_given(
+        {"executor": executor if method != "legr" else None},
+        f"are for method='legr', and this is {method!r}",
+    )
     limits = (latency_ms, size_bytes, peak_memory_mb, min_accuracy, rate_hz, threads)
     if devices is not None:
         if device is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -499,9 +498,16 @@ def train(
         int | None, typer.Option(help="Images per step; by default the recipe's.")
     ] = None,
     stop_after: Annotated[
-        str | None, typer.Option(help="Stop after this phase; --resume goes on.")
+        str | None,
+        typer.Option(
+            help="Stop after this phase (full, kernel, depth1, depth2, width1, width2, "
+            "width3); --resume goes on."
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads; by default all that may be used."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a supernet by progressive shrinking."""

@@ -24,6 +24,7 @@ from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
 from profilers.backends import get_backend
 from profilers.backends.base import Backend
+from profilers.device import available_cores
 from profilers.json_reader import read_json
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def train(
     epochs_scale: float,
     batch_size: int | None,
     stop_after: str | None,
-    threads: int,
+    threads: int | None,
     console: Console,
     as_json: bool,
 ) -> None:
@@ -82,7 +83,7 @@ def train(
         epochs_scale: Factor of every phase's epochs.
         batch_size: Images per step; None for the recipe's.
         stop_after: Name of the phase to stop after; None for the last.
-        threads: Of the CPU.
+        threads: Of the CPU; None for all that the process may use.
         console: For people; a quiet one if `as_json`.
         as_json: Print the epochs and the supernet's folder as lines of JSON.
 
@@ -91,6 +92,7 @@ def train(
         DataError: The images cannot be used.
     """
     # What is wrong is told before the images are read, which may take minutes.
+    threads = available_cores() if threads is None else threads
     if not 1 <= threads <= MAX_THREADS:
         raise TrainingError(f"threads={threads} must be from 1 to {MAX_THREADS}")
     named_space(space_name)
