@@ -19,6 +19,7 @@ from ofa_deploy.dataset import (
     is_hidden,
     is_image,
     open_zip,
+    read_image,
 )
 from ofa_deploy.errors import DataError, few_of
 from ofa_deploy.preprocess import as_rgb, require_pixels, resize
@@ -59,7 +60,9 @@ def load_calibration(
         return _decode(path, found, size, progress)
     if zipfile.is_zipfile(path):
         with open_zip(path) as archive:
-            members = {name: partial(archive.read, name) for name in archive.namelist()}
+            members = {
+                name: partial(read_image, archive, name) for name in archive.namelist()
+            }
             return _decode(path, members, size, progress)
     raise DataError(
         f"{path} is neither a folder, a .zip nor an .npz file; give one of these"

@@ -23,6 +23,9 @@ from PIL import Image
 from ofa_deploy.errors import DataError, few_of
 from ofa_deploy.preprocess import as_rgb
 
+# What a member of an archive may unpack to: more than any photograph, and little enough
+# to be read.
+MAX_IMAGE_BYTES = 100_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Progress = Callable[[int, int], None]
 _SHOWN = 5
@@ -188,6 +191,21 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         ) from error
 
 
+def read_image(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member's content.
+
+    Raises:
+        DataError: It unpacks to more than any image has.
+    """
+    size_bytes = archive.getinfo(name).file_size
+    if size_bytes > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"{name} unpacks to {size_bytes} bytes; give images of at most "
+            f"{MAX_IMAGE_BYTES}"
+        )
+    return archive.read(name)
+
+
 # (class name, file name, read) of every file in a class folder; None marks a class
 # folder itself, so that an empty one is seen.
 _Entry = tuple[str, str, Callable[[], bytes] | None]
@@ -274,7 +292,7 @@ def _zip_files(source: str, archive: zipfile.ZipFile) -> Iterator[_Entry]:
                     f"{'/'.join(parent) or '.'} and in {'/'.join(parts[:-2]) or '.'}; "
                     "pack one of them alone"
                 )
-            yield parts[-2], name, partial(archive.read, name)
+            yield parts[-2], name, partial(read_image, archive, name)
     # Folder entries tell of classes without images; folders of folders are not classes.
     folders = [tuple(parts) for parts, name in listed if name.endswith("/") and parts]
     parents = {parts[:-1] for parts in folders}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ofa_deploy import dataset
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import DataError
 from ofa_deploy.preprocess import as_rgb
@@ -237,6 +238,18 @@ def test_unreadable_images_are_counted_and_named(tmp_path: Path) -> None:
         "data: 2 of 11 images cannot be read (blue/broken.png, red/text.jpg); repair "
         "or remove them; train --skip-bad leaves them out"
     )
+
+
+def test_a_member_that_unpacks_to_more_than_an_image_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "MAX_IMAGE_BYTES", 10_000)
+    files = {**class_files(DATA), "red/bomb.png": GREY + bytes(10_000)}
+    path = write_zip(tmp_path / "data.zip", files)
+    assert refusal(path).startswith(
+        "data.zip: 1 of 10 images cannot be read (red/bomb.png); repair or remove them"
+    )
+    assert load_images(path, skip_bad=True)[1] == ("red/bomb.png",)
 
 
 def test_of_many_unreadable_images_the_first_five_are_named(tmp_path: Path) -> None:
