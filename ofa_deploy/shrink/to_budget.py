@@ -16,7 +16,7 @@ from ofa_deploy.assembly import assemble_bundle, require_classes
 from ofa_deploy.bundle import Bundle, require_output
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
-from ofa_deploy.errors import DataError, DeviceError, SpaceError
+from ofa_deploy.errors import DataError, DeviceError, SpaceError, TrainingError
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
@@ -303,4 +303,13 @@ def _read(data: str | Path | ImageSet, reporter: Reporter) -> ImageSet:
 def _read_log(path: Path) -> tuple[Mapping[str, object], ...]:
     if not path.is_file():
         return ()
-    return tuple(json.loads(line) for line in path.read_text().splitlines())
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise TrainingError(
+                f"line {number} of {path} is damaged ({error}); remove it, and make "
+                "the same call again: it goes on"
+            ) from error
+    return tuple(found)

@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="networks of one's own are shrunk with torch
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.shrink.remembered import recall, remember, remembered
+from ofa_deploy.shrink.to_budget import _read_log
 
 contents = st.recursive(
     st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
@@ -50,3 +51,13 @@ def test_what_another_version_kept_is_refused(text: str, tmp_path: Path) -> None
     path.write_text(text)
     with pytest.raises(TrainingError, match="by another version; remove it"):
         recall(path)
+
+
+def test_a_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"epoch": 1}\n{"epo\n')
+    with pytest.raises(TrainingError, match=r"line 2 of .*log.jsonl is damaged"):
+        _read_log(path)
+    path.write_text('{"epoch": 1}\n')
+    assert _read_log(path) == ({"epoch": 1},)
+    assert _read_log(tmp_path / "none.jsonl") == ()
