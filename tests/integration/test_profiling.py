@@ -470,7 +470,7 @@ def test_a_space_that_the_table_knows_whole_judges_nothing(
         held_out(tmp_path, full)
     assert str(caught.value) == (
         "0 networks of space tiny are not in the table; at least 2 are needed to judge "
-        "a predictor"
+        "a predictor. Profile fewer, or a larger space"
     )
     assert not list(tmp_path.iterdir())
 
