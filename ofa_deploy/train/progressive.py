@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import DeployError, TrainingError
+from ofa_deploy.errors import DeployError, TrainingError, few_of
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
@@ -231,13 +232,31 @@ class ProgressiveTraining:
                     f"{space.name}; resume with the same, or start a new folder"
                 )
 
+    def _told_changes(self) -> str:
+        """What the recipe in the folder says otherwise, in words; empty if nothing."""
+        path = self.settings.folder / RECIPE_FILE
+        try:
+            before = _by_name(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return ""  # the checkpoint alone decides
+        now = _by_name(json.loads(json.dumps(asdict(self.recipe))))
+        changed = [
+            f"{name} {before.get(name)} → {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        return f" ({few_of(changed)})" if changed else ""
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         position = checkpoint.position
+        recipe_sha256 = self.recipe.sha256(position.phase)
+        is_other = recipe_sha256 != position.recipe_sha256
+        told = self._told_changes() if is_other else ""
         position.require(
-            recipe_sha256=self.recipe.sha256(position.phase),
+            recipe_sha256=recipe_sha256,
             data_sha256=self.images.sha256,
             folder=self.settings.folder,
-            cure="resume with the same, or start a new folder",
+            cure=f"resume with the same{told}, or start a new folder",
         )
         try:
             self.supernet.load_state_dict(checkpoint.weights)
@@ -512,3 +531,11 @@ def _step_cost(phase: Phase) -> float:
     narrowed = (phase.depth_choices != 1) + (phase.expand_choices != 1)
     teacher = 0.3 if phase.distill else 0.0
     return teacher + phase.subnet_count * (1.0, 0.75, 0.5)[narrowed]
+
+
+def _by_name(recipe: dict[str, Any]) -> dict[str, object]:
+    """Settings of a recipe from JSON; those of phases behind the phase's name."""
+    settings = dict(recipe)
+    for phase in settings.pop("phases"):
+        settings |= {f"{phase['name']}.{key}": value for key, value in phase.items()}
+    return settings

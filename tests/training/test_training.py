@@ -220,8 +220,18 @@ def test_resuming_with_another_recipe_is_refused(trained: Path) -> None:
     other = replace(RECIPE, weight_decay=1e-4)
     assert refusal(trained, resume=True, recipe=other) == (
         f"the recipe is not the one that {trained} was started with; resume with the "
-        "same, or start a new folder"
+        f"same (weight_decay {RECIPE.weight_decay} → 0.0001), or start a new folder"
     )
+
+
+def test_a_phase_that_is_another_one_is_named(trained: Path) -> None:
+    longer = replace(RECIPE.phases[0], epochs=RECIPE.phases[0].epochs + 1)
+    other = replace(RECIPE, phases=(longer, *RECIPE.phases[1:]), batch_size=7)
+    told = refusal(trained, resume=True, recipe=other)
+    assert (
+        f"(batch_size {RECIPE.batch_size} → 7, {longer.name}.epochs "
+        f"{longer.epochs - 1} → {longer.epochs})"
+    ) in told
 
 
 def test_resuming_with_other_images_is_refused(trained: Path) -> None:
