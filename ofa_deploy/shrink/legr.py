@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TrainingError
-from ofa_deploy.ranges import COUNT, PART, POSITIVE, SEED, SHARE, require_in_range
+from ofa_deploy.ranges import COUNT, POSITIVE, SEED, SHARE, require_in_range
 from ofa_deploy.shrink.candidates import (
     CandidateImages,
     CandidateJob,
@@ -104,8 +104,7 @@ class LegrSettings:
         require_in_range(self, COUNT, *_COUNTS)
         require_in_range(self, SEED, "tuning_steps", "seed")
         require_in_range(self, POSITIVE, "spread", "learning_rate")
-        require_in_range(self, SHARE, "mutated_share")
-        require_in_range(self, PART, "safeguard")
+        require_in_range(self, SHARE, "mutated_share", "safeguard")
         if self.norm_power not in (1, 2):
             raise SpaceError(
                 f"norm_power={self.norm_power}; give 2 for squared norms, or 1"

@@ -353,14 +353,15 @@ class SparsityPull:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on with a search; refuse another one."""
-        before = state.get("sparsity")
-        if before is None or not torch.equal(before, self.state()["sparsity"]):
+        before, come = state.get("sparsity"), state.get("come")
+        mine = self.state()["sparsity"]
+        if before is None or come is None or not torch.equal(before, mine):
             raise TrainingError(
                 "the search that is to be continued was another one: of another "
                 "target, estimator or settings. Continue with the same, or name "
                 "another folder"
             )
-        self._rate, self._first_strength, self._strength, steps = state["come"].tolist()
+        self._rate, self._first_strength, self._strength, steps = come.tolist()
         self._steps = int(steps)
         self._note()
 
