@@ -285,7 +285,7 @@ def search(args: argparse.Namespace) -> None:
     for name, searches_depth in (("found", True), ("widths", False)):
         recipe = shrink_recipe(searches_depth=searches_depth)
         origin = digest({}, recipe, WHOLE, TARGET_SHARE)
-        if is_searched(name, origin):
+        if is_found(f"tas-search-{name}", origin):
             continue
         folder = args.work / "tas" / f"search-{name}-{origin}"
         with StageBar(console) as bar:
@@ -305,21 +305,15 @@ def search(args: argparse.Namespace) -> None:
         keep_structure(f"random-{seed}", found, searched_share=share)
     recipe = shrink_recipe(searches_depth=True)
     origin = digest({}, recipe, ONCE, TIMED_EPOCHS, this_device().fingerprint)
-    if not is_timed(origin):
+    if not is_found(EPOCHS, origin):
         wait_until_idle()
         keep_facts(EPOCHS, {"origin": origin, **timed_epochs(data)})
 
 
-def is_timed(origin: str) -> bool:
-    """Whether epochs were timed here, by this recipe."""
-    path = LOGS / f"{EPOCHS}.json"
-    return path.is_file() and kept_facts(EPOCHS).get("origin") == origin
-
-
-def is_searched(name: str, origin: str) -> bool:
-    """Whether the structure is there that a search by this recipe found."""
-    path = LOGS / f"tas-search-{name}.json"
-    return path.is_file() and kept_structure(name).get("origin") == origin
+def is_found(name: str, origin: str) -> bool:
+    """Whether facts are there that were found from this."""
+    path = LOGS / f"{name}.json"
+    return path.is_file() and kept_facts(name).get("origin") == origin
 
 
 def searching(

@@ -53,10 +53,12 @@ class Range:
 
 
 COUNT = Range(least=1, whole=True)
-SEED = Range(least=0, whole=True)
+WHOLE = Range(least=0, whole=True)
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
 SHARE = Range(least=0, most=1)
+# Of something that is there, and may be all of it; and of what must leave a rest.
+PORTION = Range(above=0, most=1)
 PART = Range(above=0, below=1)
 DECAY = Range(least=0, below=1)
 

@@ -134,11 +134,12 @@ class ByWeights:
         self, pull: SparsityPull, fitting: SizeFitting, *, memory: Path
     ) -> int:
         """Weights that may stay of those that were found; a killed call's are taken."""
-        self.call.reporter.begin("fitting the file's size")
-        count = remembered(
-            memory, lambda: fitting.most(lambda count: self._bytes(pull, count))
-        )
-        return int(count)
+
+        def found() -> int:
+            self.call.reporter.begin("fitting the file's size")
+            return fitting.most(lambda count: self._bytes(pull, count))
+
+        return int(remembered(memory, found))
 
     def _bytes(self, pull: SparsityPull, count: int) -> int:
         """Of the compressed file with so many weights."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.errors import SpaceError, TrainingError
-from ofa_deploy.ranges import COUNT, POSITIVE, SEED, SHARE, require_in_range
+from ofa_deploy.ranges import COUNT, POSITIVE, SHARE, WHOLE, require_in_range
 from ofa_deploy.shrink.candidates import (
     CandidateImages,
     CandidateJob,
@@ -102,7 +102,7 @@ class LegrSettings:
 
     def __post_init__(self) -> None:
         require_in_range(self, COUNT, *_COUNTS)
-        require_in_range(self, SEED, "tuning_steps", "seed")
+        require_in_range(self, WHOLE, "tuning_steps", "seed")
         require_in_range(self, POSITIVE, "spread", "learning_rate")
         require_in_range(self, SHARE, "mutated_share", "safeguard")
         if self.norm_power not in (1, 2):

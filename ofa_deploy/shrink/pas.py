@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
-from ofa_deploy.ranges import COUNT, DECAY, POSITIVE, Range, require_in_range
+from ofa_deploy.ranges import COUNT, DECAY, PORTION, POSITIVE, require_in_range
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -78,7 +78,7 @@ class PasSettings:
     step: int = 8
 
     def __post_init__(self) -> None:
-        require_in_range(self, Range(above=0, most=1), "target_share")
+        require_in_range(self, PORTION, "target_share")
         require_in_range(self, POSITIVE, "latent_rate")
         require_in_range(self, DECAY, "momentum")
         require_in_range(self, COUNT, "floor", "step", "steps_to_flip")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
-from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, Range, require_in_range
+from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PORTION, require_in_range
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
@@ -138,7 +138,7 @@ class SparsitySettings:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        require_in_range(self, Range(above=0, most=1), "fall_share", "wander_share")
+        require_in_range(self, PORTION, "fall_share", "wander_share")
         require_in_range(self, DECAY, "momentum")
         require_in_range(self, NOT_NEGATIVE, "weight_decay")
 

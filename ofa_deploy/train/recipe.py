@@ -19,8 +19,8 @@ from ofa_deploy.ranges import (
     NOT_NEGATIVE,
     PART,
     POSITIVE,
-    SEED,
     SHARE,
+    WHOLE,
     Range,
     require_in_range,
 )
@@ -81,7 +81,7 @@ class Phase:
             )
 
         choices = ("kernel_choices", "depth_choices", "expand_choices")
-        require(Range(least=0, whole=True), "epochs")
+        require(WHOLE, "epochs")
         require(COUNT, *choices, "sorted_expands", optional=True)
         require(COUNT, "subnet_count")
         require(NOT_NEGATIVE, "warmup_epochs")
@@ -151,7 +151,7 @@ class Recipe:
         )
         require(SHARE, "teacher_share")
         require(PART, "validation_fraction")
-        require(SEED, "crop_padding", "seed")
+        require(WHOLE, "crop_padding", "seed")
         require_in_range(
             self, POSITIVE, "temperature", optional=True, error=TrainingError
         )
