@@ -91,6 +91,7 @@ def rebench(
         MissingDependency: The runtime is not installed.
         RunFailed: The model does not run here, or has more threads than this machine
             has cores.
+        SpaceError: A budget that makes no sense, or a percentile without one.
         UnstableMeasurement: The percentile is not known.
     """
     manifest, reporter = bundle.manifest, reporter or Silent()
@@ -164,11 +165,8 @@ def differences(bundle: Bundle) -> tuple[str, ...]:
 def _asked(
     constraints: Constraints, latency_ms: float | None, percentile: int | None
 ) -> Constraints:
-    budget_ms = constraints.latency_ms if latency_ms is None else latency_ms
-    if budget_ms is None:
-        return constraints
     return replace(
         constraints,
-        latency_ms=budget_ms,
+        latency_ms=constraints.latency_ms if latency_ms is None else latency_ms,
         percentile=constraints.percentile if percentile is None else percentile,
     )

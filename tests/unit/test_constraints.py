@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,20 +72,62 @@ LIMITS: dict[str, Any] = {
     "min_accuracy": 0.8,
     "rate_hz": 30.0,
 }
+# What each is kept as; the latency of a rate gives way to one that is asked for.
+KEPT: dict[str, tuple[str, float]] = {
+    "rate_hz": ("latency", 1000 / 30),
+    "latency_ms": ("latency", 5.0),
+    "size_bytes": ("size", 10**6),
+    "compressed_bytes": ("compressed", 10**5),
+    "peak_memory_mb": ("memory", 50.0),
+    "min_accuracy": ("accuracy", 0.8),
+}
 
 
 @given(st.sets(st.sampled_from(sorted(LIMITS)), min_size=1))
 def test_any_combination_of_limits_is_accepted(names: set[str]) -> None:
     asked = Constraints(**{name: LIMITS[name] for name in names})
-    kept = {"latency" if name in ("latency_ms", "rate_hz") else name for name in names}
-    assert len(asked.limits) == len(kept)
+    assert asked.limits == dict(kept for name, kept in KEPT.items() if name in names)
 
 
-@pytest.mark.parametrize("name", ["latency_ms", "rate_hz"])
-def test_a_percentile_is_of_any_limited_latency(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "budget_ms"), [("latency_ms", 30.0), ("rate_hz", 1000 / 30)]
+)
+def test_a_percentile_is_of_any_limited_latency(name: str, budget_ms: float) -> None:
     budget: dict[str, Any] = {name: 30.0}
     asked = Constraints(min_accuracy=0.9, percentile=95, **budget)
-    assert asked.budget_ms is not None
+    assert asked.budget_ms == budget_ms
+
+
+def test_a_latency_may_be_all_of_the_time_from_one_run_to_the_next() -> None:
+    assert Constraints(latency_ms=1000 / 30, rate_hz=30.0).budget_ms == 1000 / 30
+
+
+def test_numbers_of_numpy_become_plain_ones_that_a_file_can_hold() -> None:
+    asked = Constraints(
+        latency_ms=np.float32(2),  # type: ignore[arg-type]
+        size_bytes=np.int64(5),  # type: ignore[arg-type]
+        percentile=np.int32(95),  # type: ignore[arg-type]
+    )
+    assert asked == Constraints(latency_ms=2.0, size_bytes=5, percentile=95)
+    assert Constraints(**json.loads(json.dumps(asdict(asked)))) == asked
+
+
+@pytest.mark.parametrize(
+    ("given_limits", "told"),
+    [
+        ({"size_bytes": 1.5}, "size_bytes=1.5 is not a whole number"),
+        ({"size_bytes": "much"}, "size_bytes='much' is not a whole number"),
+        ({"latency_ms": "fast"}, "latency_ms='fast' is not a number"),
+        (
+            {"latency_ms": 1.0, "sustained_s": None},
+            "sustained_s=None is not a number; give 0 for no load",
+        ),
+    ],
+)
+def test_what_is_no_number_is_no_limit(given_limits: dict[str, Any], told: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        Constraints(**given_limits)
+    assert str(caught.value) == told
 
 
 def test_any_sensible_limits_go_together() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 import pytest
 
+import profilers.measure as measuring
 from profilers.anchor import PRODUCTS_PER_READING, MatrixAnchor
 from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevice
 from profilers.errors import DeviceUnfit, MeasurementError
@@ -18,6 +21,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
+from profilers.pace import Pace, Pacer
 
 SETTINGS = MeasureSettings.screen()
 
@@ -165,6 +169,53 @@ def test_a_sample_of_a_short_model_is_a_mean_long_enough_for_the_timer() -> None
         100_000,
         140_000,
     }
+
+
+def measure_paced(
+    pace: Pace | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[MeasurementRun, FakeClock]:
+    """A model of 20 µs, by an application that sleeps on the same clock."""
+    clock = FakeClock()
+
+    def sleep(seconds: float) -> None:
+        clock.advance(math.ceil(seconds * 1e9))
+
+    monkeypatch.setattr(measuring, "Pacer", partial(Pacer, sleep=sleep))
+    run = measure_models(
+        models(1),
+        backend=FakeBackend(clock, latency_ns=latency_ns),
+        threads=1,
+        settings=replace(SETTINGS, target_relative_error=NO_TARGET),
+        clock=clock,
+        anchor=FakeAnchor(clock),
+        rng=np.random.default_rng(0),
+        pace=pace,
+    )
+    return run, clock
+
+
+def test_at_a_rate_every_run_is_timed_by_itself_and_takes_a_period(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_once, _ = measure_paced(None, monkeypatch)
+    paced, _ = measure_paced(Pace(rate_hz=100.0), monkeypatch)
+    assert {visit.inner_loops for visit in at_once.measurements[0].visits} == {3}
+    visits = paced.measurements[0].visits
+    assert {visit.inner_loops for visit in visits} == {1}
+    assert {len(visit.samples_ns) for visit in visits} == {SETTINGS.runs_per_visit}
+    # All but the first run wait for their turn, the one that warms up the caches at the
+    # begin of each visit, too; what is between them takes less than a period.
+    run_count = SETTINGS.visits * (SETTINGS.runs_per_visit + 1)
+    assert paced.duration_s - at_once.duration_s == pytest.approx(
+        run_count * 0.01, rel=0.03
+    )
+
+
+def test_load_comes_before_the_first_timed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    without, _ = measure_paced(None, monkeypatch)
+    loaded, _ = measure_paced(Pace(sustained_s=0.5), monkeypatch)
+    assert loaded.duration_s - without.duration_s == pytest.approx(0.5, abs=1e-3)
+    assert loaded.measurements == without.measurements
 
 
 def measure_on_device(device: FakeDevice) -> MeasurementRun:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profilers.backends.fake import FakeClock
 from profilers.memory import MemoryGauge
 from profilers.pace import MAX_RATE_HZ, Pace, Pacer
 from profilers.process import package_environment
@@ -84,11 +83,6 @@ def test_after_a_long_break_runs_do_not_catch_up() -> None:
     application.pause(0.105)
     times_s = application.begin_times_s(4)
     assert np.diff(times_s) == pytest.approx(0.02, abs=1e-6)
-
-
-def test_a_fake_clock_is_not_needed_for_a_real_pace() -> None:
-    assert isinstance(FakeClock()(), int)
-    Pacer(Pace(rate_hz=1000.0)).wait()
 
 
 # -- percentiles -----------------------------------------------------------------------
