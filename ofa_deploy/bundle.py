@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,10 @@ from ofa_deploy.verify import (
 )
 from profilers.backends import get_backend
 from profilers.backends.base import Session
-from profilers.files import write_atomically
+from profilers.files import sync_folder, write_atomically
+
+# After which nobody is at work on a bundle any more.
+ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,10 +281,17 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()  # "." has no name to put a part of beside it
     require_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    prefix = f".{out.name}.partial-"
+    _remove_abandoned(out.parent, prefix)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
+        with suppress(PermissionError):  # some file systems have their own modes
+            partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
+        for file in partial.iterdir():
+            with file.open("rb+") as content:
+                os.fsync(content.fileno())
+        sync_folder(partial)
         require_free(out)
         if out.exists():
             out.rmdir()
@@ -288,6 +299,15 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    sync_folder(out.parent)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove parts of bundles that a kill left behind, once nobody can be at work."""
+    long_ago_s = time.time() - ABANDONED_S
+    for part in folder.iterdir():
+        if part.name.startswith(prefix) and part.stat().st_mtime < long_ago_s:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def require_free(out: Path) -> None:
@@ -296,7 +316,13 @@ def require_free(out: Path) -> None:
     Raises:
         BundleError: `out` is a file, or a folder that is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise BundleError(
+            f"{out} cannot be looked at: {error}; name a folder that can be read"
+        ) from error
+    if taken:
         raise BundleError(
             f"{out} exists and is not an empty folder; name another output folder, or "
             "remove it first"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ofa_deploy.dataset import (
     IMAGE_SUFFIXES,
@@ -20,9 +18,10 @@ from ofa_deploy.dataset import (
     is_image,
     open_zip,
     read_image,
+    read_image_by,
 )
 from ofa_deploy.errors import DataError, few_of
-from ofa_deploy.preprocess import as_rgb, require_pixels, resize
+from ofa_deploy.preprocess import require_pixels, resize
 
 # Statistics of more images are no better, and take longer.
 MOST_IMAGES = 2_000
@@ -107,9 +106,9 @@ def _decode(
     images, bad = [], []
     for done, name in enumerate(chosen, start=1):
         try:
-            with Image.open(io.BytesIO(files[name]())) as image:
-                images.append(resize(as_rgb(image)[None], size)[0])
-        except Exception:  # Pillow raises many classes for a damaged file
+            image = read_image_by(files[name], name=f"{path}: {name}")
+            images.append(resize(image[None], size)[0])
+        except ValueError:
             bad.append(name)
         if progress is not None:
             progress(done, len(chosen))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,43 @@ def is_hidden(part: str) -> bool:
     return part == "__MACOSX" or part.startswith(".")
 
 
+def read_image_by(read: Callable[[], bytes], *, name: str) -> NDArray[np.uint8]:
+    """Decode an image.
+
+    Args:
+        read: Gives the file's content.
+        name: For people.
+
+    Returns:
+        RGB, `(height, width, 3)` uint8.
+
+    Raises:
+        DataError: The file is there, and the system cannot read it now. It is not left
+            out as damaged ones may be: another day it would be among the images.
+        ValueError: It is damaged, or not there.
+    """
+    try:
+        content = read()
+    except (FileNotFoundError, BadGzipFile) as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        raise DataError(
+            f"{name} cannot be read: {error}. Check its permissions, and the disk; "
+            "then run this again"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of archives there are many classes
+        raise ValueError(str(error)) from error
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return as_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # and of Pillow for a damaged file
+        raise ValueError(str(error)) from error
+
+
 def _load_files(
     source: str, entries: Iterator[_Entry], skip_bad: bool, progress: Progress | None
 ) -> tuple[ImageSet, tuple[str, ...]]:
@@ -324,10 +362,9 @@ def _load_files(
     images, labels, bad = [], [], []
     for done, (class_name, name, read) in enumerate(files):
         try:
-            with Image.open(io.BytesIO(read())) as image:
-                images.append(as_rgb(image))
+            images.append(read_image_by(read, name=f"{source}: {name}"))
             labels.append(label_of[class_name])
-        except Exception:  # Pillow raises many classes for a damaged file
+        except ValueError:
             bad.append(name)
         if progress and done % 500 == 499:
             progress(done + 1, len(files))

@@ -15,7 +15,12 @@ import numpy as np
 from platformdirs import user_cache_path
 
 import latency_tables
-from ofa_deploy.errors import FormatError, IncompatibleTables, MeasurementError
+from ofa_deploy.errors import (
+    DeviceUnfit,
+    FormatError,
+    IncompatibleTables,
+    MeasurementError,
+)
 from ofa_deploy.export.runtime_format import (
     timed_block,
     timed_network,
@@ -434,8 +439,18 @@ def table_name(space: SearchSpace, device: DeviceSpec, runtime: RuntimeSpec) -> 
 
 
 def cache_folder() -> Path:
-    """Where tables measured on this machine are kept."""
-    return user_cache_path("ofa-deploy") / "latency_tables"
+    """Where tables measured on this machine are kept.
+
+    Raises:
+        DeviceUnfit: The user has no home folder, and no other is named.
+    """
+    try:
+        return user_cache_path("ofa-deploy") / "latency_tables"
+    except RuntimeError as error:
+        raise DeviceUnfit(
+            f"there is no folder to keep latency tables in: {error}. Set HOME, or "
+            "XDG_CACHE_HOME, to a folder that can be written"
+        ) from error
 
 
 def table_folders(cache: Path) -> tuple[Path, Path]:
@@ -458,9 +473,17 @@ def find_table(
     name = table_name(space, device, runtime)
     for folder in folders:
         path = folder / name
-        if path.is_file():
+        if _is_there(path):
             return open_table(path, space, device, runtime), path
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file can be seen; what another user keeps for himself cannot."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

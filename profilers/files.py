@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically"]
+__all__ = ["remove_leftovers", "sync_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -25,13 +25,24 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             # Else a crash may leave the new name on an empty file.
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone.
-        temporary.chmod(0o644)
+        with suppress(PermissionError):  # some file systems have their own modes
+            temporary.chmod(0o644)  # mkstemp makes files for the owner alone
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what kills left of a file that was being written.
+
+    Only for whoever has the folder for himself: others may be writing it.
+    """
+    prefix = f".{path.name}."
+    for file in path.parent.iterdir():
+        if file.name.startswith(prefix):
+            file.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

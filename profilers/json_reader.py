@@ -197,7 +197,7 @@ def read_json(path: Path, decode: Callable[[JsonNode], T], *, otherwise: str) ->
     Args:
         path: The file.
         decode: Gets the whole document.
-        otherwise: What to do if there is no such file, or none that holds text.
+        otherwise: What to do if there is no such file, or none that holds JSON.
 
     Raises:
         FormatError: The file cannot be read, or `decode` refuses it.
@@ -209,7 +209,11 @@ def read_json(path: Path, decode: Callable[[JsonNode], T], *, otherwise: str) ->
             f"{path.name} cannot be read ({error}); {otherwise}", path=""
         ) from error
     try:
-        return decode(parse_json(text))
+        node = parse_json(text)
+    except FormatError as error:
+        raise FormatError(f"{path.name}: {error}; {otherwise}", path="") from error
+    try:
+        return decode(node)
     except FormatError as error:
         # The decoder knows the place inside the file; people ask which file.
         raise error.in_file(path.name) from error.__cause__

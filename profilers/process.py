@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from profilers.errors import RunFailed
 
 __all__ = [
     "describe_exit",
+    "end_with",
     "last_words",
     "own_stdout",
     "package_environment",
@@ -22,6 +25,8 @@ __all__ = [
 ]
 
 STDERR_TAIL_CHARACTERS = 2000
+# How often a process looks whether its parent is still there.
+PARENT_CHECK_S = 1.0
 
 # What another interpreter runs, whose packages may be of another version.
 _FORGET_CURRENT_FOLDER = "import sys; sys.path[:] = [path for path in sys.path if path]"
@@ -155,6 +160,23 @@ def profilers_command(
     if with_parent:
         steps.insert(1, _END_WITH_PARENT)
     return (interpreter or sys.executable, "-c", "\n".join(steps))
+
+
+def end_with(parent_id: int) -> None:
+    """Have this process end soon after the one that began it, whatever it is doing.
+
+    Windows tells no process that its parent is gone; there it goes on.
+
+    Args:
+        parent_id: Of the process that began this one.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_id:
+            time.sleep(PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def package_environment() -> dict[str, str]:

@@ -137,17 +137,22 @@ class LatencyTable:
         write_atomically(path, f"{_pretty(document)}\n".encode())
 
     @classmethod
-    def load(cls, path: Path) -> LatencyTable:
+    def load(
+        cls,
+        path: Path,
+        *,
+        otherwise: str = "check the path, or run `ofa-deploy profile` to make one",
+    ) -> LatencyTable:
         """Read a table.
+
+        Args:
+            path: The file.
+            otherwise: What to do if it holds none.
 
         Raises:
             FormatError: The file cannot be read, is damaged, or of another version.
         """
-        return read_json(
-            path,
-            _decode,
-            otherwise="check the path, or run `ofa-deploy profile` to make one",
-        )
+        return read_json(path, _decode, otherwise=otherwise)
 
 
 def require_compatible(

@@ -9,10 +9,12 @@ is kept by then, and the keeping disturbs no measurement.
 from __future__ import annotations
 
 import json
-import sys
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -163,7 +165,9 @@ def decode_report(text: str) -> Report:
 class _Teller:
     """Writes reports, and waits after a visit; an observer of the measuring."""
 
-    def __init__(self, write: Callable[[str], None], wait: Callable[[], None]) -> None:
+    def __init__(
+        self, write: Callable[[str], None], wait: Callable[[], object]
+    ) -> None:
         self._write = write
         self._wait = wait
         self.current: str | None = None
@@ -185,9 +189,10 @@ class _Teller:
 
 def work() -> int:
     """Do the assignment on stdin; return the exit code."""
-    teller = _Teller(own_stdout(), _await_word)
+    orders = _Orders()
+    teller = _Teller(own_stdout(), orders.next)
     try:
-        assignment = Assignment.from_json(sys.stdin.readline())
+        assignment = Assignment.from_json(orders.next())
         backend = get_backend(assignment.backend)
         visit_models(
             [
@@ -210,7 +215,25 @@ def work() -> int:
     return 0
 
 
-def _await_word() -> None:
-    """Wait for a line; end with the process that was to send it."""
-    if not sys.stdin.readline():
-        raise SystemExit(1)
+class _Orders:
+    """Lines on stdin; the process ends with the one that sends them, whatever it does.
+
+    A thread waits for them: a runtime that hangs would never look whether anybody is
+    still there. It reads without Python's buffer, which could not be closed meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> str:
+        """Wait for a line."""
+        return self._lines.get()
+
+    def _read(self) -> None:
+        rest = b""
+        while chunk := os.read(0, 65536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._lines.put(line.decode())
+        os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -60,6 +61,10 @@ _console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _no_console = Console(stderr=True, quiet=True)
 # What typer makes of Ctrl-C, without a word.
 _INTERRUPTED = 130
+# What ends a process at once unless it is handled: a scheduler, a closed terminal.
+_ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 @app.callback()
@@ -430,8 +435,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show what is reachable here, and specialise for a budget in its middle."""
+    from ofa_deploy.bundle import require_output
     from ofa_deploy.pipeline import Specializer
 
+    require_output(out)
     console = _no_console if as_json else _console
     with StageBar(console) as bar:
         # A first look must not end with a request to profile.
@@ -532,11 +539,23 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _console.print(str(message))
 
 
+def _end_cleanly_when_told_to() -> None:
+    """Have what else would end the process at once remove what it has half written."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    for number in _ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, end)
+
+
 def main() -> None:
     """Run the command line; an error ends with its message and exit code 1."""
     from ofa_deploy.errors import DeployError
 
     warnings.showwarning = _show_warning
+    _end_cleanly_when_told_to()
     try:
         app()
     except (DeployError, OSError) as error:
@@ -545,8 +564,17 @@ def main() -> None:
         _console.print("error:", style="bold red", end=" ")
         _console.print(str(error))
         sys.exit(1)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _console.print("error:", style="bold red", end=" ")
+        _console.print(
+            f"{type(error).__name__}: {error}. That should not happen: run it again "
+            "with --debug to see where, and report that"
+        )
+        sys.exit(1)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code in (_INTERRUPTED, *(128 + number for number in _ENDING)):
             _console.print(
                 "interrupted: nothing half-written was left. Run the same command "
                 "again, `train` with --resume once it has begun: it goes on from there"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofa_deploy.errors import MissingDependency
+from profilers.files import write_atomically
 
 if TYPE_CHECKING:
     from ofa_deploy.probe import OperatorFact, WidthFact
@@ -50,7 +52,9 @@ def draw_probe(
     _draw_operators(left, [fact for fact in operators if fact.extra_ms is not None])
     _draw_widths(right, widths, step)
     figure.suptitle(title, color=INK, fontsize=11)
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    write_atomically(out, content.getvalue())
 
 
 def _draw_operators(axes: Any, facts: Sequence[OperatorFact]) -> None:

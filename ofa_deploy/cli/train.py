@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from ofa_deploy.families import mbv3, repvgg
 from ofa_deploy.manifest import MAX_THREADS
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space
+from ofa_deploy.work_folder import require_outside, working_alone
 from profilers.backends import get_backend
 from profilers.backends.base import Backend
 from profilers.device import available_cores
@@ -116,6 +117,7 @@ def train(
         recipe = replace(recipe, batch_size=batch_size)
     settings = RunSettings(folder=out, resume=resume, stop_after=stop_after)
     settings.require_startable(recipe)
+    require_outside("out", out, data_path)
     torch.set_num_threads(threads)
     keep_freed_memory()
     data = load_with_progress(data_path, skip_bad=skip_bad, console=console)
@@ -124,7 +126,7 @@ def train(
         raise DataError(
             f"images are {width}×{height}; training needs square ones: crop them first"
         )
-    with _writing(out):
+    with _writing(out), working_alone(out):
         training = ProgressiveTraining(
             space=named_space(space_name, class_count=len(data.class_names)),
             data=data,
@@ -177,10 +179,12 @@ def _run(training: ProgressiveTraining, *, console: Console, as_json: bool) -> N
             )
             epoch, rest = divmod(now.step, training.steps_per_epoch)
             if epoch and not rest:
-                console.print(_epoch_text(now, epoch))
-                if as_json:
-                    line = _epoch_json(now, epoch, elapsed_s=training.elapsed_s)
-                    print(line, flush=True)
+                # Hours of training do not end with the terminal that shows them.
+                with suppress(OSError):
+                    console.print(_epoch_text(now, epoch))
+                    if as_json:
+                        line = _epoch_json(now, epoch, elapsed_s=training.elapsed_s)
+                        print(line, flush=True)
 
         training.run(show)
 

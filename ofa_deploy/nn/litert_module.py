@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,8 +57,9 @@ def convert_module(
         if path.exists():
             return path.read_bytes()
         model = _convert(module, input_shape)
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, model)
+    with suppress(OSError):  # where nothing can be kept it is converted each time
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, model)
     return model
 
 

@@ -81,7 +81,7 @@ class ByChannels:
         else:
             least_share = self._least_share(whole)
         share = max(share, least_share)
-        self.stack.enter_context(call.alone())
+        self.stack.enter_context(call.at_work(self.prices))
         # What its file would not compute is known before hours of training.
         with TemporaryDirectory(prefix="ofa-deploy-") as name:
             written = whole.written(unchanged, kept, Path(name))

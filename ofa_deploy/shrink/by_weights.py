@@ -54,7 +54,7 @@ class ByWeights:
         if whole.met:
             return self._shrunk(whole, self._had, ())
         self._require_only_size(whole)
-        self.stack.enter_context(call.alone())
+        self.stack.enter_context(call.at_work(self.prices))
         call.compare(whole.exported, beside=BROUGHT)  # before hours of training
         fitting = self._size_fitting(whole)
         most = fitting.most(lambda count: self._bytes(self._masks(model), count))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.drift import MAX_DRIFT_RATIO
-from ofa_deploy.errors import MeasurementError
+from ofa_deploy.errors import FormatError, MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
 from ofa_deploy.probe import Prober, channel_step
 from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
@@ -24,12 +24,12 @@ from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.remembered import remembered
+from ofa_deploy.shrink.remembered import recall, remember, remembered
 from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat
-from profilers.device import read_conditions, this_device
+from profilers.device import DeviceSpec, RuntimeSpec, read_conditions, this_device
 from profilers.execute import execute
 from profilers.fresh import (
     AnchorModel,
@@ -39,7 +39,7 @@ from profilers.fresh import (
 from profilers.journal import Journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
-from profilers.table import LatencyTable, require_compatible
+from profilers.table import LatencyTable, describe_differences
 from profilers.timing import CERTIFY_PROCESSES
 
 # Whole networks that calibrate the sum of layers: all groups at one share, and random
@@ -139,6 +139,7 @@ def measure_prices(
     backend: Backend,
     step: int,
     folder: Path,
+    work: Path | None = None,
     reporter: Reporter,
 ) -> DevicePrices:
     """Time a network's layers and some of its narrowed forms; or read that they were.
@@ -151,21 +152,23 @@ def measure_prices(
         backend: Of the target.
         step: Channels that the runtime's kernels work in.
         folder: Of the table, and of the journal until then.
+        work: Folder of an earlier call, which may have kept its own prices; None for
+            none.
         reporter: Told of progress.
 
     Raises:
-        MeasurementError: A layer, or a network, could not be measured.
+        MeasurementError: A layer, or a network, could not be measured; or what is kept
+            is damaged, or of another network.
         TraceError: The network's operations depend on values.
     """
     digest = _digest(own, step=step)
-    path = folder / f"own-{digest[:12]}_{_where(target, backend)}.json"
-    if path.is_file():
-        table = LatencyTable.load(path)
-        require_compatible(
-            table,
-            this_device(accelerator=backend.accelerator()),
-            backend.runtime(threads=target.threads),
-        )
+    device, runtime = _device_and_runtime(target, backend)
+    name = _table_name(digest, device, runtime)
+    path = folder / name
+    if work is not None and (work / name).is_file():
+        table = _kept_table(work / name, digest, device, runtime)
+    elif path.is_file():
+        table = _kept_table(path, digest, device, runtime)
     else:
         table = _measure(
             own,
@@ -179,8 +182,50 @@ def measure_prices(
     return fit_prices(own, table, step=step)
 
 
+def keep_prices(prices: DevicePrices, work: Path) -> None:
+    """Keep prices with the search that goes by them.
+
+    It goes on only with these: the machine's own cache may be emptied meanwhile, as it
+    is with a container.
+
+    Args:
+        prices: The device's.
+        work: Of the call; there already.
+    """
+    table = prices.table
+    table.save(work / _table_name(table.space_sha256, table.device, table.runtime))
+
+
+def keep_step(step: int, target: Target, *, backend: Backend, work: Path) -> None:
+    """Keep the step that a machine was measured to have, likewise."""
+    remember(work / _step_name(target, backend), step)
+
+
+def _kept_table(
+    path: Path, digest: str, device: DeviceSpec, runtime: RuntimeSpec
+) -> LatencyTable:
+    """What was measured earlier, if it is that."""
+    cure = "delete it, and make the same call again: prices are measured anew"
+    try:
+        table = LatencyTable.load(path, otherwise=cure)
+    except FormatError as error:
+        raise MeasurementError(f"{path.parent}: {error}; {cure}") from error
+    differences = describe_differences(table, device, runtime, here="here")
+    if table.origin != "measured" or table.space_sha256 != digest or differences:
+        raise MeasurementError(
+            f"{path} is not what was measured of this network here"
+            f"{differences and f' ({differences})'}; {cure}"
+        )
+    return table
+
+
 def runtime_step(
-    target: Target, *, backend: Backend, folder: Path, reporter: Reporter
+    target: Target,
+    *,
+    backend: Backend,
+    folder: Path,
+    work: Path | None = None,
+    reporter: Reporter,
 ) -> int:
     """Channels that a runtime's kernels work in here; measured once a machine.
 
@@ -188,6 +233,7 @@ def runtime_step(
         target: Where.
         backend: Of the target.
         folder: Keeps the answer.
+        work: Folder of an earlier call, which may have kept its own; None for none.
         reporter: Told of progress.
     """
 
@@ -198,8 +244,10 @@ def runtime_step(
         widths = prober.sweep_widths(reporter=reporter)
         return channel_step(widths) or DEFAULT_STEP
 
-    path = folder / f"channel-step_{_where(target, backend)}.json"
-    return int(remembered(path, measured))
+    name = _step_name(target, backend)
+    if work is not None and (work / name).is_file():
+        return int(recall(work / name))
+    return int(remembered(folder / name, measured))
 
 
 def fit_prices(own: OwnNetwork, table: LatencyTable, *, step: int) -> DevicePrices:
@@ -269,8 +317,7 @@ def _measure(
         group_size=BLOCK_GROUP_SIZE,
         anchor_name=anchor,
     )
-    device = this_device(accelerator=backend.accelerator())
-    runtime = backend.runtime(threads=target.threads)
+    device, runtime = _device_and_runtime(target, backend)
     reporter.begin(f"timing {len(blocks)} layers and {len(networks)} networks")
     journal_path = path.with_suffix(".journal")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,10 +377,25 @@ def _digest(own: OwnNetwork, *, step: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _where(target: Target, backend: Backend) -> str:
+def _device_and_runtime(
+    target: Target, backend: Backend
+) -> tuple[DeviceSpec, RuntimeSpec]:
+    return (
+        this_device(accelerator=backend.accelerator()),
+        backend.runtime(threads=target.threads),
+    )
+
+
+def _table_name(digest: str, device: DeviceSpec, runtime: RuntimeSpec) -> str:
+    return f"own-{digest[:12]}_{_where(device, runtime)}.json"
+
+
+def _step_name(target: Target, backend: Backend) -> str:
+    return f"channel-step_{_where(*_device_and_runtime(target, backend))}.json"
+
+
+def _where(device: DeviceSpec, runtime: RuntimeSpec) -> str:
     """Device and runtime, as file names have them."""
-    runtime = backend.runtime(threads=target.threads)
-    device = this_device(accelerator=backend.accelerator())
     return (
         f"{device.fingerprint}_{runtime.backend}-{runtime.version.split('-')[0]}_"
         f"{runtime.precision}_t{runtime.threads}"

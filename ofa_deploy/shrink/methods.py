@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from profilers.device import available_cores
 from profilers.files import write_atomically
+from profilers.process import end_with
 
 SEARCHING = "searching widths"
 # Of tas, for people.
@@ -376,10 +378,19 @@ def _executor(given: Executor | None) -> Iterator[Executor]:
         from loky import ProcessPoolExecutor
     except ImportError as error:
         raise MissingDependency("loky", extra="shrink") from error
-    with ProcessPoolExecutor(
-        available_cores(), env={"OMP_NUM_THREADS": "1"}
-    ) as executor:
+    executor = ProcessPoolExecutor(
+        available_cores(),
+        env={"OMP_NUM_THREADS": "1"},
+        # Else those of a call that was killed go on, and disturb what comes next.
+        initializer=end_with,
+        initargs=(os.getpid(),),
+    )
+    try:
         yield executor
+    except BaseException:
+        executor.shutdown(kill_workers=True)  # nobody waits for what is queued
+        raise
+    executor.shutdown()
 
 
 @contextmanager

@@ -24,11 +24,15 @@ def recall(path: Path) -> Any:
     """What was kept.
 
     Raises:
-        TrainingError: The file is damaged, or of another version.
+        TrainingError: The file cannot be read, is damaged, or of another version.
     """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be read: {error}. Check its permissions, and the disk"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise TrainingError(
             f"{path} is damaged ({error}); remove it: what it kept is found anew"
         ) from error

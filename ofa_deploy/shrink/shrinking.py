@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ofa_deploy.assembly import VerifiedNetwork, measured_accuracy
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import InfeasibleBudget, TrainingError
+from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.reporting import Reporter
-from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.device_prices import DevicePrices, keep_prices, keep_step
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import Member
@@ -33,11 +33,11 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress
 from ofa_deploy.train.recipe import Recipe
 from ofa_deploy.verify import ParityReport, judge
+from ofa_deploy.work_folder import working_alone
 from profilers.backends import get_backend
 from profilers.device import this_device
-from profilers.locks import HELD, lock, unlock
 
-SEARCH_FOLDER, LOCK_FILE = "search", ".lock"
+SEARCH_FOLDER = "search"
 # The network that a call is given, for people.
 BROUGHT = "the network that was brought"
 
@@ -194,28 +194,21 @@ class Shrinking:
             raise self.missed(network)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Have the work folder for itself: two trainings in one would spoil its log.
+    def at_work(self, prices: DevicePrices) -> Iterator[None]:
+        """Have the work folder for itself, and the prices with what goes by them.
+
+        Args:
+            prices: The device's.
 
         Raises:
-            TrainingError: Another call is at work in it.
+            TrainingError: Another call is at work in it, or it cannot be written.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / LOCK_FILE, "ab") as file:
-            try:
-                lock(file)
-            except OSError as error:
-                if error.errno in HELD:
-                    raise TrainingError(
-                        f"another call is at work in {self.work}; wait for it, stop "
-                        "it, or name another work folder"
-                    ) from error
-                yield  # where there are no locks it goes without
-                return
-            try:
-                yield
-            finally:
-                unlock(file)
+        with working_alone(self.work):
+            keep_prices(prices, self.work)
+            if self.recipe.step is None:
+                backend = get_backend(self.target.backend)
+                keep_step(prices.step, self.target, backend=backend, work=self.work)
+            yield
 
     def compare(self, exported: ExportedNetwork, *, beside: str) -> ParityReport:
         """What a file computes, beside the network that it was written from.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from torch import nn
 
@@ -16,7 +16,13 @@ from ofa_deploy.assembly import assemble_bundle, require_classes
 from ofa_deploy.bundle import Bundle, require_output
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet, load_images, split_validation
-from ofa_deploy.errors import DataError, DeviceError, SpaceError, TrainingError
+from ofa_deploy.errors import (
+    BundleError,
+    DataError,
+    DeviceError,
+    SpaceError,
+    TrainingError,
+)
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
@@ -44,6 +50,7 @@ from ofa_deploy.target import parse_target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE
 from ofa_deploy.verify import require_memory_gauge
+from ofa_deploy.work_folder import require_outside
 from profilers.backends import get_backend
 
 HISTORY_FILE = "shrink.json"
@@ -93,7 +100,8 @@ def shrink(
     Raises:
         SpaceError: No such method, or the limit that it shrinks to is not given.
         TraceError: Names the layer whose channels cannot be told.
-        DataError: The images do not fit the network.
+        BundleError: `out` is not free, `work` is in it, or nothing can be written.
+        DataError: The images do not fit the network, or hold `out` or `work`.
         TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
     """
@@ -107,6 +115,10 @@ def shrink(
         require_pixel_scale(normalisation)
     out = Path(out).resolve()
     require_output(out)
+    if work is None:
+        work = out.with_name(f"{out.name}.work")
+    work = Path(work).resolve()
+    _require_apart(out, work, data=(data, eval_data))
     target = parse_target(device, threads=threads)
     get_backend(target.backend).runtime(threads=target.threads)
     recipe, reporter = recipe or default_shrink_recipe(), reporter or Silent()
@@ -146,7 +158,6 @@ def shrink(
             "RepVGG family) are written for LiteRT so far. Take another device, or "
             "convert the model.onnx of a bundle for one"
         )
-    work = Path(work) if work is not None else out.with_name(f"{out.name}.work")
     call = Shrinking(
         own=own,
         method=known,
@@ -161,7 +172,38 @@ def shrink(
         told=told,
         executor=executor,
     )
-    return _bundle(call, out=out, prices_folder=cache_folder())
+    with _writing(out, work, cache := cache_folder()):
+        return _bundle(call, out=out, prices_folder=cache)
+
+
+def _require_apart(out: Path, work: Path, *, data: tuple[object, ...]) -> None:
+    """Refuse folders in each other's way.
+
+    Raises:
+        BundleError: `work` is in `out`, which must be empty.
+        DataError: One of them is among the images.
+    """
+    if work.is_relative_to(out):
+        raise BundleError(
+            f"work={work} is in the folder of the bundle, {out}, which must be empty; "
+            "name one outside"
+        )
+    for source in data:
+        require_outside("out", out, source)
+        require_outside("work", work, source)
+
+
+@contextmanager
+def _writing(*folders: Path) -> Iterator[None]:
+    """Say where nothing could be written, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"what is found cannot be written: {error}. See that there is space, and "
+            f"that these can be written: {', '.join(map(str, folders))}, "
+            f"{gettempdir()}. Then make the same call again: it goes on"
+        ) from error
 
 
 def _halves(held_out: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -251,6 +293,7 @@ def _step(call: Shrinking, folder: Path) -> int:
         call.target,
         backend=get_backend(call.target.backend),
         folder=folder,
+        work=call.work,
         reporter=call.reporter,
     )
 
@@ -262,6 +305,7 @@ def _prices(call: Shrinking, folder: Path, *, step: int) -> DevicePrices:
         backend=get_backend(call.target.backend),
         step=step,
         folder=folder,
+        work=call.work,
         reporter=call.reporter,
     )
 

@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Load a run's state.
 
     Raises:
-        TrainingError: Not a checkpoint, or damaged.
+        TrainingError: It cannot be read, is no checkpoint, or damaged.
     """
     try:
         # Read at once: the file may be replaced while a training goes on.
@@ -112,10 +112,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"format version {metadata['format_version']}, not {FORMAT_VERSION}"
             )
         position = Position(**json.loads(metadata["position"]))
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except OSError as error:
         raise TrainingError(
-            f"{path} is not a readable checkpoint ({error}); delete the run's folder "
-            "and start again without --resume"
+            f"{path} cannot be read: {error}. Check its permissions, and the disk"
+        ) from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"{path} is damaged, or of another version ({error}); delete this file, "
+            "and do the same again: it goes on from what else the folder keeps"
         ) from error
     return Checkpoint(
         position=position,

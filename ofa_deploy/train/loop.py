@@ -33,7 +33,7 @@ from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Recipe, learning_rate
 from ofa_deploy.train.views import ViewsInAnyOrder
-from profilers.files import write_atomically
+from profilers.files import remove_leftovers, write_atomically
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
@@ -195,6 +195,7 @@ class TrainingLoop:
         )
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder / CHECKPOINT_FILE)
             if (folder / CHECKPOINT_FILE).exists():
                 self._restore(read_checkpoint(folder / CHECKPOINT_FILE))
             # Of epochs that end after the checkpoint, and are trained again.

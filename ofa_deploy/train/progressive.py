@@ -46,7 +46,8 @@ from ofa_deploy.train.evaluate import (
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe, learning_rate, restrict
-from profilers.files import write_atomically
+from ofa_deploy.work_folder import LOCK_FILE
+from profilers.files import remove_leftovers, write_atomically
 from profilers.json_reader import read_json
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -114,7 +115,9 @@ class RunSettings:
             )
         if self.resume:
             self.latest_state(recipe)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise TrainingError(f"{self.folder} is a file; name a folder for the run")
+        elif self.folder.exists() and any(map(_is_of_a_run, self.folder.iterdir())):
             raise TrainingError(
                 f"{self.folder} is not empty; pass --resume to continue the run in it, "
                 "or name another folder"
@@ -205,21 +208,23 @@ class ProgressiveTraining:
 
     def _open_folder(self) -> None:
         folder = self.settings.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for phase in self.recipe.phases:
+            remove_leftovers(self.settings.phase_result(phase))
+        remove_leftovers(folder / CHECKPOINT_FILE)
         if self.settings.resume:
-            for leftover in folder.glob(f".{CHECKPOINT_FILE}.*"):
-                leftover.unlink()  # of a kill while a checkpoint was written
             self._require_same_space()
             self._restore(read_checkpoint(self.settings.latest_state(self.recipe)))
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        # First: with it the run can be resumed.
-        self._enter_phase(0)
+            self._cut_log()
+        else:
+            self._enter_phase(0)  # first: with its checkpoint the run can be resumed
         for name, content in (
             (RECIPE_FILE, asdict(self.recipe)),
             (SPACE_FILE, encode_space(self.space)),
         ):
-            text = json.dumps(content, indent=2, sort_keys=True)
-            write_atomically(folder / name, text.encode())
+            if not (folder / name).exists():
+                text = json.dumps(content, indent=2, sort_keys=True)
+                write_atomically(folder / name, text.encode())
 
     def _require_same_space(self) -> None:
         """Spaces of equal tensors may still differ, in strides or resolutions."""
@@ -494,6 +499,24 @@ class ProgressiveTraining:
         apply_statistics(self.supernet, shared)
         return result
 
+    def _cut_log(self) -> None:
+        """Leave out what the log says of epochs that will be trained again."""
+        path = self.settings.folder / LOG_FILE
+        if not path.exists():
+            return
+        places = {phase.name: place for place, phase in enumerate(self.recipe.phases)}
+        here = (self._phase_index, self._step // self.steps_per_epoch)
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                if (places[entry["phase"]], entry["epoch"]) > here:
+                    break
+            except (ValueError, KeyError, TypeError):  # of a kill or a full disk
+                break
+            kept.append(f"{line}\n")
+        write_atomically(path, "".join(kept).encode())
+
     def _log(self, phase: Phase, loss: float) -> None:
         line = {
             "phase": phase.name,
@@ -502,8 +525,13 @@ class ProgressiveTraining:
             "validation": {k: round(v, 4) for k, v in self._accuracies.items()},
             "elapsed_s": round(self.elapsed_s, 1),
         }
-        with (self.settings.folder / LOG_FILE).open("a") as file:
+        with (self.settings.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file is more than a lock, or a part of one whose writing was killed."""
+    return path.name != LOCK_FILE and not path.name.startswith(f".{CHECKPOINT_FILE}.")
 
 
 def _holds(folder: Path, weights: Mapping[str, NDArray[np.float32]]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from ofa_deploy import device_bench, exporting, pipeline, profiling
-from ofa_deploy.bundle import Bundle, new_bundle_folder
+from ofa_deploy.bundle import ABANDONED_S, Bundle, new_bundle_folder
 from ofa_deploy.drift import DriftCheck
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
@@ -53,6 +53,7 @@ WRITING: dict[str, tuple[Any, str, int]] = {
     "making the manifest": (tempfile, "mkstemp", 1),
     "writing the manifest": (os, "fsync", 1),
     "naming the manifest": (Path, "replace", 1),
+    "putting a file on the disk": (os, "fsync", 3),
     "naming the bundle": (os, "rename", 1),
 }
 COMPUTING: dict[str, tuple[Any, str, int]] = {
@@ -216,6 +217,19 @@ def test_what_a_new_bundle_folder_holds_vanishes_with_an_error(
     assert content(home) == []
 
 
+def test_what_a_kill_left_of_a_bundle_goes_a_day_later(tmp_path: Path) -> None:
+    for name in (".bundle.partial-old", ".bundle.partial-new", ".other.partial-old"):
+        (tmp_path / name).mkdir()
+        if name.endswith("old"):
+            long_ago_s = time.time() - 2 * ABANDONED_S
+            os.utime(tmp_path / name, (long_ago_s, long_ago_s))
+    with new_bundle_folder(tmp_path / "bundle") as folder:
+        (folder / "model").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".bundle.partial-new", ".other.partial-old", "bundle"),
+    ]
+
+
 def test_an_empty_current_folder_becomes_the_bundle(
     session: Specializer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,8 +325,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
-def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
-    tmp_path: Path, home: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_that_times_leaves_nothing_and_shows_no_traceback(
+    number: signal.Signals, tmp_path: Path, home: Path
 ) -> None:
     supernet, table = write_inputs(tmp_path, backend="onnxruntime-cpu")
     scratch = tmp_path / "scratch"
@@ -335,12 +350,12 @@ def test_ctrl_c_while_the_command_times_leaves_nothing_and_shows_no_traceback(
         # Written last before the certifying, which takes seconds; candidates' files are
         # a folder further down.
         wait_for(lambda: any(scratch.glob("ofa-deploy-*/model.onnx")), process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output, told = process.communicate(timeout=PATIENCE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "interrupted: nothing half-written was left" in told
     assert "Traceback" not in output + told
     assert content(home) == []

@@ -20,8 +20,10 @@ from profilers.journal import Journal, Retry
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
+from profilers.process import package_environment
 from profilers.worker import Assignment, Began, Visited, decode_report
 from tests.support.faulty_worker import COMMAND, NAME, write_model
+from tests.support.processes import is_running, waited_for
 
 SUBJECT: dict[str, Json] = {"order": "test"}
 SETTINGS = MeasureSettings(
@@ -236,6 +238,52 @@ def test_no_visit_begins_before_the_last_one_is_kept(tmp_path: Path) -> None:
         assert isinstance(decode_report(lines[0]), Began)
         worker.stdin.close()  # its parent is gone
         assert worker.wait(60) == 1
+
+
+def test_a_worker_that_hangs_ends_with_its_parent(tmp_path: Path) -> None:
+    """People end a call because its runtime hangs, and that is not to go on."""
+    models = {"hangs": write_model(tmp_path / "hangs", fault="hang")}
+    assignment = Assignment(
+        backend=NAME, threads=1, settings=SETTINGS, passes=1, seed=0, models=models
+    )
+    with subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(f"{assignment.to_json()}\n")
+        worker.stdin.flush()
+        while not isinstance(decode_report(worker.stdout.readline()), Began):
+            pass
+        worker.stdin.close()
+        assert worker.wait(60) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows tells of no parent's end")
+def test_a_process_ends_with_the_one_that_began_it() -> None:
+    child = (
+        "import os, sys, time\n"
+        "from profilers.process import end_with\n"
+        "end_with(int(sys.argv[1]))\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = (
+        "import os, subprocess, sys\n"
+        f"words = [sys.executable, '-c', {child!r}, str(os.getpid())]\n"
+        "begun = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)\n"
+        "print(begun.stdout.readline(), end='', flush=True)\n"
+        "os._exit(9)\n"  # as a kill does, without a word to anybody
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent],
+        env=package_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    orphan = int(done.stdout)
+    assert waited_for(lambda: not is_running(orphan), limit_s=60)
 
 
 def test_a_pass_takes_the_time_that_is_set(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -43,6 +42,7 @@ from profilers.measurement import (
 )
 from profilers.pace import Pace
 from profilers.process import package_environment, profilers_command
+from tests.support.processes import is_running, waited_for
 from tests.support.profilers_models import conv_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -225,29 +225,6 @@ def test_what_is_measured_ends_with_the_process_that_asked(tmp_path: Path) -> No
         parent.kill()
         parent.wait()
     assert waited_for(lambda: not is_running(pid))
-
-
-def waited_for(found: Callable[[], Any], *, limit_s: float = 30.0) -> Any:
-    """What is found, once there is something."""
-    end_s = time.monotonic() + limit_s
-    while time.monotonic() < end_s:
-        if value := found():
-            return value
-        time.sleep(0.05)
-    return found()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    if not Path("/proc/self/stat").is_file():
-        return True
-    try:  # one that nobody waits for stays in the list
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @posix_only

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import lzma
+import os
 import re
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +30,14 @@ from torch import Tensor, nn
 from ofa_deploy import Bundle, DeployError, InfeasibleBudget, specialize
 from ofa_deploy.cli import main
 from ofa_deploy.cli.shrinking import load_model
-from ofa_deploy.errors import DataError, SpaceError, TraceError, TrainingError
+from ofa_deploy.errors import (
+    BundleError,
+    DataError,
+    MeasurementError,
+    SpaceError,
+    TraceError,
+    TrainingError,
+)
 from ofa_deploy.exporting import compare_exported
 from ofa_deploy.nn.cifar_resnet import Block
 from ofa_deploy.nn.onnx_module import write_module
@@ -33,7 +45,7 @@ from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
-from ofa_deploy.shrink import by_channels, device_prices, fitting, to_budget
+from ofa_deploy.shrink import by_channels, device_prices, fitting, methods, to_budget
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
@@ -52,6 +64,7 @@ from ofa_deploy.train.recipe import Phase, Recipe
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from tests.support import own_networks, tiny, tiny_session
+from tests.support.processes import is_running, waited_for
 from tests.support.quick import QUICK
 from tests.support.shrinking import (
     SIZE,
@@ -294,6 +307,109 @@ def shrunk(
     assert bundle.manifest.binding.met
     assert bundle.check().agrees
     return bundle
+
+
+def test_a_call_goes_on_by_its_own_prices_once_the_cache_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a container's, whose folder of work is on a disk that stays."""
+    network = ResidualNet()
+    monkeypatch.setattr(to_budget, "cache_folder", lambda: tmp_path / "cache")
+    latency_ms = 0.8 * priced_ms(own_network(network), tmp_path / "cache")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(by_channels, "finetune", stop)
+    with pytest.raises(KeyboardInterrupt):
+        shrunk(network, "legr", latency_ms, tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    # Neither is anything measured, nor a candidate judged again.
+    monkeypatch.setattr(device_prices, "_measure", lambda *_, **__: pytest.fail("anew"))
+    monkeypatch.setattr(methods, "_executor", lambda _: nullcontext(Ended()))
+    with pytest.raises(KeyboardInterrupt):
+        shrunk(network, "legr", latency_ms, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            lambda table: "",
+            r"own-.*\.json: this is not valid JSON .*; delete it, and ma",
+        ),
+        (
+            lambda table: json.dumps({**table, "origin": "synthetic"}),
+            r"own-.*\.json is not what was measured of this network here; delete it, ",
+        ),
+        (
+            lambda table: json.dumps({**table, "space_sha256": "0" * 64}),
+            r"own-.*\.json is not what was measured of this network here; delete it, ",
+        ),
+    ],
+)
+def test_prices_that_are_not_those_of_the_network_are_refused(
+    damage: Callable[[dict[str, object]], str], told: str, tmp_path: Path
+) -> None:
+    own = own_network(ResidualNet())
+    priced_ms(own, tmp_path)
+    (path,) = tmp_path.glob("own-*.json")
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(MeasurementError, match=told):
+        priced_ms(own, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "kind", "told"),
+    [
+        (
+            {"out": "small", "work": "small/work"},
+            BundleError,
+            r"^work=.* is in the folder of the bundle, .*, which must be empty",
+        ),
+        ({"out": "images/small"}, DataError, r"^out=.* is in the folder of the images"),
+        (
+            {"out": "small", "work": "images/work"},
+            DataError,
+            r"^work=.* is in the folder of the images",
+        ),
+    ],
+)
+def test_folders_in_each_others_way_are_refused_before_anything_is_read(
+    folders: dict[str, str], kind: type[DeployError], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(kind, match=told):
+        specialize(
+            "onnxruntime-cpu",
+            model=ResidualNet(),
+            data=tmp_path / "images",
+            latency_ms=1.0,
+            method="legr",
+            out=tmp_path / folders["out"],
+            work=tmp_path / folders["work"] if "work" in folders else None,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_full_disk_is_told_with_where_and_what_next(
+    caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = ResidualNet()
+    latency_ms = 0.8 * priced_ms(own_network(network), caches)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(by_channels, "finetune", full)
+    with pytest.raises(BundleError) as caught:
+        shrunk(network, "legr", latency_ms, tmp_path)
+    assert str(caught.value) == (
+        "what is found cannot be written: [Errno 28] No space left on device. See that "
+        f"there is space, and that these can be written: {tmp_path / 'out'}, "
+        f"{tmp_path / 'work'}, {caches}, {tempfile.gettempdir()}. Then make the same "
+        "call again: it goes on"
+    )
 
 
 def trained_weights(bundle: Bundle, folder: Path) -> Mapping[str, Tensor]:
@@ -940,6 +1056,16 @@ def test_other_processes_judge_a_network_of_a_file(mine: Path) -> None:
     assert type(other) is type(network)
     for name, tensor in network.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_processes_that_judge_end_with_what_they_judge_for() -> None:
+    """What is queued is for nobody once the call has failed, or was interrupted."""
+    with suppress(KeyboardInterrupt), _executor(None) as executor:
+        judge = executor.submit(os.getpid).result()
+        for _ in range(8):
+            executor.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert waited_for(lambda: not is_running(judge), limit_s=60)
 
 
 def test_a_file_with_the_name_of_another_module_is_refused(mine: Path) -> None:

@@ -46,6 +46,7 @@ from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE
 from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.train.views import ViewsInAnyOrder
+from ofa_deploy.work_folder import working_alone
 from tests.support import tiny
 from tests.support.shrinking import (
     SIZE,
@@ -463,9 +464,9 @@ def test_two_calls_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
     again, _ = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
     shrinking = ByChannels(call=again, method="legr", prices=prices, stack=ExitStack())
     refused = pytest.raises(TrainingError, match="another call is at work in")
-    with call.alone(), refused:
+    with working_alone(call.work), refused:
         shrinking.run()
-    with again.alone():
+    with working_alone(again.work):
         pass
 
 

@@ -25,11 +25,14 @@ from ofa_deploy.train.checkpoint import Checkpoint, read_checkpoint
 from ofa_deploy.train.finish import finish_supernet
 from ofa_deploy.train.progressive import (
     CHECKPOINT_FILE,
+    LOG_FILE,
+    SPACE_FILE,
     SUPERNET_FOLDER,
     ProgressiveTraining,
     TrainingProgress,
 )
 from ofa_deploy.train.recipe import Phase, Recipe, default_recipe, restrict
+from ofa_deploy.work_folder import LOCK_FILE
 from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from tests.support import tiny, train_tiny
 from tests.support.train_tiny import RECIPE, STEPS_PER_EPOCH, training
@@ -281,10 +284,58 @@ def test_resuming_with_a_space_that_differs_in_a_stride_is_refused(
 
 def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
     training(tmp_path)
-    leftover = tmp_path / f".{CHECKPOINT_FILE}.abc"
-    leftover.write_bytes(b"half")
+    leftovers = [tmp_path / f".{name}.abc" for name in (CHECKPOINT_FILE, TEACHER_FILE)]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     training(tmp_path, resume=True)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_a_kill_in_the_first_checkpoint_leaves_a_folder_to_start_in(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / f".{CHECKPOINT_FILE}.abc").write_bytes(b"half")
+    (tmp_path / LOCK_FILE).touch()
+    training(tmp_path)
+    assert (tmp_path / CHECKPOINT_FILE).exists()
+    assert not list(tmp_path.glob(f".{CHECKPOINT_FILE}.*"))
+
+
+def test_a_kill_before_the_space_was_written_leaves_it_to_be_written(
+    tmp_path: Path,
+) -> None:
+    training(tmp_path)
+    kept = (tmp_path / SPACE_FILE).read_bytes()
+    (tmp_path / SPACE_FILE).unlink()
+    training(tmp_path, resume=True)
+    assert (tmp_path / SPACE_FILE).read_bytes() == kept
+
+
+@pytest.mark.parametrize("left", ["half a line", "an epoch of no checkpoint"])
+def test_the_log_says_nothing_of_what_is_trained_again(
+    left: str, tmp_path: Path, trained: Path
+) -> None:
+    lines = (trained / LOG_FILE).read_text().splitlines(keepends=True)
+    epochs = len(lines)
+    training(tmp_path, stop_after=RECIPE.phases[0].name).run()
+    log = tmp_path / LOG_FILE
+    here = log.read_text().splitlines(keepends=True)
+    assert 0 < len(here) < epochs
+    further = lines[len(here)]
+    log.write_text("".join(here) + (further[:20] if left == "half a line" else further))
+    training(tmp_path, resume=True).run()
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    wanted = [json.loads(line) for line in lines]
+    assert [(line["phase"], line["epoch"], line["loss"]) for line in told] == [
+        (line["phase"], line["epoch"], line["loss"]) for line in wanted
+    ]
+
+
+def test_a_file_in_the_runs_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert refusal(tmp_path / "run") == (
+        f"{tmp_path / 'run'} is a file; name a folder for the run"
+    )
 
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -343,7 +394,8 @@ def test_a_damaged_state_is_refused(
     }[damage]
     (tmp_path / name).write_bytes(damaged)
     message = refusal(tmp_path, resume=True)
-    assert message.startswith(f"{tmp_path / name} is not a readable checkpoint (")
+    assert message.startswith(f"{tmp_path / name} is damaged, or of another version (")
+    assert message.endswith("it goes on from what else the folder keeps")
 
 
 def test_a_missing_teacher_is_refused(tmp_path: Path, trained: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 
-from ofa_deploy import cli, device_bench, drift, pipeline
+from ofa_deploy import cli, device_bench, drift, pipeline, profiling
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
@@ -28,6 +30,7 @@ from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import encode_space
 from ofa_deploy.stored import read_supernet, write_supernet
 from ofa_deploy.train import finish
+from ofa_deploy.work_folder import LOCK_FILE, working_alone
 from profilers import MeasureSettings
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -35,10 +38,7 @@ from profilers.doctor import BackendStatus, Diagnosis, Finding
 from profilers.steadiness import Steadiness, Throttling
 from tests.support import tiny, tiny_bundle
 
-COMMANDS = (
-    *("assert-latency", "bench", "check", "demo", "doctor", "fleet", "frontier"),
-    *("probe", "profile", "specialize", "train"),
-)
+COMMANDS = tuple(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,77 @@ def test_an_output_folder_that_cannot_be_made_is_refused_first(
     assert "name a folder whose parent can be written" in refused.told
 
 
+def test_a_demo_looks_at_its_output_folder_before_it_measures(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "Specializer", lambda *_, **__: pytest.fail("begun"))
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_refused(
+        run("demo", "--out", tmp_path),
+        f"{tmp_path} exists and is not an empty folder; name another output folder, "
+        "or remove it first",
+    )
+
+
+def test_an_output_folder_that_cannot_be_looked_at_is_refused(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, **_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    out = tmp_path / "out"
+    assert_refused(
+        run("specialize", "--latency-ms", "1", "--out", out),
+        f"{out} cannot be looked at: [Errno 13] Permission denied: '{out}'; name a "
+        "folder that can be read",
+    )
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / f"{'x' * 300}.svg"
+    refused = run("probe", "--device", "onnxruntime-cpu", "--plot", file)
+    assert refused.code == 1
+    assert refused.told.startswith(f"error: --plot {file} cannot be written: ")
+    assert refused.told.rstrip().endswith("; name another file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    supernet: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(name: str) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(profiling, "user_cache_path", nowhere)
+    assert_refused(
+        run(
+            *("specialize", "--latency-ms", "1", "--out", tmp_path / "bundle"),
+            *("--device", "onnxruntime-cpu", "--supernet", supernet),
+        ),
+        "there is no folder to keep latency tables in: Could not determine home "
+        "directory.. Set HOME, or XDG_CACHE_HOME, to a folder that can be written",
+    )
+
+
+def test_what_nobody_thought_of_is_told_in_a_line(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(Bundle, "open", broken)
+    assert_refused(
+        run("check", tmp_path),
+        "ZeroDivisionError: division by zero. That should not happen: run it again "
+        "with --debug to see where, and report that",
+    )
+    with pytest.raises(ZeroDivisionError):
+        run("--debug", "check", tmp_path)
+
+
 def test_an_output_folder_on_which_something_is_mounted_is_refused(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +517,26 @@ def space_file(tmp_path: Path) -> Path:
 
 def train(run: Run, data: Path, out: Path, *more: str | Path) -> Outcome:
     return run("train", "--data", data, "--out", out, "--threads", "1", *more)
+
+
+def test_a_run_is_trained_by_one_command_at_a_time(
+    data: Path, space_file: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "run"
+    with working_alone(out):
+        refused = train(run, data, out, "--space", space_file, "--batch-size", "4")
+    assert refused.code == 1
+    assert f"error: another call is at work in {out}; wait for it" in refused.told
+    assert [file.name for file in out.iterdir()] == [LOCK_FILE]
+
+
+def test_a_run_among_the_images_is_refused(tmp_path: Path, run: Run) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    refused = train(run, images, images / "run")
+    assert refused.code == 1
+    assert f"error: out={images / 'run'} is in the folder of the images" in refused.told
+    assert list(images.iterdir()) == []
 
 
 def test_missing_training_data_is_refused(tmp_path: Path, run: Run) -> None:

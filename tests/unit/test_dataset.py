@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +13,12 @@ import pytest
 from PIL import Image
 
 from ofa_deploy import dataset
-from ofa_deploy.dataset import ImageSet, load_images, split_validation
+from ofa_deploy.dataset import (
+    ImageSet,
+    load_images,
+    read_image_by,
+    split_validation,
+)
 from ofa_deploy.errors import DataError
 from ofa_deploy.preprocess import as_rgb
 from tests.support import tiny
@@ -266,6 +272,38 @@ def test_unreadable_images_are_left_out_on_request(tmp_path: Path) -> None:
     data, left_out = load_images(path, skip_bad=True)
     assert_same(data, in_label_order(DATA))
     assert left_out == ("blue/broken.png", "red/text.jpg")
+
+
+def test_an_image_that_cannot_be_read_today_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tomorrow the same folder would hold other training data."""
+    root = write_folder(tmp_path / "data", class_files(DATA))
+    read_bytes, failing = Path.read_bytes, sorted(root.glob("*/*"))[3]
+
+    def read(path: Path) -> bytes:
+        if path == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    for skip_bad in (True, False):
+        told = refusal(root, skip_bad=skip_bad)
+        assert failing.name in told
+        assert "cannot be read: [Errno 5] Input/output error. Check its perm" in told
+
+
+def test_an_image_that_is_not_there_is_as_one_that_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        read_image_by((tmp_path / "gone.png").read_bytes, name="gone.png")
+
+
+def test_memory_that_is_full_is_no_damage() -> None:
+    def read() -> bytes:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        read_image_by(read, name="a.png")
 
 
 def test_a_class_of_unreadable_images_alone_is_refused(tmp_path: Path) -> None:

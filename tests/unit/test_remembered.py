@@ -53,6 +53,12 @@ def test_what_another_version_kept_is_refused(text: str, tmp_path: Path) -> None
         recall(path)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "kept.json").mkdir()
+    with pytest.raises(TrainingError, match=r"kept.json cannot be read: .*Check its"):
+        recall(tmp_path / "kept.json")
+
+
 def test_a_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"epoch": 1}\n{"epo\n')
