@@ -63,6 +63,7 @@ from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress
 from ofa_deploy.train.recipe import Phase, Recipe
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
+from profilers.table import LatencyTable
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.processes import is_running, waited_for
 from tests.support.quick import QUICK
@@ -332,31 +333,34 @@ def test_a_call_goes_on_by_its_own_prices_once_the_cache_is_gone(
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
-    [
-        (
-            lambda table: "",
-            r"own-.*\.json: this is not valid JSON .*; delete it, and ma",
-        ),
-        (
-            lambda table: json.dumps({**table, "origin": "synthetic"}),
-            r"own-.*\.json is not what was measured of this network here; delete it, ",
-        ),
-        (
-            lambda table: json.dumps({**table, "space_sha256": "0" * 64}),
-            r"own-.*\.json is not what was measured of this network here; delete it, ",
-        ),
-    ],
+    "changes", [{"origin": "synthetic"}, {"space_sha256": "0" * 64}]
 )
 def test_prices_that_are_not_those_of_the_network_are_refused(
-    damage: Callable[[dict[str, object]], str], told: str, tmp_path: Path
+    changes: dict[str, str], tmp_path: Path
 ) -> None:
     own = own_network(ResidualNet())
     priced_ms(own, tmp_path)
     (path,) = tmp_path.glob("own-*.json")
-    path.write_text(damage(json.loads(path.read_text())))
-    with pytest.raises(MeasurementError, match=told):
+    replace(LatencyTable.load(path), **changes).save(path)  # type: ignore[arg-type]
+    with pytest.raises(MeasurementError) as caught:
         priced_ms(own, tmp_path)
+    assert str(caught.value) == (
+        f"{path} is not what was measured of this network here; delete it, and make "
+        "the same call again: prices are measured anew"
+    )
+
+
+def test_damaged_prices_are_told_of_with_their_folder(tmp_path: Path) -> None:
+    own = own_network(ResidualNet())
+    priced_ms(own, tmp_path)
+    (path,) = tmp_path.glob("own-*.json")
+    path.write_text("")
+    with pytest.raises(MeasurementError) as caught:
+        priced_ms(own, tmp_path)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: {path.name}: this is not valid JS"
+    )
+    assert str(caught.value).endswith("call again: prices are measured anew")
 
 
 @pytest.mark.parametrize(
