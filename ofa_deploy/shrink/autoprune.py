@@ -59,12 +59,13 @@ class Deciding:
         )
 
     def loss(self, module: nn.Module, step: int) -> Tensor:
-        """Of a network on a step's batch.
+        """Of a network on a step's batch, cut and mixed as those of the weights are.
 
         Raises:
             TrainingError: It is no number.
         """
-        rng = np.random.default_rng([self.images.seed, step])
+        # Another stream than that of the weights' steps, [seed, 0, step].
+        rng = np.random.default_rng([self.images.seed, 1, step])
         torch.manual_seed(int(rng.integers(2**63)))
         inputs, targets = self.images.batch(
             0, step, resolution=self.resolution, rng=rng

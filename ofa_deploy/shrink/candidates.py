@@ -64,6 +64,7 @@ class CandidateImages:
         training_count: int,
         validation_count: int,
         folder: Path,
+        tuning_count: int = 0,
     ) -> CandidateImages:
         """Some training images and some others, evenly over the classes.
 
@@ -71,20 +72,23 @@ class CandidateImages:
             images: To take them from.
             held_out: To measure the loss on.
             resolution: Height and width of the inputs.
-            training_count: To re-estimate statistics, and to tune on; at most.
+            training_count: To re-estimate statistics on; at most.
             validation_count: Of those that are held out; at most.
             folder: Gets the files.
+            tuning_count: To tune on, where that is done; at most.
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts = {
             "training": (images.training, training_count),
             "validation": (held_out, validation_count),
         }
+        if tuning_count:
+            parts["tuning"] = (images.training, tuning_count)
         for name, (part, count) in parts.items():
             picked = np.linspace(0, len(part) - 1, min(count, len(part)))
             index = np.random.default_rng(0).permutation(picked.astype(np.int64))
             pixels = np.ascontiguousarray(part.images[index].transpose(0, 3, 1, 2))
-            _save(folder / f"{name}_images.npy", pixels)
+            _save(_images_file(folder, name), pixels)
             _save(folder / f"{name}_labels.npy", part.labels[index])
         return cls(
             folder=folder, resolution=resolution, normalisation=images.normalisation
@@ -94,17 +98,18 @@ class CandidateImages:
     def sha256(self) -> str:
         """Of all images and labels, and of how networks see them."""
         digest = hashlib.sha256(f"{self.resolution} {self.normalisation}".encode())
-        for part in ("training", "validation"):
-            for array in _loaded(self.folder, part):
-                digest.update(np.ascontiguousarray(array).data)
+        for part in ("training", "validation", "tuning"):
+            if _images_file(self.folder, part).exists():
+                for array in _loaded(self.folder, part):
+                    digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def count(self, part: str) -> int:
-        """Images of `training` or `validation`."""
+        """Images of `training`, `validation` or `tuning`."""
         return len(_loaded(self.folder, part)[1])
 
     def batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels of `training` or `validation`, one batch at a time."""
+        """Inputs and labels of a part, one batch at a time."""
         images, labels = _loaded(self.folder, part)
         # Of equal size: statistics are the mean of batches'.
         count = -(-len(labels) // evaluation_batch(self.resolution))
@@ -124,9 +129,13 @@ def _save(path: Path, array: NDArray[Any]) -> None:
     write_atomically(path, content.getvalue())
 
 
+def _images_file(folder: Path, part: str) -> Path:
+    return folder / f"{part}_images.npy"
+
+
 @lru_cache(maxsize=4)
 def _loaded(folder: Path, part: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    images = np.load(folder / f"{part}_images.npy", mmap_mode="r", allow_pickle=False)
+    images = np.load(_images_file(folder, part), mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / f"{part}_labels.npy", mmap_mode="r", allow_pickle=False)
     return images, labels
 
@@ -207,7 +216,7 @@ def _tune(
     optimizer = torch.optim.SGD(
         module.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
-    epochs = map(images.batches, itertools.repeat("training"))
+    epochs = map(images.batches, itertools.repeat("tuning"))
     batches = itertools.chain.from_iterable(epochs)
     for inputs, labels in itertools.islice(batches, steps):
         optimizer.zero_grad()

@@ -81,7 +81,7 @@ class LegrSettings:
             only.
         learning_rate: Of these steps.
         together: Children bred from one population, which can be judged side by side.
-        training_count: Images to re-estimate and to tune on.
+        training_count: Images to re-estimate batch norms on; what tunes sees others.
         validation_count: Held-out images to judge on.
         seed: Of everything random.
     """

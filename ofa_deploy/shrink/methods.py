@@ -48,7 +48,7 @@ from ofa_deploy.shrink.tas import (
     TransformableSearch,
     preflight,
 )
-from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from profilers.device import available_cores
@@ -234,6 +234,9 @@ def _legr(search: Search) -> Found:
             training_count=settings.training_count,
             validation_count=settings.validation_count,
             folder=images_folder,
+            # No image twice, as long as there are others: who knows it by heart says
+            # little of a structure.
+            tuning_count=settings.tuning_steps * evaluation_batch(own.resolution),
         )
         warn_if_few(own.module, images)
         ranking = RankingSearch(

@@ -36,7 +36,11 @@ PREFLIGHT_PASSES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TasSettings:
-    """How distributions are learned; the published values, but for the rate.
+    """How distributions are learned; the published values, with these exceptions.
+
+    The rate, the base of the tolerance and what the search starts from, as said below;
+    the losses of weights and distributions, whose labels are smoothed and whose images
+    are mixed as the recipe says; and the weights' own rate, which is the recipe's.
 
     Args:
         cost_weight: Of the price in the distributions' loss.

@@ -25,7 +25,12 @@ from ofa_deploy.errors import (
 from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink import methods
-from ofa_deploy.shrink.autoprune import AutoPrune, Deciding, typical_gradient
+from ofa_deploy.shrink.autoprune import (
+    AutoPrune,
+    Deciding,
+    typical_gradient,
+    wandering_rate,
+)
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.groups import Cut
 from ofa_deploy.shrink.masks import (
@@ -365,6 +370,62 @@ def chain() -> nn.Module:
         nn.Flatten(),
         nn.Linear(24, 3),
     )
+
+
+def test_weights_and_masks_are_trained_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, method, net = training()
+    masks = {id(mask.latent) for mask in net.masks}
+
+    def state() -> tuple[list[Tensor], list[Tensor]]:
+        parameters = list(net.module.parameters())
+        return (
+            [p.detach().clone() for p in parameters if id(p) not in masks],
+            [p.detach().clone() for p in parameters if id(p) in masks],
+        )
+
+    def same(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    own_step = method.after_step
+    monkeypatch.setattr(method, "after_step", lambda: None)
+    weights, before = state()
+    loop._train_step(0)
+    stepped, unchanged = state()
+    assert same(before, unchanged)
+    assert not same(weights, stepped)
+    own_step()
+    after, moved = state()
+    assert same(stepped, after)
+    assert not same(unchanged, moved)
+
+
+def test_both_trainings_draw_by_chance_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Noise that both see, such as what TAS draws, is drawn anew for each of them."""
+    loop, _, net = training()
+    drawn: list[float] = []
+    net.module.register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
+    for step in range(3):
+        loop._train_step(step)
+    assert len(drawn) == len(set(drawn)) == 6
+
+
+def test_a_gradient_of_changing_sign_wanders_as_far_as_the_rate_was_made_for() -> None:
+    way, steps, gradient, momentum = 0.125, 400, 3.0, 0.9
+    rate = wandering_rate(gradient, way=way, steps=steps, momentum=momentum)
+    latents = nn.Parameter(torch.zeros(4000))
+    optimizer = torch.optim.SGD([latents], lr=rate, momentum=momentum)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        signs = torch.randint(0, 2, latents.shape, generator=generator) * 2.0 - 1
+        latents.grad = gradient * signs
+        optimizer.step()
+    # Momentum gathers at first, and spends what it has only later.
+    found = float(latents.detach().square().mean().sqrt())
+    assert found == pytest.approx(way, rel=0.05)
 
 
 def test_masks_are_trained_on_images_that_weights_never_see() -> None:

@@ -349,6 +349,8 @@ def test_mutations_of_factors_become_smaller() -> None:
         assert (child.alpha > 0).all()
         spreads.append((np.log(child.alpha).std(), child.kappa.std()))
     (early, early_kappa), (late, late_kappa) = spreads
+    assert early == pytest.approx(QUICK.spread * (1 - 0.8 * 8 / 30), rel=0.1)
+    assert early_kappa == pytest.approx(0.1, rel=0.1)
     # 1 at the first evaluation, falling evenly to 0.2 behind the last.
     assert late / early == pytest.approx(
         (1 - 0.8 * 29 / 30) / (1 - 0.8 * 8 / 30), rel=0.1
@@ -357,6 +359,44 @@ def test_mutations_of_factors_become_smaller() -> None:
 
 
 # -- with real networks ----------------------------------------------------------------
+
+
+def test_what_is_added_to_norms_is_spread_as_they_are(images: CandidateImages) -> None:
+    spread = search(images)._kappa_spread
+    stds = [source.norms.std() for source in SOURCES]
+    assert spread.tolist() == pytest.approx(stds)
+    assert len(set(stds)) > 1
+
+
+def test_the_published_numbers_are_the_default() -> None:
+    settings = LegrSettings()
+    assert (settings.evaluations, settings.population, settings.samples) == (
+        400,
+        64,
+        16,
+    )
+    found = (settings.mutated_share, settings.spread, settings.safeguard)
+    assert found == (0.1, 1.0, 0.1)
+
+
+def test_what_tunes_a_candidate_sees_no_image_twice(tmp_path: Path) -> None:
+    phase = Phase(name="x", epochs=1, peak_learning_rate=0.1, distill=False)
+    data = tiny.images(per_class=40, seed=2)
+    training = TrainingImages(data, Recipe(phases=(phase,), batch_size=18))
+    images = CandidateImages.written(
+        training,
+        held_out=training.validation,
+        resolution=SIZE,
+        training_count=9,
+        validation_count=6,
+        tuning_count=60,
+        folder=tmp_path,
+    )
+    assert [images.count(part) for part in ("training", "validation", "tuning")] == [
+        *(9, 6, 60)
+    ]
+    seen = [x.numpy().tobytes() for batch, _ in images.batches("tuning") for x in batch]
+    assert len(set(seen)) == 60
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +412,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> CandidateImages:
         training_count=QUICK.training_count,
         validation_count=QUICK.validation_count,
         folder=tmp_path_factory.mktemp("images"),
+        tuning_count=QUICK.training_count,
     )
 
 

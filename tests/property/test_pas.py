@@ -28,6 +28,7 @@ from ofa_deploy.shrink.extract import extract_module, extract_plan
 from ofa_deploy.shrink.groups import ChannelGraph, Cut
 from ofa_deploy.shrink.masks import (
     BinaryMask,
+    Estimator,
     MaskedInput,
     MaskedNetwork,
     insert_masks,
@@ -78,8 +79,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 
 
-def masked(network: nn.Module) -> MaskedNetwork:
-    return insert_masks(network, channels(network))
+def masked(network: nn.Module, *, estimator: Estimator = "identity") -> MaskedNetwork:
+    return insert_masks(network, channels(network), estimator=estimator)
 
 
 def channels(network: nn.Module) -> ChannelGraph:
@@ -142,6 +143,7 @@ def test_a_latent_at_the_threshold_is_removed_and_one_above_is_kept() -> None:
     mask = BinaryMask(2)
     mask.latent.data = torch.tensor([0.5, 0.5 + 1e-6])
     assert mask.kept().tolist() == [1]
+    assert mask.binary.tolist() == [0.0, 1.0]
 
 
 # -- P4, P5: the price -----------------------------------------------------------------
@@ -480,6 +482,28 @@ def test_without_a_task_the_channels_of_a_layer_fall_together() -> None:
     _, seen = regularised(jitter=0.0, steps=600)
     assert all(torch.equal(row, row[0].expand(16)) for step in seen for row in step)
     assert any((step <= 0.5).all(1).any() for step in seen)
+
+
+@pytest.mark.parametrize("estimator", ["identity", "leaky_relu", "softplus"])
+def test_the_price_alone_takes_a_channel_in_the_steps_that_are_set(
+    estimator: Estimator,
+) -> None:
+    """The steepest layer's; so does whatever slope its indicator is given."""
+    torch.manual_seed(0)
+    net = masked(Chain(), estimator=estimator)
+    settings = PasSettings(target_share=0.5, floor=1, step=1, steps_to_flip=200)
+    search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
+    optimizer = torch.optim.SGD(
+        search.latents, lr=search.latent_rate, momentum=search.momentum
+    )
+    steps = 0
+    while bool(search.flags().all()):
+        optimizer.zero_grad()
+        torch.autograd.backward(search.loss())
+        optimizer.step()
+        steps += 1
+        assert steps < 1000
+    assert steps == pytest.approx(200, rel=0.15)
 
 
 def test_latents_that_differ_settle_at_the_target() -> None:

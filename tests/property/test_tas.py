@@ -971,7 +971,8 @@ def stepped(cost_weight: float, room: float) -> tuple[float, list[Tensor]]:
     return float(method.price.expected().detach()), found
 
 
-@pytest.mark.parametrize(("room", "sign"), [(0.9, -1), (1.02, 0), (1.2, 1)])
+# 1.08 is beyond what may be left of the target, and not of the whole price.
+@pytest.mark.parametrize(("room", "sign"), [(0.9, -1), (1.02, 0), (1.08, 1), (1.2, 1)])
 def test_the_price_moves_the_distributions_towards_the_target(
     room: float, sign: int
 ) -> None:
@@ -1112,6 +1113,30 @@ def test_without_a_share_the_teacher_has_no_say() -> None:
     torch.testing.assert_close(found, F.cross_entropy(logits, targets))
     same = knowledge_loss(logits, targets, logits, temperature=4.0, teacher_share=1.0)
     assert float(same) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_knowledge_is_the_published_sum() -> None:
+    """`(1 - A) · CE + A · T² · KL(teacher, student)`, a batch's mean."""
+    logits, taught, targets = [2.0, -1.0], [0.5, 1.5], [1.0, 0.0]
+    share, heat = 0.9, 4.0
+
+    def softmax(values: list[float], heat: float = 1.0) -> list[float]:
+        powers = [math.exp(value / heat) for value in values]
+        return [power / sum(powers) for power in powers]
+
+    hard = -sum(t * math.log(p) for t, p in zip(targets, softmax(logits), strict=True))
+    soft = sum(
+        t * math.log(t / p)
+        for t, p in zip(softmax(taught, heat), softmax(logits, heat), strict=True)
+    )
+    found = knowledge_loss(
+        torch.tensor([logits] * 3),
+        torch.tensor([targets] * 3),
+        torch.tensor([taught] * 3),
+        temperature=heat,
+        teacher_share=share,
+    )
+    assert float(found) == pytest.approx((1 - share) * hard + share * heat**2 * soft)
 
 
 def test_the_gradient_is_as_large_at_any_high_temperature() -> None:
