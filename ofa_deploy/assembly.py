@@ -32,7 +32,12 @@ from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation, PreparedImages
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
-from ofa_deploy.verify import AccuracyClaim, Candidate, ParityReport
+from ofa_deploy.verify import (
+    AccuracyClaim,
+    Candidate,
+    ParityReport,
+    accuracy_interval,
+)
 from profilers.backends import get_backend
 from profilers.backends.base import installed_version
 from profilers.device import DeviceSpec, RuntimeSpec
@@ -243,13 +248,9 @@ def measured_accuracy(
         value = top1_accuracy(
             session, inputs, evaluation.labels, batch_size=1, progress=progress
         )
-    margin = TWO_SIDED_95 * float(np.sqrt(value * (1 - value) / count))
+    low, high = accuracy_interval(value, count)
     return AccuracyClaim(
-        kind="measured",
-        value=value,
-        low=max(0.0, value - margin),
-        high=min(1.0, value + margin),
-        image_count=count,
+        kind="measured", value=value, low=low, high=high, image_count=count
     )
 
 

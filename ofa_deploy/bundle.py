@@ -288,7 +288,7 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
         yield partial
         with suppress(PermissionError):  # some file systems have their own modes
             partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with file.open("rb+") as content:
                 os.fsync(content.fileno())
         sync_folder(partial)

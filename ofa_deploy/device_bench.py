@@ -34,7 +34,7 @@ from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.target import Target
-from ofa_deploy.verify import enough_runs, judge
+from ofa_deploy.verify import AccuracyClaim, enough_runs, judge
 from profilers.device import DeviceSpec
 from profilers.fresh import (
     AnchorModel,
@@ -143,34 +143,37 @@ class DeviceBench:
             give_up=self._is_far_off,
             kept=self.kept,
         )
-        network = VerifiedNetwork(
+        others = judge(
+            constraints, measurement=measurement, files=exported, accuracy=None
+        )
+        # What misses another limit is not handed out, however accurate it is.
+        accuracy = self._accuracy(exported, measured=all(v.met for v in others))
+        return VerifiedNetwork(
             exported=exported,
             measurement=measurement,
             predicted=self.predictor.estimate(config),
-            accuracy=predicted_accuracy(self.supernet, exported),
+            accuracy=accuracy,
             constraints=constraints,
-            verdicts=(),
+            verdicts=judge(
+                constraints, measurement=measurement, files=exported, accuracy=accuracy
+            ),
             device=self.device,
             runtime=self.table.runtime,
             anchor_ratio=self.drift.anchor_ratio,
         )
-        network = self._judged(network)
-        others_met = all(
-            verdict.met
-            for verdict in network.verdicts
-            if verdict.constraint != "accuracy"
-        )
-        if self.evaluation is None or not others_met:
-            return network
+
+    def _accuracy(self, exported: ExportedNetwork, *, measured: bool) -> AccuracyClaim:
+        """Measured, if there are images to measure it on and it is worth the time."""
+        if self.evaluation is None or not measured:
+            return predicted_accuracy(self.supernet, exported)
         self.reporter.begin("measuring the accuracy")
-        measured = measured_accuracy(
+        return measured_accuracy(
             self.supernet,
             exported,
             self.evaluation,
             self.table.runtime,
             progress=self.reporter.advance,
         )
-        return self._judged(replace(network, accuracy=measured))
 
     def _anchor_model(self) -> AnchorModel | None:
         """What the file is timed beside; nothing where single runs are asked about."""
@@ -184,15 +187,6 @@ class DeviceBench:
         if budget_ms is None or not self.constraints.is_plain:
             return False
         return found.quiet_ms > FAR_OFF * budget_ms
-
-    def _judged(self, network: VerifiedNetwork) -> VerifiedNetwork:
-        verdicts = judge(
-            self.constraints,
-            measurement=network.measurement,
-            files=network.exported,
-            accuracy=network.accuracy,
-        )
-        return replace(network, verdicts=verdicts)
 
     def _export(self, config: SubnetConfig) -> ExportedNetwork:
         return export_network(

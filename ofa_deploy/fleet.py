@@ -146,8 +146,11 @@ def specialize_fleet(
         InfeasibleBudget: A device's budget cannot be kept, or a group's together.
         DeployError: Anything else that is wrong.
     """
-    asked = {name: Constraints(latency_ms=ms) for name, ms in devices.items()}
-    count = _require_count(len(asked), max_models)
+    budgets_ms = {
+        name: Constraints(latency_ms=budget_ms).limits["latency"]
+        for name, budget_ms in devices.items()
+    }
+    count = _require_count(len(devices), max_models)
     require_seed(seed)
     out, reporter = Path(out).resolve(), reporter or Silent()
     require_output(out)
@@ -155,16 +158,16 @@ def specialize_fleet(
     images, evaluation = read_inputs(
         source, calibration=calibration, eval_data=eval_data, reporter=reporter
     )
-    for name in asked:  # before any of them is profiled, which takes minutes
+    for name in devices:  # before any of them is profiled, which takes minutes
         target = parse_target(name)
         get_backend(target.backend).runtime(threads=target.threads)
     sessions = {
         name: Specializer(name, supernet=source, on_drift=on_drift, reporter=reporter)
-        for name in asked
+        for name in devices
     }
     call = _Call(
         sessions=sessions,
-        asked=asked,
+        budgets_ms=budgets_ms,
         images=images,
         evaluation=evaluation,
         count=count,
@@ -186,7 +189,7 @@ class _Call:
     """What a fleet is made from."""
 
     sessions: Mapping[str, Specializer]
-    asked: Mapping[str, Constraints]
+    budgets_ms: Mapping[str, float]
     images: NDArray[np.uint8]
     evaluation: ImageSet | None
     count: int
@@ -194,7 +197,7 @@ class _Call:
 
     def make(self, out: Path, reporter: Reporter) -> Fleet:
         """Group the devices, find each group its network, write all bundles."""
-        planner = Planner.of(self.sessions, self.asked)
+        planner = Planner.of(self.sessions, self.budgets_ms)
         networks: dict[str, VerifiedNetwork] = {}
         with ExitStack() as stack:
             try:
@@ -214,11 +217,14 @@ class _Call:
 
     def _bench(self, name: str, stack: ExitStack) -> DeviceBench:
         return self.sessions[name].bench(
-            self.asked[name],
+            self._asked(name),
             images=self.images,
             evaluation=self.evaluation,
             stack=stack,
         )
+
+    def _asked(self, name: str) -> Constraints:
+        return Constraints(latency_ms=self.budgets_ms[name])
 
     def _fulfil(
         self, group: tuple[str, ...], stack: ExitStack
@@ -226,7 +232,7 @@ class _Call:
         if len(group) == 1:
             (name,) = group
             network = self.sessions[name].fulfil(
-                self.asked[name],
+                self._asked(name),
                 images=self.images,
                 evaluation=self.evaluation,
                 stack=stack,
@@ -234,7 +240,7 @@ class _Call:
             )
             return {name: network}
         benches = {name: self._bench(name, stack) for name in group}
-        return fulfil_together(self.sessions, self.asked, benches, seed=self.seed)
+        return fulfil_together(self.sessions, self.budgets_ms, benches, seed=self.seed)
 
 
 def _require_count(device_count: int, max_models: int | None) -> int:
@@ -270,19 +276,19 @@ class Planner:
 
     @classmethod
     def of(
-        cls, sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
+        cls, sessions: Mapping[str, Specializer], budgets_ms: Mapping[str, float]
     ) -> Planner:
         """Candidates of the devices' fronts and groups.
 
         Args:
             sessions: By device.
-            asked: Their budgets.
+            budgets_ms: Likewise.
         """
         genomes: Genomes = np.unique(
             np.concatenate(
                 [
                     *(session.front.genomes for session in sessions.values()),
-                    _joint_networks(sessions, asked),
+                    _joint_networks(sessions, budgets_ms),
                 ]
             ),
             axis=0,
@@ -290,11 +296,11 @@ class Planner:
         first = next(iter(sessions.values()))
         expected_ms = [
             sessions[name].predictor.predict_ms(genomes) * EXPECTED_RATIO
-            for name in asked
+            for name in budgets_ms
         ]
         return cls(
             space=first.supernet.space,
-            budgets_ms=_budgets_ms(asked),
+            budgets_ms=budgets_ms,
             genomes=genomes,
             accuracy=first.predictors.accuracy(genomes),
             expected_ms=np.stack(expected_ms, axis=1),
@@ -380,12 +386,8 @@ class Planner:
         )
 
 
-def _budgets_ms(asked: Mapping[str, Constraints]) -> dict[str, float]:
-    return {name: limits.latency_ms or 0.0 for name, limits in asked.items()}
-
-
 def _joint_networks(
-    sessions: Mapping[str, Specializer], asked: Mapping[str, Constraints]
+    sessions: Mapping[str, Specializer], budgets_ms: Mapping[str, float]
 ) -> Genomes:
     """The best networks of groups of devices, `(n, genes)`.
 
@@ -401,7 +403,7 @@ def _joint_networks(
     for group in groups:
         level = dict.fromkeys(group, EXPECTED_RATIO)
         with suppress(InfeasibleBudget):
-            found.append(_search_together(sessions, asked, level, seed=0))
+            found.append(_search_together(sessions, budgets_ms, level, seed=0))
     genes = len(sessions[names[0]].supernet.space.choice_counts)
     return np.concatenate([np.empty((0, genes), dtype=np.int64), *found])
 
@@ -412,7 +414,7 @@ def _members(mask: int) -> tuple[int, ...]:
 
 def fulfil_together(
     sessions: Mapping[str, Specializer],
-    asked: Mapping[str, Constraints],
+    budgets_ms: Mapping[str, float],
     benches: Mapping[str, DeviceBench],
     *,
     seed: int,
@@ -425,12 +427,11 @@ def fulfil_together(
         InfeasibleBudget: None does, by prediction, or of those tried.
     """
     level = dict.fromkeys(benches, EXPECTED_RATIO)
-    budgets_ms = _budgets_ms(asked)
     # What each network took on each device, its uncertainty included.
     tried: dict[str, dict[str, float]] = {}
     for _ in range(MAX_TRIES):
         try:
-            config = _best_together(sessions, asked, level, seed=seed)
+            config = _best_together(sessions, budgets_ms, level, seed=seed)
         except InfeasibleBudget:
             if not tried:
                 raise
@@ -485,19 +486,19 @@ def _not_together(
 
 def _best_together(
     sessions: Mapping[str, Specializer],
-    asked: Mapping[str, Constraints],
+    budgets_ms: Mapping[str, float],
     level: Mapping[str, float],
     *,
     seed: int,
 ) -> SubnetConfig:
     """The most accurate network expected to keep a group's budgets."""
-    genomes = _search_together(sessions, asked, level, seed=seed)
+    genomes = _search_together(sessions, budgets_ms, level, seed=seed)
     return next(iter(sessions.values())).supernet.space.decode(genomes[0])
 
 
 def _search_together(
     sessions: Mapping[str, Specializer],
-    asked: Mapping[str, Constraints],
+    budgets_ms: Mapping[str, float],
     level: Mapping[str, float],
     *,
     seed: int,
@@ -509,7 +510,7 @@ def _search_together(
             label=f"latency on {name}",
             unit="ms",
             value=sessions[name].predictor.predict_ms,
-            upper=(asked[name].latency_ms or 0.0) / ratio,
+            upper=budgets_ms[name] / ratio,
         )
         for name, ratio in level.items()
     )

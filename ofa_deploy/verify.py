@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ofa_deploy.constraints import ConstraintName, Constraints, Evidence, Verdict
 from ofa_deploy.errors import DeviceUnfit, ParityError, UnstableMeasurement
 from ofa_deploy.inference import infer
-from ofa_deploy.predict.latency import ONE_SIDED_95
+from ofa_deploy.predict.latency import ONE_SIDED_95, TWO_SIDED_95
 from profilers.backends.base import Session
 from profilers.fresh import FreshMeasurement
 from profilers.measurement import MeasureSettings
@@ -49,6 +49,24 @@ class AccuracyClaim:
     low: float
     high: float
     image_count: int
+
+
+def accuracy_interval(value: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy; of no error at all it is none either.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical
+    inference", Journal of the American Statistical Association 22, 1927.
+
+    Args:
+        value: Share of images that were right, 0..1.
+        count: Of images, at least 1.
+    """
+    z = TWO_SIDED_95
+    centre = value + z**2 / (2 * count)
+    half = z * math.sqrt(value * (1 - value) / count + (z / (2 * count)) ** 2)
+    whole = 1 + z**2 / count
+    low, high = (centre - half) / whole, (centre + half) / whole
+    return min(max(0.0, low), value), max(min(1.0, high), value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +217,7 @@ def judge(
     *,
     measurement: FreshMeasurement,
     files: LoadedFiles,
-    accuracy: AccuracyClaim,
+    accuracy: AccuracyClaim | None,
 ) -> tuple[Verdict, ...]:
     """Hold what was found of an exported file against all that was asked for.
 
@@ -207,7 +225,7 @@ def judge(
         constraints: What was asked for.
         measurement: Of the file.
         files: What the runtime loads.
-        accuracy: Measured or predicted.
+        accuracy: Measured or predicted; None to leave it out.
 
     Raises:
         UnstableMeasurement: See `judge_latency`.
@@ -235,7 +253,7 @@ def judge(
         verdicts.append(
             _exact("memory", constraints.peak_memory_mb, measurement.memory_mb)
         )
-    if constraints.min_accuracy is not None:
+    if constraints.min_accuracy is not None and accuracy is not None:
         verdicts.append(
             Verdict(
                 constraint="accuracy",

@@ -26,7 +26,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.remembered import recall, remember
 from ofa_deploy.target import Target
-from ofa_deploy.verify import AccuracyClaim, Candidate, judge
+from ofa_deploy.verify import Candidate, judge
 from profilers.fresh import FreshMeasurement
 
 # A structure whose certified latency is within these shares of the budget is kept: near
@@ -221,10 +221,10 @@ class Fitting:
             exported = self.export(kept, Path(name))
             measurement = self.measure(exported)
             verdicts = judge(
-                replace(self.constraints, latency_ms=self.budget_ms, min_accuracy=None),
+                replace(self.constraints, latency_ms=self.budget_ms),
                 measurement=measurement,
                 files=exported,
-                accuracy=_UNKNOWN,
+                accuracy=None,  # before it is fine-tuned it says nothing
             )
         (bound_ms,) = (v.bound for v in verdicts if v.constraint == "latency")
         found = Fitted(
@@ -260,7 +260,3 @@ class Fitting:
             asked=self.constraints,
             progress=self.reporter.advance,
         )
-
-
-# What judging asks for where no accuracy is judged.
-_UNKNOWN = AccuracyClaim(kind="predicted", value=0.0, low=0.0, high=1.0, image_count=1)

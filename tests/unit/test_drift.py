@@ -9,7 +9,7 @@ import pytest
 
 from ofa_deploy import drift
 from ofa_deploy.drift import DriftCheck
-from ofa_deploy.errors import StaleTable
+from ofa_deploy.errors import RunFailed, StaleTable
 from ofa_deploy.profiling import anchor_network
 from ofa_deploy.reporting import Silent
 from ofa_deploy.target import Target
@@ -205,6 +205,20 @@ def test_before_it_was_timed_the_anchor_model_says_nothing(
 ) -> None:
     check = checking(monkeypatch, anchor_ms=ANCHOR_MS)
     assert check.anchor_model(lambda: tmp_path) is None
+
+
+def test_files_that_all_fail_are_told_of_with_the_first_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = checking(monkeypatch, anchor_ms=ANCHOR_MS)
+    alone = replace(check._time({}), failures={"a": "it crashed", "b": "so did it"})
+    monkeypatch.setattr(DriftCheck, "_time", lambda *_: alone)
+    with pytest.raises(RunFailed) as caught:
+        check.time_with({"a": Path("a.onnx"), "b": Path("b.onnx")})
+    assert (
+        str(caught.value) == "onnxruntime-cpu failed on all of 2 networks: it crashed"
+    )
+    assert check.time_with({}) == {}  # with no files there is nothing to fail
 
 
 def test_a_network_in_the_anchor_models_place_is_not_timed_beside_files(
