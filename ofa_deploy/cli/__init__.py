@@ -368,6 +368,7 @@ def fleet(
         Path | None, typer.Option(help="Your images instead of the supernet's own.")
     ] = None,
     eval_data: EvalData = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle for each of several devices, of a few networks in all."""
@@ -383,6 +384,7 @@ def fleet(
             calibration=calibration,
             eval_data=eval_data,
             on_drift=on_drift,
+            seed=seed,
             reporter=bar,
         )
     if as_json:

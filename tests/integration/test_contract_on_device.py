@@ -6,7 +6,7 @@ import datetime
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -705,7 +705,12 @@ def test_a_fleet_gets_a_bundle_for_each_device(
         on_drift="accept",
     )
     assert [member.device for member in fleet.members] == list(two_tables)
-    assert fleet.model_count <= (max_models or len(devices))
+    networks = {member.config_id for member in fleet.members}
+    assert fleet.model_count == len(networks)
+    if max_models == 1:
+        assert fleet.model_count == 1
+    numbers = {member.model_number for member in fleet.members}
+    assert numbers == set(range(1, fleet.model_count + 1))
     for member in fleet.members:
         with fleet.bundle(member.device) as bundle:
             assert bundle.manifest.runtime.backend == member.device
@@ -713,7 +718,7 @@ def test_a_fleet_gets_a_bundle_for_each_device(
             assert bundle.check().agrees
         assert member.measured_ms <= member.latency_ms
     content = json.loads((fleet.path / "fleet.json").read_text())
-    assert len(content["members"]) == len(devices)
+    assert content["members"] == [asdict(member) for member in fleet.members]
     with pytest.raises(DeployError, match="device 'tpu' is not in the fleet"):
         fleet.bundle("tpu")
 

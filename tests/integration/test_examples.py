@@ -80,7 +80,6 @@ def test_many_budgets_gives_a_row_for_each(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_a_supernet_is_trained_and_specialised(cache: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     words = ("--out", tmp_path / "mine", "--epochs-scale", "0.1")
     shown = run("train_your_own.py", *words, cache=cache)
     assert f"{tmp_path / 'mine' / 'bundle'}: " in shown
@@ -92,7 +91,6 @@ def test_a_supernet_is_trained_and_specialised(cache: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_network_of_ones_own_is_shrunk(cache: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     words = ("--out", tmp_path / "mine", "--latency-ms", "100")
     shown = run("shrink_your_own.py", *words, cache=cache)
     assert f"{tmp_path / 'mine'}: " in shown

@@ -213,6 +213,7 @@ def test_the_front_that_is_drawn_rises() -> None:
 
 def test_networks_left_out_are_those_of_the_table() -> None:
     seen = left_out(tiny.SPACE, table())
+    assert seen.names
     for name, measured_ms in zip(seen.names, seen.measured_ms, strict=True):
         assert table().networks[name].quiet_ms == measured_ms
         SubnetConfig.from_id(name)

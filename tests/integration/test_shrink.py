@@ -129,8 +129,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_network_that_keeps_its_budget_is_shown_to_and_left_as_it_is(
     backend: str, dense: StaticNet, caches: Path, tmp_path: Path
 ) -> None:
-    if backend != "onnxruntime-cpu":
-        pytest.importorskip("openvino" if "openvino" in backend else "ai_edge_litert")
     bundle = specialize(
         backend,
         model=dense,
@@ -174,8 +172,6 @@ def at_a_steady_time(attempt: Callable[[int], Bundle], caches: Path) -> Bundle:
 def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
     backend: str, method: Method, dense: StaticNet, caches: Path, tmp_path: Path
 ) -> None:
-    if backend == "litert-cpu":
-        pytest.importorskip("ai_edge_litert")
     seen: list[LoopProgress] = []
     before = dense.weights()
 
@@ -220,9 +216,6 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
 def test_a_network_with_skips_keeps_them(
     backend: str, caches: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
-    if backend == "openvino-cpu":
-        pytest.importorskip("openvino")
     network = train(ResidualNet())
     own = own_network(network)
     masked = own.masked()
@@ -257,7 +250,6 @@ def test_a_network_with_skips_keeps_them(
 def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     method: Method, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
     latency_ms = 0.8 * priced_ms(own, caches)
@@ -456,7 +448,6 @@ class RowOfBlocks(nn.Module):
 def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     caches: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(RowOfBlocks())
     own = searched_by_tas(own_network(network), step=4)
     latency_ms = 0.7 * priced_ms(own, caches)
@@ -499,7 +490,6 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
 def test_budgets_above_the_lowest_are_cut_from_one_search(
     caches: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     network = train(ResidualNet())
     own = own_network(network)
     full_ms = priced_ms(own, caches)
@@ -540,7 +530,6 @@ def test_budgets_above_the_lowest_are_cut_from_one_search(
 def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("ai_edge_litert")
     with pytest.raises(DeployError, match="RepVGG family"):
         specialize(
             "litert-cpu",
@@ -602,7 +591,6 @@ def test_a_compressed_file_is_as_small_as_is_asked_for(
 def test_a_chain_of_branches_is_as_small_as_is_asked_for_on_litert(
     dense: StaticNet, caches: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("ai_edge_litert")
     limit = 60_000
     bundle = specialize(
         "litert-cpu",

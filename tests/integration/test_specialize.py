@@ -39,6 +39,7 @@ from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import StoredSupernet, write_supernet
+from ofa_deploy.verify import accuracy_interval
 from ofa_deploy.zoo import zoo_names
 from profilers import LatencyTable
 from profilers.backends import backend_names, get_backend
@@ -192,7 +193,8 @@ def test_the_measured_accuracy_is_that_of_the_exported_model(bundle: Bundle) -> 
 
 def test_the_measured_accuracy_lies_in_its_interval(bundle: Bundle) -> None:
     accuracy = bundle.manifest.accuracy
-    assert 0 <= accuracy.low <= accuracy.value <= accuracy.high <= 1
+    interval = accuracy_interval(accuracy.value, accuracy.image_count)
+    assert (accuracy.low, accuracy.high) == interval
 
 
 def test_probabilities_are_of_all_classes_and_sum_to_one(bundle: Bundle) -> None:

@@ -101,7 +101,8 @@ def test_networks_to_measure_are_drawn_of_what_runs(
     assert {SPACE.decode(row).id for row in drawn} <= able
     assert {config.id for config in chosen} <= able
     assert len({config.id for config in chosen}) == len(chosen)
-    assert len(chosen) == min(12, len(able)) or len(drawn) < 200
+    # Where the draw finds few of them, so does what is chosen from it.
+    assert len(chosen) == min(12, len(able)) or len(able) > len(drawn)
 
 
 def test_a_choice_that_fails_everywhere_leaves_as_many_networks_to_draw() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
@@ -84,6 +86,8 @@ class MadeUpBench:
         breaking: Ids of networks that it fails on once they are to be certified.
         optimism_of: The same by the number of networks certified before; None to have
             `optimism` throughout.
+        spread: Share by which the slowest run of a network takes longer than its
+            latency; the others lie evenly between.
         fails_after: Networks certified until the device fails; None if it never does.
         failure: What it then raises.
         fails_to: What it then fails to do, `confirm` or `certify`.
@@ -102,6 +106,7 @@ class MadeUpBench:
     optimism_of: Callable[[int], float] | None = None
     broken: set[str] = field(default_factory=set)
     breaking: set[str] = field(default_factory=set)
+    spread: float = 0.0
     fails_after: int | None = None
     failure: Exception | None = None
     fails_to: str = "certify"
@@ -133,7 +138,7 @@ class MadeUpBench:
         (visit,) = found.visits
         measurement = replace(
             found,
-            visits=(replace(visit, samples_ns=RUNS * visit.samples_ns),),
+            visits=(replace(visit, samples_ns=self._samples_ns(latency_ms)),),
             memory_mb=self.memory_mb(config),
         )
         row = tiny.SPACE.encode(config)[None]
@@ -177,6 +182,10 @@ class MadeUpBench:
         due = len(self.tried) == self.fails_after and self.fails_to == step
         if self.failure is not None and due:
             raise self.failure
+
+    def _samples_ns(self, latency_ms: float) -> tuple[int, ...]:
+        shares = np.linspace(0.0, self.spread, RUNS)
+        return tuple(np.rint(latency_ms * 1e6 * (1 + shares)).astype(int).tolist())
 
     def size_bytes(self, config: SubnetConfig) -> int:
         """Of the file, were there one."""

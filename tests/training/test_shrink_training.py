@@ -101,8 +101,6 @@ def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if kind is ResidualNet:
-        pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     measured_as(monkeypatch, factor=1.0)
     torch.manual_seed(0)
     network = kind()
@@ -230,7 +228,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
 def test_a_file_computes_what_is_left_of_a_network_with_batch_norms_folded(
     name: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     torch.manual_seed(0)
     own = owned(
         own_networks.randomise(own_networks.ALL[name]()),

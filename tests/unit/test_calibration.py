@@ -98,21 +98,34 @@ def test_a_zip_whose_directory_is_damaged_is_refused(
         load_calibration(path, size=SIZE)
 
 
+PIXELS = "images must be uint8 of shape (count, height, width, 3); got"
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "told"),
     [
-        ((4, 8, 8, 3), np.float32),
-        ((4, 8, 8), np.uint8),
-        ((4, 3, 8, 8), np.uint8),
-        ((1, 8, 8, 3), np.uint8),
-        ((2, 0, 8, 3), np.uint8),
+        ((4, 8, 8, 3), np.float32, f"{PIXELS} float32 of shape (4, 8, 8, 3)"),
+        ((4, 8, 8), np.uint8, f"{PIXELS} uint8 of shape (4, 8, 8)"),
+        ((4, 3, 8, 8), np.uint8, f"{PIXELS} uint8 of shape (4, 3, 8, 8)"),
+        (
+            (1, 8, 8, 3),
+            np.uint8,
+            "1 calibration images are too few; batch statistics need at least 2, and "
+            "some hundreds to be good",
+        ),
+        (
+            (2, 0, 8, 3),
+            np.uint8,
+            "calibration images of shape (2, 0, 8, 3) have no pixels",
+        ),
     ],
 )
 def test_images_without_statistics_are_refused(
-    shape: tuple[int, ...], dtype: type
+    shape: tuple[int, ...], dtype: type, told: str
 ) -> None:
-    with pytest.raises(DataError, match=r"images"):
+    with pytest.raises(DataError) as caught:
         require_calibration(np.zeros(shape, dtype=dtype))
+    assert str(caught.value) == told
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -121,15 +134,28 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "images",
+    ("images", "told"),
     [
-        np.zeros((2, SIZE, SIZE, 3), dtype=np.float32),
-        np.zeros((2, SIZE, SIZE, 1), dtype=np.uint8),
-        np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8),
+        (
+            np.zeros((2, SIZE, SIZE, 3), dtype=np.float32),
+            f": {PIXELS} float32 of shape (2, {SIZE}, {SIZE}, 3)",
+        ),
+        (
+            np.zeros((2, SIZE, SIZE, 1), dtype=np.uint8),
+            f": {PIXELS} uint8 of shape (2, {SIZE}, {SIZE}, 1)",
+        ),
+        (
+            np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8),
+            " holds no images; give at least one",
+        ),
     ],
     ids=["floats", "grey", "none"],
 )
-def test_arrays_of_another_kind_are_refused(tmp_path: Path, images: np.ndarray) -> None:
-    np.savez(tmp_path / "images.npz", images=images)
-    with pytest.raises(DataError, match="images"):
-        load_calibration(tmp_path / "images.npz", size=SIZE)
+def test_arrays_of_another_kind_are_refused(
+    tmp_path: Path, images: np.ndarray, told: str
+) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, images=images)
+    with pytest.raises(DataError) as caught:
+        load_calibration(path, size=SIZE)
+    assert str(caught.value) == f"{path}{told}"

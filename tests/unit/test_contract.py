@@ -616,9 +616,14 @@ def test_a_budget_just_below_the_fastest_prediction_is_measured() -> None:
 @pytest.mark.parametrize("percentile", [90, 95, 99])
 def test_a_percentile_is_kept_by_all_runs(percentile: int) -> None:
     device = bench(Constraints(latency_ms=budget_at(0.6), percentile=percentile))
+    device.spread = 0.2
     found = run(device)
-    measured_ms = found.measurement.percentile_ms(percentile)
-    assert found.verdict("latency").found == measured_ms
+    quiet_ms = found.measurement.quiet_ms
+    # Runs take up to a fifth longer than the quiet latency, evenly.
+    assert found.verdict("latency").found == pytest.approx(
+        quiet_ms * (1 + 0.2 * percentile / 100), rel=1e-3
+    )
+    assert found.verdict("latency").bound <= budget_at(0.6)
 
 
 @pytest.mark.parametrize("share", [None, 0.2])

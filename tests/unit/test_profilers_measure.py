@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import profilers.measure as measuring
 from profilers.anchor import PRODUCTS_PER_READING, MatrixAnchor
@@ -23,6 +24,7 @@ from profilers.measurement import (
 )
 from profilers.pace import Pace, Pacer
 
+Floats = NDArray[np.float32]
 SETTINGS = MeasureSettings.screen()
 
 
@@ -417,7 +419,26 @@ def test_the_anchor_reads_the_median_of_its_bursts() -> None:
     # Bursts of 1, 100 and 3 ns: two clock readings each.
     times = iter([0, 1, 10, 110, 200, 203])
     assert MatrixAnchor(repeats=3, clock=lambda: next(times)).measure_ns() == 3
-    assert PRODUCTS_PER_READING > 1
+
+
+def test_a_burst_is_of_many_products_each_too_small_for_several_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[tuple[int, ...]] = []
+    multiply = np.dot
+
+    def counted(left: Floats, right: Floats, *, out: Floats) -> Floats:
+        sizes.append((*left.shape, right.shape[1]))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(np, "dot", counted)
+    MatrixAnchor(repeats=2).measure_ns()
+    assert len(sizes) == 2 * PRODUCTS_PER_READING
+    # Above 64**3 multiplications numpy's library may use all cores.
+    assert all(math.prod(size) < 64**3 for size in sizes)
+    # The work of one product of 256 by 256, which takes about a quarter of a ms.
+    work = PRODUCTS_PER_READING * math.prod(sizes[0])
+    assert 0.5 < work / 256**3 < 2
 
 
 @pytest.mark.parametrize(
