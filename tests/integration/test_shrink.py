@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ofa_deploy import Bundle, DeployError, InfeasibleBudget, specialize
 from ofa_deploy.cli import main
 from ofa_deploy.cli.shrinking import load_model
+from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import (
     BundleError,
     DataError,
@@ -56,6 +57,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method
 from ofa_deploy.shrink.searchable import searched_by_tas
+from ofa_deploy.shrink.shrinking import Shrinking
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
@@ -322,6 +324,60 @@ def test_a_call_goes_on_by_its_own_prices_once_the_cache_is_gone(
     monkeypatch.setattr(methods, "_executor", lambda _: nullcontext(Ended()))
     with pytest.raises(KeyboardInterrupt):
         shrunk(network, "legr", latency_ms, tmp_path)
+
+
+class Called(Exception):
+    """With what."""
+
+    def __init__(self, call: Shrinking) -> None:
+        super().__init__()
+        self.call = call
+
+
+@pytest.mark.parametrize("method", ["pas", "legr"])
+@pytest.mark.parametrize("own_images", [True, False])
+def test_an_accuracy_is_told_by_images_that_chose_nothing(
+    own_images: bool,
+    method: Method,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of LeGR one half of what is held out ranks, and the other tells."""
+
+    def called(call: Shrinking, **_: object) -> None:
+        raise Called(call)
+
+    monkeypatch.setattr(to_budget, "_bundle", called)
+    judging = tiny.images(per_class=7, seed=12) if own_images else None
+    with pytest.raises(Called) as found:
+        specialize(
+            "onnxruntime-cpu",
+            model=ResidualNet(),
+            data=data(),
+            eval_data=judging,
+            out=tmp_path / "out",
+            latency_ms=1.0,
+            method=method,
+            recipe=recipe(),
+        )
+    call = found.value.call
+    held_out = digests(call.images.validation)
+    ranked_on, evaluation = digests(call.ranked_on), digests(call.evaluation)
+    if judging is not None:
+        assert evaluation == digests(judging)
+        assert ranked_on == held_out
+    elif method == "legr":
+        assert not ranked_on & evaluation
+        assert ranked_on | evaluation == held_out
+        assert min(len(ranked_on), len(evaluation)) > 0.4 * len(held_out)
+    else:
+        assert ranked_on == evaluation == held_out
+
+
+def digests(images: ImageSet) -> set[bytes]:
+    found = {image.tobytes() for image in images.images}
+    assert len(found) == len(images)
+    return found
 
 
 @pytest.mark.parametrize(
