@@ -19,7 +19,7 @@ from ofa_deploy.predict.accuracy import (
     fit_accuracy_predictor,
 )
 from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios
-from ofa_deploy.search.dominance import promotion
+from ofa_deploy.search.dominated_widths import promotion
 from ofa_deploy.search.evolution import Evolution, SearchProblem, within_latency
 from ofa_deploy.space import Genomes, SearchSpace
 

@@ -36,7 +36,7 @@ from ofa_deploy.plan import all_blocks
 from ofa_deploy.predict.accuracy import AccuracyPredictor
 from ofa_deploy.predict.block_costs import COSTS, look_up_blocks
 from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios, price_list
-from ofa_deploy.search.dominance import promotion
+from ofa_deploy.search.dominated_widths import promotion
 from ofa_deploy.search.evolution import within_latency
 from ofa_deploy.space import BlockConfig, SearchSpace, SubnetConfig
 from profilers.table import LatencyTable

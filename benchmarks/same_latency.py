@@ -37,8 +37,8 @@ from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtim
 from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
-from ofa_deploy.shrink.remembered import remembered
-from ofa_deploy.shrink.searchable import searched_by_tas
+from ofa_deploy.shrink.resume_store import remembered
+from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages

@@ -75,14 +75,14 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.families.cifar_resnet import WIDTHS, ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.cost import MacPrice
-from ofa_deploy.shrink.expected_price import ExpectedPrice
 from ofa_deploy.shrink.finetuning import Told, finetune
 from ofa_deploy.shrink.methods import Found, Search, likeliest
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import KNOWLEDGE_TEMPERATURE, ShrinkRecipe
-from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.tas import TasSettings
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_network import insert_distributions
+from ofa_deploy.shrink.tas_price import ExpectedPrice
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress
 from profilers.device import this_device

@@ -13,7 +13,7 @@ from ofa_deploy.constraints import MEGABYTE
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.predict.latency import LatencyPredictor, Objective
 from ofa_deploy.predict.sizes import NetworkSizes
-from ofa_deploy.search.dominance import Promotion, promotion
+from ofa_deploy.search.dominated_widths import Promotion, promotion
 from ofa_deploy.search.evolution import Evolution, Limit, SearchProblem
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.search.pareto import Front, FrontProblem, Nsga2, exhaustive_front

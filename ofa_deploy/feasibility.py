@@ -11,7 +11,7 @@ from ofa_deploy.constraints import MEGABYTE, ConstraintName, Constraints, in_wor
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.predict.latency import LatencyPredictor, Objective
 from ofa_deploy.predict.sizes import NetworkSizes
-from ofa_deploy.search.dominance import Promotion, promotion
+from ofa_deploy.search.dominated_widths import Promotion, promotion
 from ofa_deploy.search.evolution import descend
 
 SAMPLE_COUNT = 2_000

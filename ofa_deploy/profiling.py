@@ -34,7 +34,7 @@ from ofa_deploy.predict.block_costs import (
     look_up_blocks,
     sample_runnable,
 )
-from ofa_deploy.predict.design import choose_informative
+from ofa_deploy.predict.optimal_design import choose_informative
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import SearchSpace, SubnetConfig, first_of_each
 from ofa_deploy.space_file import space_sha256

@@ -19,7 +19,7 @@ from ofa_deploy.held_out import HeldOutQuality
 from ofa_deploy.predict.latency import LatencyPredictor
 from ofa_deploy.probe import OperatorFact, WidthFact
 from ofa_deploy.profiling import LevelChange
-from ofa_deploy.search.dominance import promotion
+from ofa_deploy.search.dominated_widths import promotion
 from profilers.doctor import Diagnosis
 from profilers.table import LatencyTable
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ofa_deploy.search.dominance import Promotion
+from ofa_deploy.search.dominated_widths import Promotion
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 

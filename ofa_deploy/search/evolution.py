@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ofa_deploy.constraints import require_budget
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.search.breeding import Breeding, promoted, unlike
-from ofa_deploy.search.dominance import Promotion
-from ofa_deploy.search.exchange import exchange
+from ofa_deploy.search.dominated_widths import Promotion
+from ofa_deploy.search.local_search import exchange
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 Floats = NDArray[np.float64]

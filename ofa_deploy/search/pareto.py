@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.search.breeding import Breeding, unlike
-from ofa_deploy.search.dominance import Promotion
-from ofa_deploy.search.exchange import neighbours
+from ofa_deploy.search.dominated_widths import Promotion
+from ofa_deploy.search.local_search import neighbours
 from ofa_deploy.space import Genomes, SearchSpace, first_of_each
 
 Costs = NDArray[np.float64]

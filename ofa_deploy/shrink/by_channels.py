@@ -19,16 +19,16 @@ from ofa_deploy.errors import InfeasibleBudget, SpaceError
 from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.shrink.cost import rounded_up
 from ofa_deploy.shrink.device_prices import DevicePrices
-from ofa_deploy.shrink.expected_price import ROUNDING
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import AIMED_SHARE, Fitted, Fitting
 from ofa_deploy.shrink.methods import SEARCHING, Found, Search
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import ChannelMethod
-from ofa_deploy.shrink.remembered import remembered
-from ofa_deploy.shrink.searched import reset_parameters
+from ofa_deploy.shrink.resume_store import remembered
 from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower
+from ofa_deploy.shrink.tas_network import reset_parameters
+from ofa_deploy.shrink.tas_price import ROUNDING
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3

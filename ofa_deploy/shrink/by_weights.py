@@ -16,7 +16,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.pas import LatentOrder
-from ofa_deploy.shrink.remembered import remembered
+from ofa_deploy.shrink.resume_store import remembered
 from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (

@@ -24,7 +24,7 @@ from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.remembered import recall, remember, remembered
+from ofa_deploy.shrink.resume_store import recall, remember, remembered
 from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs
 from profilers.backends.base import Backend

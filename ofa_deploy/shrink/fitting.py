@@ -24,7 +24,7 @@ from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.ranking import ChannelOrder
-from ofa_deploy.shrink.remembered import recall, remember
+from ofa_deploy.shrink.resume_store import recall, remember
 from ofa_deploy.target import Target
 from ofa_deploy.verify import Candidate, judge
 from profilers.fresh import FreshMeasurement

@@ -42,7 +42,7 @@ from ofa_deploy.shrink.ranking import (
     quota_floors,
     writers,
 )
-from ofa_deploy.shrink.remembered import recall, remember
+from ofa_deploy.shrink.resume_store import recall, remember
 from profilers.device import available_cores
 
 Floats = NDArray[np.float64]

@@ -25,7 +25,6 @@ from ofa_deploy.shrink.autoprune import (
 )
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
-from ofa_deploy.shrink.expected_price import LikeliestOrder
 from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import (
@@ -38,8 +37,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import LatentOrder, PasSettings, PruningAsSearch
 from ofa_deploy.shrink.ranking import ChannelOrder
 from ofa_deploy.shrink.recipe import ChannelMethod, ShrinkRecipe
-from ofa_deploy.shrink.remembered import remembered
-from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.resume_store import remembered
 from ofa_deploy.shrink.shrinking import short_digest
 from ofa_deploy.shrink.stages import shallower
 from ofa_deploy.shrink.tas import (
@@ -48,6 +46,8 @@ from ofa_deploy.shrink.tas import (
     TransformableSearch,
     preflight,
 )
+from ofa_deploy.shrink.tas_network import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.tas_price import LikeliestOrder
 from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16

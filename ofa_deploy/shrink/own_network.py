@@ -24,14 +24,6 @@ from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
-from ofa_deploy.shrink.brought import (
-    are_equal,
-    plain_copy,
-    require_numbers,
-    require_trainable,
-    run,
-    train_once,
-)
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import (
     called_layers,
@@ -41,6 +33,14 @@ from ofa_deploy.shrink.coupling import (
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
 from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
+from ofa_deploy.shrink.user_module import (
+    are_equal,
+    plain_copy,
+    require_numbers,
+    require_trainable,
+    run,
+    train_once,
+)
 from ofa_deploy.target import Target
 
 Floats = NDArray[np.float32]

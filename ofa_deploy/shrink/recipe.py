@@ -14,7 +14,7 @@ from ofa_deploy.shrink.masks import Estimator
 from ofa_deploy.shrink.ranking import quota_floors
 from ofa_deploy.shrink.sparse import SparsitySettings
 from ofa_deploy.shrink.tas import TasSettings
-from ofa_deploy.shrink.transformable import width_choices
+from ofa_deploy.shrink.tas_layers import width_choices
 from ofa_deploy.train.recipe import Phase, Recipe
 
 ChannelMethod = Literal["pas", "legr", "autoprune", "tas"]

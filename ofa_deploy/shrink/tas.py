@@ -25,9 +25,9 @@ from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PART, POSITIVE, require_in_range
 from ofa_deploy.shrink.autoprune import Deciding, only_trained
 from ofa_deploy.shrink.cost import LayerPrices, rounded_up
-from ofa_deploy.shrink.expected_price import ExpectedPrice, cost_loss
-from ofa_deploy.shrink.searched import SearchedNetwork
-from ofa_deploy.shrink.transformable import temperature
+from ofa_deploy.shrink.tas_layers import temperature
+from ofa_deploy.shrink.tas_network import SearchedNetwork
+from ofa_deploy.shrink.tas_price import ExpectedPrice, cost_loss
 from profilers.memory import MemoryGauge
 
 # Timed before a search begins.

@@ -44,8 +44,8 @@ from ofa_deploy.shrink.recipe import (
     ShrinkRecipe,
     default_shrink_recipe,
 )
-from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking, Shrunk, Source
+from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.target import parse_target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE

@@ -56,8 +56,8 @@ from ofa_deploy.shrink.methods import SEARCHING, _executor
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.pas import LatentOrder
 from ofa_deploy.shrink.recipe import Method
-from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking
+from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint

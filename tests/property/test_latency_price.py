@@ -22,9 +22,9 @@ from ofa_deploy.shrink.channel_prices import (
 )
 from ofa_deploy.shrink.cost import Counts
 from ofa_deploy.shrink.coupling import trace_channels
-from ofa_deploy.shrink.expected_price import ExpectedPrice
 from ofa_deploy.shrink.groups import ChannelGraph
-from ofa_deploy.shrink.searchable import searched_by_tas
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_price import ExpectedPrice
 from tests.support import own_networks
 from tests.support.searching import owned, picked, scattered, searched
 

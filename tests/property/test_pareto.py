@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ofa_deploy.search.exchange import neighbours
 from ofa_deploy.search.exhaustive import enumerate_genomes
+from ofa_deploy.search.local_search import neighbours
 from ofa_deploy.search.pareto import (
     Front,
     FrontProblem,

@@ -23,15 +23,12 @@ from ofa_deploy.nn.projection import drop_needless, projection_paths
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.coupling import trace_channels
-from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder, cost_loss
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.projecting import with_projections
-from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.shrink.tas import TasSettings, TransformableSearch
-from ofa_deploy.shrink.transformable import (
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_layers import (
     Distribution,
     Draw,
     SearchedNorm,
@@ -42,6 +39,9 @@ from ofa_deploy.shrink.transformable import (
     temperature,
     width_choices,
 )
+from ofa_deploy.shrink.tas_network import SearchedNetwork
+from ofa_deploy.shrink.tas_price import ExpectedPrice, LikeliestOrder, cost_loss
+from ofa_deploy.shrink.tas_projections import with_projections
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.distill import knowledge_loss
 from ofa_deploy.train.images import TrainingImages

@@ -18,12 +18,12 @@ from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.channel_prices import timed_layers
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import trace_channels
-from ofa_deploy.shrink.expected_price import NARROWEST_SHARE, ExpectedPrice
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import find_stages, shallower
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_network import SearchedNetwork
+from ofa_deploy.shrink.tas_price import NARROWEST_SHARE, ExpectedPrice
 from tests.support import own_networks
 from tests.support.mac_counter import counted_macs
 from tests.support.searching import (

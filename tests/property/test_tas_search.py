@@ -30,13 +30,13 @@ from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.channel_prices import LatencyPrice
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.device_prices import DevicePrices
-from ofa_deploy.shrink.expected_price import ExpectedPrice, LikeliestOrder
 from ofa_deploy.shrink.fitting import NEAR_BUDGET, Fitted, Fitting
 from ofa_deploy.shrink.methods import Found, Search, likeliest
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe, default_shrink_recipe
-from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.tas import PREFLIGHT_PASSES, Preflight, TasSettings, preflight
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_price import ExpectedPrice, LikeliestOrder
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress

@@ -12,8 +12,8 @@ from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.searchable import searched_by_tas
-from ofa_deploy.shrink.searched import SearchedNetwork, insert_distributions
+from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_network import SearchedNetwork, insert_distributions
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -26,8 +26,8 @@ from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.legr import LegrSettings
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, ShrinkRecipe, default_shrink_recipe
-from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrinking
+from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import TrainingLoop

@@ -25,8 +25,8 @@ from ofa_deploy.shrink.finetuning import Told, nobody
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ChannelMethod, Method, ShrinkRecipe
-from ofa_deploy.shrink.searchable import searched_by_tas
 from ofa_deploy.shrink.shrinking import Shrunk
+from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ofa_deploy.nn.projection import projection_paths, put_module
 from ofa_deploy.shrink.groups import ChannelGraph, Cut
-from ofa_deploy.shrink.projecting import carried_groups
 from ofa_deploy.shrink.stages import Stage, find_stages, normed_layers
-from ofa_deploy.shrink.transformable import (
+from ofa_deploy.shrink.tas_layers import (
     Distribution,
     SearchedNorm,
     SearchedOutput,
@@ -20,6 +19,7 @@ from ofa_deploy.shrink.transformable import (
     depth_choices,
     width_choices,
 )
+from ofa_deploy.shrink.tas_projections import carried_groups
 
 
 class SearchedModule(nn.Module):

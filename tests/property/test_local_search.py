@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ofa_deploy.search.exchange import PAIRS, changes, exchange
+from ofa_deploy.search.local_search import PAIRS, changes, exchange
 from ofa_deploy.space import Genomes
 from tests.support import tiny
 

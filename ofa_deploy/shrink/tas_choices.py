@@ -12,9 +12,9 @@ from ofa_deploy.errors import TraceError
 from ofa_deploy.nn.projection import projection_paths
 from ofa_deploy.shrink.groups import ChannelGraph, Side
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.projecting import with_projections
-from ofa_deploy.shrink.searched import insert_distributions
 from ofa_deploy.shrink.stages import find_stages, searchable_groups
+from ofa_deploy.shrink.tas_network import insert_distributions
+from ofa_deploy.shrink.tas_projections import with_projections
 
 
 def searched_by_tas(

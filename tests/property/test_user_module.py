@@ -34,13 +34,13 @@ from ofa_deploy.errors import (
 from ofa_deploy.exporting import ExportedNetwork, compare_exported
 from ofa_deploy.shrink import candidates
 from ofa_deploy.shrink.autoprune import Deciding, typical_gradient
-from ofa_deploy.shrink.brought import plain_copy, run
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.by_weights import ByWeights
 from ofa_deploy.shrink.candidates import CandidateImages, CandidateJob, validation_loss
 from ofa_deploy.shrink.legr import STATE_FILE
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, default_shrink_recipe
+from ofa_deploy.shrink.user_module import plain_copy, run
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE

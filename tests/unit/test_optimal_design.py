@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofa_deploy.predict.design import choose_informative
+from ofa_deploy.predict.optimal_design import choose_informative
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20))

@@ -11,9 +11,9 @@ from torch import Tensor
 from ofa_deploy.errors import SpaceError, TraceError
 from ofa_deploy.shrink.cost import Counts, LayerPrices
 from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
-from ofa_deploy.shrink.searched import SearchedNetwork
 from ofa_deploy.shrink.stages import Stage, stage_read
-from ofa_deploy.shrink.transformable import Distribution
+from ofa_deploy.shrink.tas_layers import Distribution
+from ofa_deploy.shrink.tas_network import SearchedNetwork
 
 # A step of channels that costs so many times what the next one does makes projections
 # necessary.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="networks of one's own are shrunk with torch")
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.shrink.remembered import recall, remember, remembered
+from ofa_deploy.shrink.resume_store import recall, remember, remembered
 from ofa_deploy.shrink.to_budget import _read_log
 
 contents = st.recursive(

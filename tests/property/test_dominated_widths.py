@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ofa_deploy.families import mbv3
 from ofa_deploy.predict.latency import LatencyPredictor, ResidualRatios
-from ofa_deploy.search.dominance import promotion
+from ofa_deploy.search.dominated_widths import promotion
 from ofa_deploy.space import SearchSpace
 from tests.support import tiny
 
