@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from branch_initialisation import plain_plan, with_silent_branches
 from inputs import console
 from numpy.typing import NDArray
 from report import Section
@@ -73,7 +74,6 @@ from trainings import (
 )
 from wide_network import WideNet
 
-from ofa_deploy.branching import plain_plan, with_silent_branches
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.export.onnx import emit_network

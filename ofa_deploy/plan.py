@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from ofa_deploy.families import mbv3, repvgg
 from ofa_deploy.layers import (
     BlockPlan,
-    ConvLayer,
     Layer,
     LinearLayer,
     PoolLayer,
     RepConvLayer,
-    SqueezeExciteLayer,
 )
 from ofa_deploy.space import BlockConfig, SearchSpace, StageSpace, SubnetConfig
 
@@ -241,36 +240,5 @@ def _covering_configs(space: SearchSpace, resolution: int) -> Iterator[SubnetCon
     """Networks whose blocks, together, take every choice at every place."""
     kernel_count = max(len(stage.kernels) for stage in space.stages)
     expand_count = max(len(stage.expands) for stage in space.stages)
-    for kernel_index in range(kernel_count):
-        for expand_index in range(expand_count):
-            yield SubnetConfig(
-                resolution=resolution,
-                stages=tuple(
-                    (
-                        BlockConfig(
-                            kernel=stage.kernels[
-                                min(kernel_index, len(stage.kernels) - 1)
-                            ],
-                            expand=stage.expands[
-                                min(expand_index, len(stage.expands) - 1)
-                            ],
-                        ),
-                    )
-                    * stage.max_depth
-                    for stage in space.stages
-                ),
-            )
-
-
-__all__ = [
-    "BlockPlan",
-    "ConvLayer",
-    "LinearLayer",
-    "NetworkCost",
-    "NetworkPlan",
-    "PoolLayer",
-    "RepConvLayer",
-    "SqueezeExciteLayer",
-    "all_blocks",
-    "lower",
-]
+    for kernel, expand in product(range(kernel_count), range(expand_count)):
+        yield space.uniform(resolution, kernel_index=kernel, expand_index=expand)

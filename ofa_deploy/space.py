@@ -301,6 +301,30 @@ class SearchSpace:
                 _require_choice(f"{label}: kernel", block.kernel, stage.kernels)
                 _require_choice(f"{label}: expand", block.expand, stage.expands)
 
+    def uniform(
+        self, resolution: int, *, kernel_index: int, expand_index: int
+    ) -> SubnetConfig:
+        """The deepest network that takes the same choice everywhere.
+
+        Args:
+            resolution: Of its inputs.
+            kernel_index: Among each stage's kernels; the last of those that have fewer.
+            expand_index: Among each stage's expansions, likewise.
+        """
+        return SubnetConfig(
+            resolution=resolution,
+            stages=tuple(
+                (
+                    BlockConfig(
+                        kernel=stage.kernels[min(kernel_index, len(stage.kernels) - 1)],
+                        expand=stage.expands[min(expand_index, len(stage.expands) - 1)],
+                    ),
+                )
+                * stage.max_depth
+                for stage in self.stages
+            ),
+        )
+
     def largest(self) -> SubnetConfig:
         """The network with every choice at its maximum."""
         return self.decode(self.canonical(self.choice_counts[None] - 1)[0])

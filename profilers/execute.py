@@ -77,7 +77,6 @@ class OrderResult:
         conditions_before: Of the device, at the first visits.
         conditions_after: Of the device, read at the end.
         drift: What the anchor did not see.
-        damaged_count: Journal lines that were damaged, and measured again.
     """
 
     measurements: Mapping[str, Measurement]
@@ -87,7 +86,6 @@ class OrderResult:
     conditions_before: Conditions
     conditions_after: Conditions
     drift: Drift
-    damaged_count: int
 
 
 def execute(
@@ -178,7 +176,6 @@ def collect(
         conditions_before=(*journal.sessions, after)[0],
         conditions_after=after,
         drift=summarize_drift(fit),
-        damaged_count=journal.damaged_count,
     )
 
 

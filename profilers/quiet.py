@@ -65,7 +65,6 @@ class QuietStateFit:
         counted: `(visit_count,)`, whether a visit counts: not if its window drifted
             by more than 5 %, and its model has others.
         discarded: `(window_count,)`, whether no visit of a window counts.
-        residual_log: `(visit_count,)`, in the order of the visits given.
     """
 
     beta: float
@@ -75,7 +74,6 @@ class QuietStateFit:
     drift_log: FloatArray
     counted: NDArray[np.bool_]
     discarded: NDArray[np.bool_]
-    residual_log: FloatArray
 
 
 def quiet_state(
@@ -145,7 +143,6 @@ def quiet_state(
         drift_log=drift,
         counted=counted,
         discarded=windows.means(counted.astype(np.float64)) == 0,
-        residual_log=quiet - effect[model_index],
     )
 
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 __all__ = [
-    "mad",
-    "median_interval",
     "percentile_floor",
     "percentile_ms",
     "percentile_upper_ms",
@@ -20,9 +18,6 @@ PERCENTILE_DOUBT = 0.01
 
 # One-sided doubt of an upper bound.
 UPPER_DOUBT = 0.05
-
-# The interval's certainty is 1 - 1/20 = 95 %.
-INTERVAL_DOUBT_INVERSE = 20
 
 
 def percentile_floor(percentile: float) -> int:
@@ -91,42 +86,6 @@ def percentile_upper_ms(samples_ns: Sequence[int], percentile: float) -> float |
     if rank > count:
         return None
     return float(np.sort(np.asarray(samples_ns))[rank - 1]) / 1e6
-
-
-def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Interval that holds the median of the population with 95 % certainty.
-
-    Distribution-free: it runs between two of the sorted samples. With fewer than six
-    no two are that certain; it then runs from the least to the greatest.
-
-    Raises:
-        ValueError: There are no samples.
-    """
-    if not len(samples):
-        raise ValueError("no samples; give at least one")
-    ordered = sorted(samples)
-    count = len(ordered)
-    # The number of samples below the median is binomial. Counted in whole numbers:
-    # 2**count overflows a float from 1024 samples on.
-    rank, ways, tail = 0, 1, 1
-    while tail * 2 * INTERVAL_DOUBT_INVERSE <= 2**count:
-        rank += 1
-        ways = ways * (count - rank + 1) // rank
-        tail += ways
-    low = max(rank - 1, 0)
-    return float(ordered[low]), float(ordered[count - 1 - low])
-
-
-def mad(samples: Sequence[float]) -> float:
-    """Median distance from the median, in the samples' unit; not scaled to sigma.
-
-    Raises:
-        ValueError: There are no samples.
-    """
-    if not len(samples):
-        raise ValueError("no samples; give at least one")
-    values = np.asarray(samples, dtype=np.float64)
-    return float(np.median(np.abs(values - np.median(values))))
 
 
 def _check_percentile(percentile: float) -> None:

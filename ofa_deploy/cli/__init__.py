@@ -48,6 +48,7 @@ from ofa_deploy.cli.tables import (
     show_range,
     show_widths,
 )
+from ofa_deploy.named_spaces import SPACE_NAMES
 from ofa_deploy.profiling import NETWORK_COUNT
 
 app = typer.Typer(
@@ -494,7 +495,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Folder, .zip or .npz of images.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     space: Annotated[
-        str, typer.Option(help=f"{', '.join(training.SPACE_NAMES)} or a JSON file.")
+        str, typer.Option(help=f"{', '.join(SPACE_NAMES)} or a JSON file.")
     ] = "mbv3-small",
     resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
     skip_bad: Annotated[

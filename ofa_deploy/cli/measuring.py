@@ -16,7 +16,6 @@ from ofa_deploy.cli.tables import (
     show_table,
     show_table_json,
 )
-from ofa_deploy.cli.train import named_space
 from ofa_deploy.errors import (
     FormatError,
     IncompatibleTables,
@@ -25,6 +24,7 @@ from ofa_deploy.errors import (
 )
 from ofa_deploy.feasibility import reachable_range
 from ofa_deploy.held_out import measure_and_judge
+from ofa_deploy.named_spaces import named_space
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.predict.latency import fit_latency_predictor
 from ofa_deploy.profiling import (

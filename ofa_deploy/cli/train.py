@@ -15,48 +15,17 @@ from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.errors import (
     DataError,
     MissingDependency,
-    SpaceError,
     TrainingError,
 )
-from ofa_deploy.families import mbv3, repvgg
 from ofa_deploy.manifest import MAX_THREADS
-from ofa_deploy.space import SearchSpace
-from ofa_deploy.space_file import decode_space
+from ofa_deploy.named_spaces import named_space
 from ofa_deploy.work_folder import require_outside, working_alone
 from profilers.backends import get_backend
 from profilers.backends.base import Backend
 from profilers.device import available_cores
-from profilers.json_reader import read_json
 
 if TYPE_CHECKING:
     from ofa_deploy.train.progressive import ProgressiveTraining, TrainingProgress
-
-SPACE_NAMES = (
-    "mbv3-small",
-    "mbv3-imagenet-w1.0",
-    "mbv3-imagenet-w1.2",
-    "repvgg-small",
-)
-
-
-def named_space(name: str, *, class_count: int | None = None) -> SearchSpace:
-    """The space of a name in `SPACE_NAMES`, or of a JSON file.
-
-    Without a count of classes, a named space has that of the data it was made for.
-    """
-    if name == "mbv3-small":
-        return mbv3.small(class_count=class_count or 10)
-    if name == "repvgg-small":
-        return repvgg.small(class_count=class_count or 10)
-    if name in SPACE_NAMES:
-        width = float(name.rsplit("w", 1)[1])
-        return mbv3.imagenet(width=width, class_count=class_count or 1000)
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        return read_json(path, decode_space, otherwise="give a space's JSON file")
-    raise SpaceError(
-        f"{name!r} is neither a space ({', '.join(SPACE_NAMES)}) nor a .json file"
-    )
 
 
 def train(

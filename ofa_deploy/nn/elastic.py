@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ofa_deploy.fuse import BATCH_NORM_EPS
 from ofa_deploy.layers import (
     ConvLayer,
     LayerActivation,
@@ -20,7 +21,6 @@ from ofa_deploy.layers import (
     SqueezeExciteLayer,
 )
 
-BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ofa_deploy.fuse import BATCH_NORM_EPS
 from ofa_deploy.layers import (
     BlockPlan,
     ConvLayer,
@@ -23,7 +24,7 @@ from ofa_deploy.layers import (
     RepConvLayer,
     SqueezeExciteLayer,
 )
-from ofa_deploy.nn.elastic import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM
+from ofa_deploy.nn.elastic import BATCH_NORM_MOMENTUM
 from ofa_deploy.plan import NetworkPlan
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -51,25 +51,6 @@ def one_hot(space: SearchSpace, genomes: Genomes) -> Floats:
     return features
 
 
-def from_one_hot(space: SearchSpace, features: Floats) -> Genomes:
-    """The genomes whose features these are; the inverse of `one_hot`."""
-    counts = space.choice_counts
-    genomes = np.zeros((len(features), len(counts)), dtype=np.int64)
-    column = len(space.resolutions)
-    genomes[:, 0] = features[:, :column].argmax(1)
-    gene = space.first_slot_gene
-    for index, stage in enumerate(space.stages):
-        depth = np.zeros(len(features), dtype=np.int64)
-        for _ in range(stage.max_depth):
-            for choices in (stage.kernels, stage.expands):
-                hot = features[:, column : column + len(choices)]
-                genomes[:, gene] = hot.argmax(1)
-                gene, column = gene + 1, column + len(choices)
-            depth += hot.any(1)
-        genomes[:, 1 + index] = np.searchsorted(stage.depths, depth)
-    return genomes
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AccuracySample:
     """Measured accuracies of sub-networks.

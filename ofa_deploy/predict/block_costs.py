@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ofa_deploy.errors import UnmeasuredBlock
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import lower
-from ofa_deploy.space import BlockConfig, Genomes, SearchSpace, SubnetConfig
+from ofa_deploy.space import Genomes, SearchSpace
 from profilers.table import LatencyTable
 
 Floats = NDArray[np.float64]
@@ -94,7 +94,10 @@ def costs_by_genes(
     inside: list[list[Sequence[float]]] = []
     for resolution in space.resolutions:
         for kernel, expand in product(range(kernels), range(expands)):
-            blocks = lower(space, _uniform(space, resolution, kernel, expand)).blocks
+            blocks = lower(
+                space,
+                space.uniform(resolution, kernel_index=kernel, expand_index=expand),
+            ).blocks
             staged = [block for block in blocks if block.name.startswith("stage")]
             inside.append([costs(block) for block in staged])
         rest = [block for block in blocks if not block.name.startswith("stage")]
@@ -102,25 +105,6 @@ def costs_by_genes(
     slots = np.array(inside, dtype=np.float64)
     slots = slots.reshape(len(outside), kernels, expands, space.slot_count, -1)
     return np.array(outside, dtype=np.float64), slots.transpose(0, 3, 1, 2, 4)
-
-
-def _uniform(
-    space: SearchSpace, resolution: int, kernel: int, expand: int
-) -> SubnetConfig:
-    """The deepest network that takes the same choice everywhere, as far as it goes."""
-    return SubnetConfig(
-        resolution=resolution,
-        stages=tuple(
-            (
-                BlockConfig(
-                    kernel=stage.kernels[min(kernel, len(stage.kernels) - 1)],
-                    expand=stage.expands[min(expand, len(stage.expands) - 1)],
-                ),
-            )
-            * stage.max_depth
-            for stage in space.stages
-        ),
-    )
 
 
 def _costs(block: BlockPlan, latency_ms_by_key: Mapping[str, float]) -> list[float]:

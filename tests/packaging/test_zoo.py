@@ -11,7 +11,7 @@ import pytest
 
 import latency_tables
 from ofa_deploy import zoo
-from ofa_deploy.cli.train import SPACE_NAMES, named_space
+from ofa_deploy.named_spaces import SPACE_NAMES, named_space
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.plan import all_blocks
 from ofa_deploy.predict.latency import fit_latency_predictor

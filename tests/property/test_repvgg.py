@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ofa_deploy.errors import SpaceError
 from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME, emit_network
 from ofa_deploy.families import repvgg
-from ofa_deploy.fuse import BatchNorm, fuse, merge_branches
+from ofa_deploy.fuse import BATCH_NORM_EPS, BatchNorm, fuse, merge_branches
 from ofa_deploy.layers import RepConvLayer
 from ofa_deploy.materialise import materialise
-from ofa_deploy.nn.elastic import BATCH_NORM_EPS
 from ofa_deploy.nn.static import FusedNet, StaticNet
 from ofa_deploy.nn.supernet import new_supernet, sort_channels
 from ofa_deploy.plan import lower

@@ -16,7 +16,6 @@ from ofa_deploy.predict.accuracy import (
     AccuracyPredictor,
     feature_count,
     fit_accuracy_predictor,
-    from_one_hot,
     one_hot,
 )
 from ofa_deploy.search.evolution import (
@@ -264,6 +263,25 @@ def canonical_rows(draw: st.DrawFn) -> tuple[SearchSpace, Genomes]:
     space = draw(st.sampled_from(SPACES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return space, space.sample(4, rng)
+
+
+def from_one_hot(space: SearchSpace, features: NDArray[np.float32]) -> Genomes:
+    """The genomes whose features these are; the inverse of `one_hot`."""
+    counts = space.choice_counts
+    genomes = np.zeros((len(features), len(counts)), dtype=np.int64)
+    column = len(space.resolutions)
+    genomes[:, 0] = features[:, :column].argmax(1)
+    gene = space.first_slot_gene
+    for index, stage in enumerate(space.stages):
+        depth = np.zeros(len(features), dtype=np.int64)
+        for _ in range(stage.max_depth):
+            for choices in (stage.kernels, stage.expands):
+                hot = features[:, column : column + len(choices)]
+                genomes[:, gene] = hot.argmax(1)
+                gene, column = gene + 1, column + len(choices)
+            depth += hot.any(1)
+        genomes[:, 1 + index] = np.searchsorted(stage.depths, depth)
+    return genomes
 
 
 @given(canonical_rows())

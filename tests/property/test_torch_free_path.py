@@ -20,10 +20,9 @@ from ofa_deploy.export.onnx import (
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.exporting import compare_exported, export_network
 from ofa_deploy.families import mbv3
-from ofa_deploy.fuse import BATCH_NORM_EPS, BatchNorm, fuse
+from ofa_deploy.fuse import BatchNorm, fuse
 from ofa_deploy.layers import ConvLayer
 from ofa_deploy.materialise import Weights, materialise
-from ofa_deploy.nn.elastic import BATCH_NORM_EPS as TORCH_EPS
 from ofa_deploy.nn.elastic import ElasticConv
 from ofa_deploy.nn.supernet import Supernet
 from ofa_deploy.plan import NetworkPlan, all_blocks, lower
@@ -212,10 +211,6 @@ def test_folding_another_number_of_channels_is_refused() -> None:
     weight = np.ones((5, 3, 1, 1), dtype=np.float32)
     with pytest.raises(ValueError, match=r"^norm covers 4 channels, weight has 5$"):
         BatchNorm(gamma=four, beta=four, mean=four, variance=four).fold(weight)
-
-
-def test_both_halves_use_one_epsilon() -> None:
-    assert BATCH_NORM_EPS == TORCH_EPS
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.id)

@@ -25,7 +25,8 @@ from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.cli.tables import show_bundle, show_diagnosis
 from ofa_deploy.errors import BundleError
-from ofa_deploy.plan import BlockPlan, lower
+from ofa_deploy.layers import BlockPlan
+from ofa_deploy.plan import lower
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import encode_space
 from ofa_deploy.stored import read_supernet, write_supernet

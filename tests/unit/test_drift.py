@@ -79,7 +79,6 @@ def timed(anchor_ms: float, kernel_ns: int, conditions: Conditions) -> OrderResu
         conditions_before=conditions,
         conditions_after=conditions,
         drift=table().drift,
-        damaged_count=0,
     )
 
 

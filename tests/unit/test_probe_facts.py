@@ -42,7 +42,6 @@ def fact(probe: OperatorProbe, extra_ms: float) -> OperatorFact:
         drift=tiny.latency_table(
             tiny.SPACE, networks=(), network_ms=lambda _: 1.0
         ).drift,
-        damaged_count=0,
     )
     return _judge(probe, result, fused=None)
 
