@@ -251,6 +251,7 @@ class BlockPlan:
         in_size: Height and width of its input.
         layers: In order; one's output is the next one's input.
         residual: Whether the input is added to the output.
+        stage: Number of its stage, from 1; None outside of stages.
     """
 
     name: str
@@ -259,6 +260,7 @@ class BlockPlan:
     in_size: int
     layers: tuple[Layer, ...]
     residual: bool
+    stage: int | None = None
 
     @property
     def out_size(self) -> int:

@@ -7,7 +7,7 @@ emitter, the cost counters, the work order and the predictors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ofa_deploy.families import mbv3, repvgg
@@ -114,16 +114,15 @@ def lower(space: SearchSpace, config: SubnetConfig) -> NetworkPlan:
             lower_block = (
                 repvgg.lower_block if stage.block == "repvgg" else mbv3.lower_block
             )
-            blocks.append(
-                lower_block(
-                    name=f"stage{index + 1}.block{place + 1}",
-                    stage=stage,
-                    config=block_config,
-                    in_channels=previous.out_channels,
-                    in_size=previous.out_size,
-                    stride=stage.stride if place == 0 else 1,
-                )
+            block = lower_block(
+                name=f"stage{index + 1}.block{place + 1}",
+                stage=stage,
+                config=block_config,
+                in_channels=previous.out_channels,
+                in_size=previous.out_size,
+                stride=stage.stride if place == 0 else 1,
             )
+            blocks.append(replace(block, stage=index + 1))
     blocks.append(_lower_head(space, blocks[-1]))
     return NetworkPlan(
         space_name=space.name,

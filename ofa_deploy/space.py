@@ -217,6 +217,14 @@ class SearchSpace:
         """Index of the first slot's kernel gene."""
         return 1 + len(self.stages)
 
+    def slot_choices(self, genomes: Genomes) -> Genomes:
+        """Kernel and expansion of each slot, as indices, a view `(n, slots, 2)`.
+
+        Args:
+            genomes: `(individuals, genes)`.
+        """
+        return genomes[:, self.first_slot_gene :].reshape(-1, self.slot_count, 2)
+
     def active_slots(self, genomes: Genomes) -> NDArray[np.bool_]:
         """Which slots are used, `(individuals, slots)`."""
         parts = []

@@ -122,10 +122,9 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
     """
     plan = lower(supernet.space, supernet.space.largest())
     for block in plan.blocks:
-        if not block.name.startswith("stage"):
+        if block.stage is None:
             continue
-        number = block.name.split(".")[0].removeprefix("stage")
-        stage = supernet.space.stages[int(number) - 1]
+        stage = supernet.space.stages[block.stage - 1]
         if stage.block == "repvgg":
             continue
         widths = [

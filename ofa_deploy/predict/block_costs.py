@@ -98,9 +98,9 @@ def costs_by_genes(
                 space,
                 space.uniform(resolution, kernel_index=kernel, expand_index=expand),
             ).blocks
-            staged = [block for block in blocks if block.name.startswith("stage")]
+            staged = [block for block in blocks if block.stage is not None]
             inside.append([costs(block) for block in staged])
-        rest = [block for block in blocks if not block.name.startswith("stage")]
+        rest = [block for block in blocks if block.stage is None]
         outside.append([costs(block) for block in rest])
     slots = np.array(inside, dtype=np.float64)
     slots = slots.reshape(len(outside), kernels, expands, space.slot_count, -1)
@@ -144,7 +144,7 @@ def features(space: SearchSpace, blocks: BlockCosts, genomes: Genomes) -> Floats
 
 def _chosen(space: SearchSpace, blocks: BlockCosts, genomes: Genomes) -> Floats:
     """Costs of each slot's block, used or not, `(n, slots, costs)`."""
-    pairs = genomes[:, space.first_slot_gene :].reshape(-1, space.slot_count, 2)
+    pairs = space.slot_choices(genomes)
     slot = np.arange(space.slot_count)[None, :]
     found: Floats = blocks.slots[genomes[:, :1], slot, pairs[..., 0], pairs[..., 1]]
     return found

@@ -108,7 +108,7 @@ class LatencyPredictor:
     def _price(self, genomes: Genomes) -> Floats:
         space = self.space
         _, slot_count, kernels, expands = self.slot_ms.shape
-        pairs = genomes[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
+        pairs = space.slot_choices(genomes)
         resolution = genomes[:, 0]
         place = resolution[:, None] * slot_count + np.arange(slot_count)
         place = (place * kernels + pairs[..., 0]) * expands + pairs[..., 1]

@@ -51,7 +51,7 @@ class NetworkSizes:
     def _of_slots(self, by_gene: Floats, genomes: Genomes) -> Floats:
         """Bytes of each slot, 0 of those that are not used, `(n, slots)`."""
         space = self.space
-        pairs = genomes[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
+        pairs = space.slot_choices(genomes)
         slot = np.arange(space.slot_count)[None, :]
         found: NDArray[np.float64] = by_gene[
             genomes[:, :1], slot, pairs[..., 0], pairs[..., 1]

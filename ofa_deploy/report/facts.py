@@ -85,11 +85,11 @@ def block_shares(
     """What each block of a network is priced at, and took when timed alone."""
     space = predictor.space
     genome = space.encode(config)
-    pairs = genome[space.first_slot_gene :].reshape(-1, 2)
+    (pairs,) = space.slot_choices(genome[None])
     used = np.flatnonzero(space.active_slots(genome[None])[0])
     blocks = lower(space, config).blocks
-    staged = [block for block in blocks if block.name.startswith("stage")]
-    outside = [block for block in blocks if not block.name.startswith("stage")]
+    staged = [block for block in blocks if block.stage is not None]
+    outside = [block for block in blocks if block.stage is None]
     alone = [_alone_ms(table, block) for block in outside]
     shares = [
         BlockShare(
@@ -120,11 +120,11 @@ def width_lines(
     names: dict[tuple[str, ...], str] = {}
     for block in all_blocks(_only(space, resolution)).values():
         latency_ms, kernel = _alone_ms(table, block), _kernel(block)
-        if latency_ms is None or kernel is None or not block.name.startswith("stage"):
+        if latency_ms is None or kernel is None or block.stage is None:
             continue
         # The first block of a stage has another input than the rest.
         first = block.name.endswith(".block1")
-        place = block.name.split(".")[0] + (" first block" if first else "")
+        place = f"stage{block.stage}" + (" first block" if first else "")
         key = (place, f"k{kernel}")
         by_rest[key][_inner_width(block)] = latency_ms
         names[key] = (

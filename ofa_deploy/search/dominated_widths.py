@@ -42,7 +42,7 @@ class Promotion:
         """The same networks `(n, genes)`, dominated widths replaced."""
         space = self.space
         promoted = genomes.copy()
-        pairs = promoted[:, space.first_slot_gene :].reshape(len(genomes), -1, 2)
+        pairs = space.slot_choices(promoted).copy()
         slot = np.arange(space.slot_count)[None, :]
         wider = self.expands[genomes[:, :1], slot, pairs[..., 0], pairs[..., 1]]
         pairs[..., 1] = np.where(space.active_slots(genomes), wider, pairs[..., 1])

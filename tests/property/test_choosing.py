@@ -25,7 +25,7 @@ SIZES = network_sizes(SPACE)
 
 def narrow_is_better(genomes: Genomes) -> Floats:
     """An accuracy predictor that takes every widening for a loss."""
-    pairs = genomes[:, SPACE.first_slot_gene :].reshape(len(genomes), -1, 2)
+    pairs = SPACE.slot_choices(genomes)
     return np.asarray(0.9 - 0.01 * pairs[..., 1].sum(axis=1))
 
 
