@@ -131,7 +131,7 @@ def prune_filters(args: argparse.Namespace) -> None:
             images=images,
             held_out=images.validation,
             folder=folder / "search",
-            told=Lines(bar),
+            on_progress=Lines(bar),
         ).run("autoprune")
         full = float(price(full_counts(own.graph)))
         indices = found.order.kept(found.order.within(price, MACS_SHARE * full))
@@ -144,7 +144,7 @@ def prune_filters(args: argparse.Namespace) -> None:
             images=images,
             folder=tuning,
             teacher=dense_network(),
-            told=Lines(bar),
+            on_progress=Lines(bar),
         )
     arrays = arrays_of(narrow)
     arrays |= {f"kept.{index}": one.numpy() for index, one in enumerate(indices)}
@@ -171,7 +171,7 @@ def prune_weights(args: argparse.Namespace) -> None:
             images=images,
             recipe=settings.search,
             folder=folder / "search",
-            told=Lines(bar),
+            on_progress=Lines(bar),
         )
         pull.freeze(int(WEIGHTS_SHARE * pull.weight_count))
         sparse = finetune_weights(
@@ -181,7 +181,7 @@ def prune_weights(args: argparse.Namespace) -> None:
             recipe=settings.finetune,
             folder=folder / "finetune",
             teacher=dense_network(),
-            told=Lines(bar),
+            on_progress=Lines(bar),
         )
     logs = {"-search": log_of(folder / "search")}
     logs["-finetune"] = log_of(folder / "finetune")

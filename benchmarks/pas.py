@@ -309,7 +309,7 @@ def prune_by_macs(args: argparse.Namespace) -> None:
             images=training,
             held_out=training.validation,
             folder=folder / "search",
-            told=lines,
+            on_progress=lines,
         ).run("pas")
         masked = found.masked
         full = float(price(full_counts(own.graph)))
@@ -325,7 +325,7 @@ def prune_by_macs(args: argparse.Namespace) -> None:
             images=training,
             folder=tuning,
             teacher=dense_teacher(training),
-            told=Lines(bar),
+            on_progress=Lines(bar),
         )
     arrays: dict[str, NDArray[Any]] = dict(static(own).weights())
     for index, indices in enumerate(masked.kept()):

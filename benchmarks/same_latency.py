@@ -108,7 +108,7 @@ def shrink_to_latency_of(
                     ),
                     work=folder,
                     reporter=bar,
-                    training_told=Lines(bar),
+                    on_training_progress=Lines(bar),
                 )
     for seed, out in bundles.items():
         keep_bundle(seeded(name, seed), out)

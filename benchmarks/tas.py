@@ -75,7 +75,7 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.families.cifar_resnet import WIDTHS, ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.cost import MacPrice
-from ofa_deploy.shrink.finetuning import Told, finetune
+from ofa_deploy.shrink.finetuning import TrainingCallback, finetune
 from ofa_deploy.shrink.methods import Found, Search, likeliest
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import KNOWLEDGE_TEMPERATURE, ShrinkRecipe
@@ -289,7 +289,9 @@ def search(args: argparse.Namespace) -> None:
             continue
         folder = args.work / "tas" / f"search-{name}-{origin}"
         with StageBar(console) as bar:
-            found = searching(data, recipe, folder=folder, told=Lines(bar)).run("tas")
+            found = searching(data, recipe, folder=folder, on_progress=Lines(bar)).run(
+                "tas"
+            )
         keep_log(f"tas-search-{name}", log_of(folder))
         last = json.loads(log_of(folder).read_text().splitlines()[-1])
         keep_structure(
@@ -317,7 +319,11 @@ def is_found(name: str, origin: str) -> bool:
 
 
 def searching(
-    data: ImageSet, recipe: ShrinkRecipe, *, folder: Path | None, told: Told
+    data: ImageSet,
+    recipe: ShrinkRecipe,
+    *,
+    folder: Path | None,
+    on_progress: TrainingCallback,
 ) -> Search:
     """A search to the share of the MACs that is aimed at."""
     images = TrainingImages(data, recipe.search)
@@ -331,7 +337,7 @@ def searching(
         images=images,
         held_out=images.validation,
         folder=folder,
-        told=told,
+        on_progress=on_progress,
         announced=lambda preflight: print(preflight.told, flush=True),
     )
 
@@ -342,7 +348,7 @@ def timed_epochs(data: ImageSet) -> dict[str, list[float]]:
     images = TrainingImages(data, ONCE)
     seconds: dict[str, list[float]] = {"search": [], "dense": []}
 
-    def note(name: str) -> Told:
+    def note(name: str) -> TrainingCallback:
         def told(stage: str, progress: LoopProgress) -> None:
             if progress.step == progress.steps:
                 seen = progress.step * ONCE.batch_size
@@ -351,14 +357,14 @@ def timed_epochs(data: ImageSet) -> dict[str, list[float]]:
         return told
 
     for _ in range(TIMED_EPOCHS):
-        searching(data, recipe, folder=None, told=note("search")).run("tas")
+        searching(data, recipe, folder=None, on_progress=note("search")).run("tas")
         finetune(
             CifarResNet(WHOLE),
             resolution=RESOLUTION,
             recipe=ONCE,
             images=images,
             folder=None,
-            told=note("dense"),
+            on_progress=note("dense"),
         )
     return seconds
 

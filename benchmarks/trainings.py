@@ -323,7 +323,7 @@ class Lines:
         self._bar = bar
 
     def __call__(self, stage: str, progress: LoopProgress) -> None:
-        """See `finetuning.Told`."""
+        """See `finetuning.TrainingCallback`."""
         self._bar.advance_stage(stage, progress.step, progress.steps)
         done, rest = divmod(progress.step, progress.steps // progress.epochs)
         if rest or progress.accuracy is None:

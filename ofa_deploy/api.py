@@ -32,18 +32,14 @@ from ofa_deploy.target import parse_target
 if TYPE_CHECKING:
     from torch import nn
 
-    from ofa_deploy.shrink.finetuning import Told as TrainingTold
+    from ofa_deploy.shrink.finetuning import TrainingCallback
     from ofa_deploy.shrink.recipe import ShrinkRecipe
 
 _ONE_OF = (
     "give either a device, such as 'openvino-cpu', or devices with their budgets, such "
     "as {'openvino-cpu': 0.5}"
 )
-Told = Callable[[tuple[CostRange, ...]], None]
-
-
-def nobody(rows: tuple[CostRange, ...]) -> None:
-    """Told of what can be reached, and does nothing."""
+FeasibilityCallback = Callable[[tuple[CostRange, ...]], None]
 
 
 @overload
@@ -66,7 +62,7 @@ def specialize(
     on_drift: OnDrift = "refuse",
     seed: int = 0,
     reporter: Reporter | None = None,
-    told: Told = nobody,
+    on_feasibility: FeasibilityCallback | None = None,
 ) -> Bundle: ...
 
 
@@ -92,7 +88,7 @@ def specialize(
     recipe: ShrinkRecipe | None = None,
     work: str | Path | None = None,
     reporter: Reporter | None = None,
-    training_told: TrainingTold | None = None,
+    on_training_progress: TrainingCallback | None = None,
     executor: Executor | None = None,
 ) -> Bundle: ...
 
@@ -140,8 +136,8 @@ def specialize(
     recipe: ShrinkRecipe | None = None,
     work: str | Path | None = None,
     reporter: Reporter | None = None,
-    told: Told = nobody,
-    training_told: TrainingTold | None = None,
+    on_feasibility: FeasibilityCallback | None = None,
+    on_training_progress: TrainingCallback | None = None,
     executor: Executor | None = None,
 ) -> Bundle | Fleet:
     """A verified bundle whose model was shown to keep all limits on this machine.
@@ -183,8 +179,9 @@ def specialize(
         recipe: With `model`: epochs, rates, floor and step; None for the default.
         work: With `model`: folder of checkpoints, from which a killed call goes on.
         reporter: Told of progress.
-        told: Called with what the space can reach, before anything is searched.
-        training_told: With `model`: told of trainings.
+        on_feasibility: Called with what the space can reach, before it is searched.
+        on_training_progress: With `model`: called with what is trained, and how far
+            it is.
         executor: With `model` and legr: judges its candidates; None for processes, one
             a core. Any `concurrent.futures.Executor` will do.
 
@@ -197,7 +194,7 @@ def specialize(
         "normalisation": normalisation,
         "recipe": recipe,
         "work": work,
-        "training_told": training_told,
+        "on_training_progress": on_training_progress,
         "executor": executor,
         "method": None if method == "pas" else method,
         "compressed_bytes": compressed_bytes,
@@ -216,7 +213,7 @@ def specialize(
             "table": table,
             "on_drift": None if on_drift == "refuse" else on_drift,
             "seed": seed or None,
-            "told": None if told is nobody else told,
+            "on_feasibility": on_feasibility,
         },
         "are for supernets, and a network of your own is none",
     )
@@ -231,7 +228,7 @@ def specialize(
         if (
             any(limit is not None for limit in limits)
             or (percentile, sustained_s, table) != (50, 0.0, None)
-            or told is not nobody
+            or on_feasibility is not None
         ):
             raise SpaceError(
                 "devices carry their own budgets, and find their own tables; leave "
@@ -270,7 +267,7 @@ def specialize(
                 "a network is trained while it is shrunk; give labelled images as "
                 "data= (a folder, .zip or .npz)"
             )
-        from ofa_deploy.shrink.finetuning import nobody as no_training_told
+        from ofa_deploy.shrink.finetuning import ignore_progress
         from ofa_deploy.shrink.to_budget import shrink
 
         return shrink(
@@ -286,7 +283,7 @@ def specialize(
             recipe=recipe,
             work=work,
             reporter=reporter,
-            told=training_told or no_training_told,
+            on_progress=on_training_progress or ignore_progress,
             executor=executor,
         )
     require_output(Path(out))
@@ -306,7 +303,8 @@ def specialize(
         on_drift=on_drift,
         reporter=reporter,
     )
-    told(session.feasibility(constraints))
+    if on_feasibility is not None:
+        on_feasibility(session.feasibility(constraints))
     return session.specialize(
         constraints, out=out, calibration=images, eval_data=evaluation, seed=seed
     )

@@ -222,7 +222,7 @@ def specialize(
             eval_data=eval_data,
             seed=seed,
             reporter=bar,
-            told=lambda rows: show_feasibility(console, rows),
+            on_feasibility=lambda rows: show_feasibility(console, rows),
         )
     show_bundle_json(bundle) if as_json else show_bundle(_console, bundle)
 
@@ -342,7 +342,7 @@ def shrink(
             ),
             work=work,
             reporter=bar,
-            training_told=lambda stage, progress: bar.show_below(
+            on_training_progress=lambda stage, progress: bar.show_below(
                 shrinking.drawn(progress)
             ),
         )

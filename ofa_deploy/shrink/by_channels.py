@@ -98,7 +98,7 @@ class ByChannels:
             images=call.images,
             held_out=call.ranked_on,
             folder=folder / SEARCH_FOLDER,
-            told=call.tell,
+            on_progress=call.tell,
             judged=call.reporter.advance,
             announced=lambda found: call.reporter.begin(f"{SEARCHING}: {found.told}"),
             executor=call.executor,
@@ -277,7 +277,7 @@ class ByChannels:
                 images=call.images,
                 folder=trainings[-1],
                 teacher=teacher,
-                told=call.tell,
+                on_progress=call.tell,
             )
             network = call.certify(
                 fitting, remainder, fitted.kept, fitted.predicted_ms, self.stack

@@ -71,7 +71,7 @@ class ByWeights:
             images=call.images,
             recipe=call.recipe.search,
             folder=folder / SEARCH_FOLDER,
-            told=call.tell,
+            on_progress=call.tell,
         )
         count = self._settled(pull, fitting, memory=folder / "weights.json")
         pull.freeze(count)
@@ -84,7 +84,7 @@ class ByWeights:
             recipe=call.finetuning,
             folder=tuning,
             teacher=copy.deepcopy(model) if call.recipe.distill else None,
-            told=call.tell,
+            on_progress=call.tell,
         )
         small = self._trimmed(trained, fitting)
         network = self._certify(small, whole.measurement.quiet_ms)

@@ -13,11 +13,11 @@ from ofa_deploy.train.loop import LoopProgress, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
 
-Told = Callable[[str, LoopProgress], None]
+TrainingCallback = Callable[[str, LoopProgress], None]
 
 
-def nobody(stage: str, progress: LoopProgress) -> None:
-    """Told of a training's progress, and does nothing."""
+def ignore_progress(stage: str, progress: LoopProgress) -> None:
+    """Do nothing with a training's progress."""
 
 
 def freeze(masked: MaskedNetwork, kept: Sequence[Tensor]) -> None:
@@ -36,7 +36,7 @@ def finetune(
     folder: Path | None,
     teacher: nn.Module | None = None,
     regulariser: Regulariser | None = None,
-    told: Told = nobody,
+    on_progress: TrainingCallback = ignore_progress,
 ) -> float:
     """Train what is left of a network; returns its accuracy on the held-out images.
 
@@ -48,7 +48,7 @@ def finetune(
         folder: Keeps the run, which is continued; None to keep nothing.
         teacher: Whose class probabilities are learned, too.
         regulariser: What is added to the loss.
-        told: Of progress.
+        on_progress: Called with what is trained, and how far it is.
     """
     loop = TrainingLoop(
         network,
@@ -60,4 +60,4 @@ def finetune(
         regulariser=regulariser,
         teacher=teacher,
     )
-    return loop.run(lambda progress: told("fine-tuning", progress))
+    return loop.run(lambda progress: on_progress("fine-tuning", progress))

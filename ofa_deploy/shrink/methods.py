@@ -25,7 +25,7 @@ from ofa_deploy.shrink.autoprune import (
 )
 from ofa_deploy.shrink.candidates import CandidateImages, warn_if_few
 from ofa_deploy.shrink.cost import LayerPrices, full_counts
-from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
 from ofa_deploy.shrink.legr import Member, Population, RankingSearch
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -95,7 +95,7 @@ class Search:
         images: To train on.
         held_out: To judge candidates on.
         folder: Keeps the search, which is continued; None to keep nothing.
-        told: Of a training's progress.
+        on_progress: Called with what is trained, and how far it is.
         judged: Told how many candidates were judged, of how many.
         announced: Told what a search of tas will take, before it begins.
         executor: Judges candidates; None for processes, one a core.
@@ -109,7 +109,7 @@ class Search:
     images: TrainingImages
     held_out: ImageSet
     folder: Path | None
-    told: Told = nobody
+    on_progress: TrainingCallback = ignore_progress
     judged: Callable[[int, int], None] = lambda done, total: None
     announced: Callable[[Preflight], None] = lambda preflight: None
     executor: Executor | None = None
@@ -184,7 +184,7 @@ class Search:
 
     def train(self, loop: TrainingLoop) -> None:
         """Train a network to the end of its search."""
-        loop.run(lambda progress: self.told(SEARCHING, progress))
+        loop.run(lambda progress: self.on_progress(SEARCHING, progress))
 
     def trained(
         self,

@@ -21,7 +21,7 @@ from ofa_deploy.predict.latency import TWO_SIDED_95, LatencyEstimate
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.device_prices import DevicePrices, keep_prices, keep_step
-from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.legr import Member
 from ofa_deploy.shrink.masks import MaskedNetwork
@@ -79,7 +79,7 @@ class Shrinking:
         evaluation: To measure the accuracy on.
         work: Folder of checkpoints, from which a call that was killed goes on.
         reporter: Told of stages.
-        told: Told of trainings.
+        on_progress: Called with what is trained, and how far it is.
         executor: Judges LeGR's candidates; None for processes of its own.
     """
 
@@ -93,7 +93,7 @@ class Shrinking:
     evaluation: ImageSet
     work: Path
     reporter: Reporter
-    told: Told = nobody
+    on_progress: TrainingCallback = ignore_progress
     executor: Executor | None = None
 
     @property
@@ -132,7 +132,7 @@ class Shrinking:
     def tell(self, stage: str, progress: LoopProgress) -> None:
         """Of a training."""
         self.reporter.advance(progress.step, progress.steps)
-        self.told(stage, progress)
+        self.on_progress(stage, progress)
 
     def name(self, prices: DevicePrices, *others: object) -> str:
         """Of everything that decides a search: another one is never continued.

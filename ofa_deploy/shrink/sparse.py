@@ -31,7 +31,7 @@ from ofa_deploy.shrink.autoprune import (
     typical_gradient,
     wandering_rate,
 )
-from ofa_deploy.shrink.finetuning import Told, finetune, nobody
+from ofa_deploy.shrink.finetuning import TrainingCallback, finetune, ignore_progress
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
     THRESHOLD,
@@ -421,7 +421,7 @@ def search_weights(
     images: TrainingImages,
     recipe: Recipe,
     folder: Path | None,
-    told: Told = nobody,
+    on_progress: TrainingCallback = ignore_progress,
 ) -> SparsityPull:
     """Search which weights stay; returns the masks, and with them the trained copy.
 
@@ -436,7 +436,7 @@ def search_weights(
         images: To train on.
         recipe: Of one phase: weights and auxiliary parameters together.
         folder: Keeps the search, which is continued; None to keep nothing.
-        told: Of progress.
+        on_progress: Called with what is trained, and how far it is.
 
     Raises:
         TraceError: The network has no weights that could go.
@@ -461,7 +461,7 @@ def search_weights(
         folder=folder,
         bf16=prefers_bf16(),
         regulariser=AutoPrune(pull, deciding=deciding),
-    ).run(lambda progress: told(SEARCHING, progress))
+    ).run(lambda progress: on_progress(SEARCHING, progress))
     return pull
 
 
@@ -473,7 +473,7 @@ def finetune_weights(
     recipe: Recipe,
     folder: Path | None,
     teacher: nn.Module | None = None,
-    told: Told = nobody,
+    on_progress: TrainingCallback = ignore_progress,
 ) -> nn.Module:
     """Train the weights that stayed; returns the network without masks.
 
@@ -484,7 +484,7 @@ def finetune_weights(
         recipe: Of one phase.
         folder: Keeps the run, which is continued; None to keep nothing.
         teacher: Whose class probabilities are learned, too.
-        told: Of progress.
+        on_progress: Called with what is trained, and how far it is.
     """
     finetune(
         pull.module,
@@ -494,7 +494,7 @@ def finetune_weights(
         folder=folder,
         teacher=teacher,
         regulariser=_KeptDecay(pull),
-        told=told,
+        on_progress=on_progress,
     )
     return pull.without_masks()
 

@@ -35,7 +35,7 @@ from ofa_deploy.shrink.device_prices import (
     measure_prices,
     runtime_step,
 )
-from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
 from ofa_deploy.shrink.methods import DECIDING_SETTING
 from ofa_deploy.shrink.own_network import OwnNetwork, warn_if_by_chance
 from ofa_deploy.shrink.recipe import (
@@ -70,7 +70,7 @@ def shrink(
     recipe: ShrinkRecipe | None = None,
     work: str | Path | None = None,
     reporter: Reporter | None = None,
-    told: Told = nobody,
+    on_progress: TrainingCallback = ignore_progress,
     executor: Executor | None = None,
 ) -> Bundle:
     """Shrink a network to a budget on a device; return what was shown to keep it.
@@ -94,7 +94,7 @@ def shrink(
         work: Folder of checkpoints, from which a call that was killed goes on; None
             for one beside `out`.
         reporter: Told of stages.
-        told: Told of trainings.
+        on_progress: Called with what is trained, and how far it is.
         executor: Judges LeGR's candidates; None for processes, one a core.
 
     Raises:
@@ -169,7 +169,7 @@ def shrink(
         evaluation=evaluation,
         work=work,
         reporter=reporter,
-        told=told,
+        on_progress=on_progress,
         executor=executor,
     )
     with _writing(out, work, cache := cache_folder()):

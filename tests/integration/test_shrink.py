@@ -138,7 +138,9 @@ def test_a_network_that_keeps_its_budget_is_shown_to_and_left_as_it_is(
         out=tmp_path / "out",
         latency_ms=GENEROUS_MS,
         recipe=recipe(),
-        training_told=lambda stage, progress: pytest.fail("nothing is to be trained"),
+        on_training_progress=lambda stage, progress: pytest.fail(
+            "nothing is to be trained"
+        ),
     )
     history = json.loads((bundle.path / HISTORY_FILE).read_text())
     assert history["kept"] == history["channels"]
@@ -187,7 +189,7 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
             latency_ms=0.85 * priced_ms(own_network(dense), caches, backend=backend),
             method=method,
             recipe=recipe(),
-            training_told=lambda stage, progress: seen.append(progress),
+            on_training_progress=lambda stage, progress: seen.append(progress),
         )
 
     bundle = at_a_steady_time(attempt, caches)
@@ -833,7 +835,10 @@ def test_a_call_that_goes_on_asks_for_the_same_share(
         measured_as(monkeypatch, factor=factor)
         with ExitStack() as stack:
             shrinking = ByChannels(
-                call=replace(call, told=stop), method="pas", prices=prices, stack=stack
+                call=replace(call, on_progress=stop),
+                method="pas",
+                prices=prices,
+                stack=stack,
             )
             with pytest.raises(KeyboardInterrupt):
                 shrinking.run()

@@ -735,7 +735,7 @@ def sparse(
         images=images,
         recipe=recipe,
         folder=None if folder is None else folder / "search",
-        told=told,
+        on_progress=told,
     )
     pull.freeze(round(0.1 * pull.weight_count))
     trained = finetune_weights(
@@ -744,7 +744,7 @@ def sparse(
         images=images,
         recipe=recipe,
         folder=None if folder is None else folder / "finetune",
-        told=told,
+        on_progress=told,
     )
     return pull, trained
 

@@ -90,7 +90,7 @@ def search(
         images=images,
         held_out=images.validation,
         folder=folder,
-        told=told,
+        on_progress=told,
         announced=announced,
     ).run("tas")
 

@@ -21,7 +21,7 @@ from ofa_deploy.shrink import methods, sparse
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.cost import MacPrice
-from ofa_deploy.shrink.finetuning import Told, nobody
+from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ChannelMethod, Method, ShrinkRecipe
@@ -79,7 +79,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_masks(
             images=TrainingImages(data(), settings.search),
             held_out=data(),
             folder=folder,
-            told=told,
+            on_progress=told,
         ).run("pas")
         return found.masked.latents()
 
@@ -105,11 +105,13 @@ def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
     torch.manual_seed(0)
     network = kind()
 
-    def run(folder: Path, told: Told) -> tuple[Shrunk, Mapping[str, Tensor]]:
+    def run(
+        folder: Path, on_progress: TrainingCallback
+    ) -> tuple[Shrunk, Mapping[str, Tensor]]:
         call, prices = call_of(network, folder, budget_share=0.6, method=method)
         with ExitStack() as stack:
             shrinking = ByChannels(
-                call=replace(call, told=told),
+                call=replace(call, on_progress=on_progress),
                 method=method,
                 prices=prices,
                 stack=stack,
@@ -121,7 +123,7 @@ def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
         if stage == "fine-tuning" and progress.epoch == 3:
             raise KeyboardInterrupt
 
-    whole, weights = run(tmp_path / "whole", nobody)
+    whole, weights = run(tmp_path / "whole", ignore_progress)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", kill)
     stages: list[str] = []

@@ -42,7 +42,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
     return run
 
 
-SHOWING = ("reporter", "told")
+SHOWING = ("reporter", "on_feasibility")
 DEFAULTS: dict[str, Any] = {
     "device": "openvino-cpu",
     "out": Path("b"),
