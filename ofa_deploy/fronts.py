@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ofa_deploy.choosing import ERROR, LATENCY_MS, WEIGHT_BYTES, find_front
+from ofa_deploy.choosing import ERROR, LATENCY_MS, WEIGHT_BYTES
 from ofa_deploy.pipeline import (
     DEFAULT_SUPERNET,
     OnDrift,
@@ -123,8 +123,4 @@ def frontier(
         reporter=reporter,
     )
     session.require_current()
-    session.reporter.begin("searching")
-    session.front = find_front(
-        session.predictors, search, seed=seed, progress=session.reporter.advance
-    )
-    return Frontier(session=session, front=session.front)
+    return Frontier(session=session, front=session.search_front(search, seed=seed))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -118,8 +117,10 @@ class Specializer:
         self.runtime = self.backend.runtime(threads=self.target.threads)
         self.device = this_device(accelerator=self.backend.accelerator())
         self.supernet: StoredSupernet = opened(supernet)
-        if self.supernet.accuracy is None:  # before the profiling, not after it
+        accuracy = self.supernet.accuracy
+        if accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
+        self._accuracy = accuracy
         self._cache = cache or cache_folder()
         self._table_file = table
         self.on_drift: OnDrift = on_drift
@@ -127,13 +128,17 @@ class Specializer:
         self._use(self._find_table(table, reprofile=reprofile))
 
     def _use(self, table: LatencyTable) -> None:
-        """Take a table, and forget what followed from another one."""
+        """Take a table, and what follows from it."""
+        space = self.supernet.space
         self.table = table
-        self.predictor: LatencyPredictor = fit_latency_predictor(
-            self.supernet.space, table
+        self.predictor: LatencyPredictor = fit_latency_predictor(space, table)
+        # What is known of networks without measuring them.
+        self.predictors = Predictors(
+            latency=self.predictor,
+            accuracy=self._accuracy.predict,
+            sizes=network_sizes(space),
         )
-        for name in ("predictors", "front"):
-            self.__dict__.pop(name, None)
+        self._front: Front | None = None  # of another table
 
     def _find_table(self, path: str | Path | None, *, reprofile: bool) -> LatencyTable:
         space = self.supernet.space
@@ -161,23 +166,23 @@ class Specializer:
             self._measured_s = time.monotonic()
         return table
 
-    @cached_property
-    def predictors(self) -> Predictors:
-        """What is known of networks without measuring them."""
-        accuracy = self.supernet.accuracy
-        if accuracy is None:
-            raise DeployError(NO_PREDICTOR)
-        return Predictors(
-            latency=self.predictor,
-            accuracy=accuracy.predict,
-            sizes=network_sizes(self.supernet.space),
-        )
-
-    @cached_property
+    @property
     def front(self) -> Front:
         """Latency, accuracy and size against each other, by prediction."""
+        return self.search_front() if self._front is None else self._front
+
+    def search_front(self, search: Nsga2 = FRONT_SEARCH, *, seed: int = 0) -> Front:
+        """Search the front; budgets choose from it until there is another table.
+
+        Args:
+            search: And its settings.
+            seed: Of the search.
+        """
         self.reporter.begin("searching")
-        return find_front(self.predictors, FRONT_SEARCH, progress=self.reporter.advance)
+        self._front = find_front(
+            self.predictors, search, seed=seed, progress=self.reporter.advance
+        )
+        return self._front
 
     def reachable(self) -> ReachableRange:
         """The latencies that the space can reach here, as predicted."""
