@@ -305,9 +305,10 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove parts of bundles that a kill left behind, once nobody can be at work."""
     long_ago_s = time.time() - ABANDONED_S
-    for part in folder.iterdir():
-        if part.name.startswith(prefix) and part.stat().st_mtime < long_ago_s:
-            shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):  # no bundle is worth less for what lies beside it
+        for part in folder.iterdir():
+            if part.name.startswith(prefix) and part.stat().st_mtime < long_ago_s:
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def require_free(out: Path) -> None:

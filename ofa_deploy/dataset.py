@@ -6,6 +6,7 @@ twice.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import zipfile
@@ -13,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from gzip import BadGzipFile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ofa_deploy.preprocess import as_rgb
 # What a member of an archive may unpack to: more than any photograph, and little enough
 # to be read.
 MAX_IMAGE_BYTES = 100_000_000
+# Errors of a file itself: it is no file, or not there; None is what archives raise.
+DAMAGED = (None, errno.ENOENT, errno.EISDIR)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Progress = Callable[[int, int], None]
 _SHOWN = 5
@@ -331,9 +333,9 @@ def read_image_by(read: Callable[[], bytes], *, name: str) -> NDArray[np.uint8]:
     """
     try:
         content = read()
-    except (FileNotFoundError, BadGzipFile) as error:
-        raise ValueError(str(error)) from error
     except OSError as error:
+        if error.errno in DAMAGED:
+            raise ValueError(str(error)) from error
         raise DataError(
             f"{name} cannot be read: {error}. Check its permissions, and the disk; "
             "then run this again"

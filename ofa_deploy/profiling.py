@@ -448,7 +448,7 @@ def cache_folder() -> Path:
         return user_cache_path("ofa-deploy") / "latency_tables"
     except RuntimeError as error:
         raise DeviceUnfit(
-            f"there is no folder to keep latency tables in: {error}. Set HOME, or "
+            f"there is no folder to keep latency tables in ({error}); set HOME, or "
             "XDG_CACHE_HOME, to a folder that can be written"
         ) from error
 

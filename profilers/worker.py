@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,15 +221,23 @@ class _Orders:
 
     A thread waits for them: a runtime that hangs would never look whether anybody is
     still there. It reads without Python's buffer, which could not be closed meanwhile.
+    On Windows what a thread reads from holds up whoever asks what kind of file it is,
+    such as a runtime's libraries; there lines are read when they are due.
     """
 
     def __init__(self) -> None:
         self._lines: SimpleQueue[str] = SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._by_thread = os.name == "posix"
+        if self._by_thread:
+            threading.Thread(target=self._read, daemon=True).start()
 
     def next(self) -> str:
         """Wait for a line."""
-        return self._lines.get()
+        if self._by_thread:
+            return self._lines.get()
+        if not (line := sys.stdin.readline()):
+            raise SystemExit(1)
+        return line
 
     def _read(self) -> None:
         rest = b""

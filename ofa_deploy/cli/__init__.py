@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -499,7 +502,7 @@ def train(
     ] = "mbv3-small",
     resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
     skip_bad: Annotated[
-        bool, typer.Option(help="Leave out images that cannot be read.")
+        bool, typer.Option(help="Leave out images that are damaged.")
     ] = False,
     epochs_scale: Annotated[
         float, typer.Option(help="Multiply every phase's epochs.")
@@ -542,15 +545,25 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _console.print(str(message))
 
 
-def _end_cleanly_when_told_to() -> None:
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
     """Have what else would end the process at once remove what it has half written."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
 
-    for number in _ENDING:
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
-            signal.signal(number, end)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # others cannot say what signals do
+        return
+    # Those that nohup has ignored stay ignored.
+    handled = [one for one in _ENDING if signal.getsignal(one) == signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main() -> None:
@@ -558,9 +571,9 @@ def main() -> None:
     from ofa_deploy.errors import DeployError
 
     warnings.showwarning = _show_warning
-    _end_cleanly_when_told_to()
     try:
-        app()
+        with _ending_cleanly():
+            app()
     except (DeployError, OSError) as error:
         if "--debug" in sys.argv:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ def train(
         space_name: One of `SPACE_NAMES`, or a JSON file.
         out: Folder of the run.
         resume: Continue the run that is there.
-        skip_bad: Leave out images that cannot be read.
+        skip_bad: Leave out images that are damaged.
         epochs_scale: Factor of every phase's epochs.
         batch_size: Images per step; None for the recipe's.
         stop_after: Name of the phase to stop after; None for the last.
@@ -117,6 +117,11 @@ def _writing(out: Path) -> Iterator[None]:
     """Say where a disk was full, or closed, and how to go on."""
     try:
         yield
+    except BrokenPipeError as error:
+        raise TrainingError(
+            "nobody reads any more what is printed, so the run was stopped; with "
+            "--resume it goes on from its checkpoint"
+        ) from error
     except OSError as error:
         raise TrainingError(
             f"the run cannot be written to {out}: {error}. Free space, and run this "
@@ -148,12 +153,10 @@ def _run(training: ProgressiveTraining, *, console: Console, as_json: bool) -> N
             )
             epoch, rest = divmod(now.step, training.steps_per_epoch)
             if epoch and not rest:
-                # Hours of training do not end with the terminal that shows them.
-                with suppress(OSError):
-                    console.print(_epoch_text(now, epoch))
-                    if as_json:
-                        line = _epoch_json(now, epoch, elapsed_s=training.elapsed_s)
-                        print(line, flush=True)
+                console.print(_epoch_text(now, epoch))
+                if as_json:
+                    line = _epoch_json(now, epoch, elapsed_s=training.elapsed_s)
+                    print(line, flush=True)
 
         training.run(show)
 

@@ -207,7 +207,7 @@ def _kept_table(
     """What was measured earlier, if it is that."""
     cure = "delete it, and make the same call again: prices are measured anew"
     try:
-        table = LatencyTable.load(path, otherwise="so it holds no table")
+        table = LatencyTable.load(path, otherwise="no table is read from it")
     except FormatError as error:
         raise MeasurementError(f"{path.parent}: {error}; {cure}") from error
     differences = describe_differences(table, device, runtime, here="here")

@@ -303,13 +303,15 @@ class RankingSearch:
         return RemovalOrder(scores, step=self.step, floors=self.floors)
 
     def run(
-        self, executor: Executor, told: Callable[[Population], None] | None = None
+        self,
+        executor: Executor,
+        on_evaluation: Callable[[Population], None] | None = None,
     ) -> Affine:
         """Judge all candidates that are left; returns the best ever.
 
         Args:
             executor: Runs the judging; of processes, threads, or another engine's.
-            told: Of the population, after each evaluation.
+            on_evaluation: Called with the population, after each evaluation.
 
         Raises:
             TrainingError: No candidate's outputs are numbers.
@@ -340,8 +342,8 @@ class RankingSearch:
                 # Others must be bred again from the parents that they had.
                 if first < settings.population or self.population.done == end:
                     self._save()
-                if told is not None:
-                    told(self.population)
+                if on_evaluation is not None:
+                    on_evaluation(self.population)
         self._require_numbers()
         assert self.population.best is not None
         return self.population.best

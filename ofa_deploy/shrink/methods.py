@@ -250,11 +250,11 @@ def _legr(search: Search) -> Found:
             folder=folder,
         )
 
-        def told(population: Population) -> None:
+        def count(population: Population) -> None:
             search.judged(population.done, settings.evaluations)
 
         with _executor(search.executor) as executor, _told_if_broken():
-            best = ranking.run(executor, told)
+            best = ranking.run(executor, count)
             # Judged once, however many budgets are cut from a ranking.
             family = remembered(
                 None if folder is None else folder / FAMILY_FILE,

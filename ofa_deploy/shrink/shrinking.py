@@ -205,7 +205,7 @@ class Shrinking:
         """
         with working_alone(self.work):
             keep_prices(prices, self.work)
-            if self.recipe.step is None:
+            if self.recipe.step is None and self.own.graph.groups:  # it was measured
                 backend = get_backend(self.target.backend)
                 keep_step(prices.step, self.target, backend=backend, work=self.work)
             yield

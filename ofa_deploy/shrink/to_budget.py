@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
@@ -54,6 +55,11 @@ from ofa_deploy.work_folder import require_outside
 from profilers.backends import get_backend
 
 HISTORY_FILE = "shrink.json"
+# Errors of disks and permissions; others may be of what a caller handed in.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 def shrink(
@@ -199,6 +205,8 @@ def _writing(*folders: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise BundleError(
             f"what is found cannot be written: {error}. See that there is space, and "
             f"that these can be written: {', '.join(map(str, folders))}, "

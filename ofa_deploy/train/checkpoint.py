@@ -96,8 +96,14 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, save(tensors, metadata=metadata))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(
+    path: Path, *, cure: str = "delete it, and do the same again"
+) -> Checkpoint:
     """Load a run's state.
+
+    Args:
+        path: The file.
+        cure: What to do if it is damaged.
 
     Raises:
         TrainingError: It cannot be read, is no checkpoint, or damaged.
@@ -118,8 +124,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{path} is damaged, or of another version ({error}); delete this file, "
-            "and do the same again: it goes on from what else the folder keeps"
+            f"{path} is damaged, or of another version ({error}); {cure}"
         ) from error
     return Checkpoint(
         position=position,

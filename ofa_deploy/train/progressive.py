@@ -214,7 +214,7 @@ class ProgressiveTraining:
         remove_leftovers(folder / CHECKPOINT_FILE)
         if self.settings.resume:
             self._require_same_space()
-            self._restore(read_checkpoint(self.settings.latest_state(self.recipe)))
+            self._restore(self._latest_checkpoint())
             self._cut_log()
         else:
             self._enter_phase(0)  # first: with its checkpoint the run can be resumed
@@ -225,6 +225,20 @@ class ProgressiveTraining:
             if not (folder / name).exists():
                 text = json.dumps(content, indent=2, sort_keys=True)
                 write_atomically(folder / name, text.encode())
+
+    def _latest_checkpoint(self) -> Checkpoint:
+        path = self.settings.latest_state(self.recipe)
+        earlier = [
+            file.name
+            for phase in self.recipe.phases
+            if (file := self.settings.phase_result(phase)).exists() and file != path
+        ]
+        return read_checkpoint(
+            path,
+            cure=f"delete it, and resume: the run goes on from {earlier[-1]}"
+            if earlier
+            else "start again in a new folder",
+        )
 
     def _require_same_space(self) -> None:
         """Spaces of equal tensors may still differ, in strides or resolutions."""
@@ -308,7 +322,11 @@ class ProgressiveTraining:
 
     def _load_teacher(self, phase: Phase) -> Supernet:
         teacher = new_supernet(self.space)
-        state = read_checkpoint(self.settings.phase_result(phase))
+        state = read_checkpoint(
+            self.settings.phase_result(phase),
+            cure="later phases learn from it: put an undamaged copy in its place, or "
+            "start again in a new folder",
+        )
         teacher.load_state_dict(state.weights)
         # Batch statistics, as published: they suit every resolution.
         return teacher.train()
@@ -507,14 +525,13 @@ class ProgressiveTraining:
         places = {phase.name: place for place, phase in enumerate(self.recipe.phases)}
         here = (self._phase_index, self._step // self.steps_per_epoch)
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                if (places[entry["phase"]], entry["epoch"]) > here:
-                    break
+                if (places[entry["phase"]], entry["epoch"]) <= here:
+                    kept.append(f"{line}\n")
             except (ValueError, KeyError, TypeError):  # of a kill or a full disk
-                break
-            kept.append(f"{line}\n")
+                continue
         write_atomically(path, "".join(kept).encode())
 
     def _log(self, phase: Phase, loss: float) -> None:

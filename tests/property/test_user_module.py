@@ -470,6 +470,20 @@ def test_two_calls_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("method", ["legr", "autoprune-weights"])
+def test_a_step_is_kept_where_it_was_measured(method: Method, tmp_path: Path) -> None:
+    """Single weights have none: another method would take theirs for the machine's."""
+    call, prices = call_of(Net(), tmp_path, budget_share=0.6, method="legr")
+    if method == "autoprune-weights":
+        call = replace(call, own=replace(call.own, graph=call.own.graph.only([])))
+    for step, kept in ((None, method == "legr"), (4, False)):
+        work = tmp_path / f"work-{step}"
+        asked = replace(call, work=work, recipe=replace(call.recipe, step=step))
+        with asked.at_work(prices):
+            assert len(list(work.glob("own-*.json"))) == 1
+            assert bool(list(work.glob("channel-step_*.json"))) == kept
+
+
 @pytest.mark.parametrize("method", ["legr", "pas"])
 def test_what_a_search_does_not_use_begins_none_anew(
     method: Method, tmp_path: Path

@@ -311,6 +311,26 @@ def test_a_kill_before_the_space_was_written_leaves_it_to_be_written(
     assert (tmp_path / SPACE_FILE).read_bytes() == kept
 
 
+def test_what_a_damaged_line_of_the_log_hides_is_that_line(
+    tmp_path: Path, trained: Path
+) -> None:
+    training(tmp_path, stop_after=RECIPE.phases[0].name).run()
+    log = tmp_path / LOG_FILE
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_bytes(b'{"phase": "fu\xff' + "".join(["\n", *lines]).encode())
+    training(tmp_path, resume=True)
+    assert log.read_text() == "".join(lines)
+
+
+def test_a_damaged_checkpoint_that_nothing_came_before_is_the_end_of_its_folder(
+    tmp_path: Path,
+) -> None:
+    training(tmp_path)
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"half")
+    message = refusal(tmp_path, resume=True)
+    assert message.endswith("; start again in a new folder")
+
+
 @pytest.mark.parametrize("left", ["half a line", "an epoch of no checkpoint"])
 def test_the_log_says_nothing_of_what_is_trained_again(
     left: str, tmp_path: Path, trained: Path
@@ -395,7 +415,10 @@ def test_a_damaged_state_is_refused(
     (tmp_path / name).write_bytes(damaged)
     message = refusal(tmp_path, resume=True)
     assert message.startswith(f"{tmp_path / name} is damaged, or of another version (")
-    assert message.endswith("it goes on from what else the folder keeps")
+    cure = "the run goes on from phase-full.safetensors"
+    if name == TEACHER_FILE:
+        cure = "put an undamaged copy in its place, or start again in a new folder"
+    assert message.endswith(cure)
 
 
 def test_a_missing_teacher_is_refused(tmp_path: Path, trained: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -319,8 +320,8 @@ def test_a_user_without_a_home_is_told_what_to_set(
             *("specialize", "--latency-ms", "1", "--out", tmp_path / "bundle"),
             *("--device", "onnxruntime-cpu", "--supernet", supernet),
         ),
-        "there is no folder to keep latency tables in: Could not determine home "
-        "directory.. Set HOME, or XDG_CACHE_HOME, to a folder that can be written",
+        "there is no folder to keep latency tables in (Could not determine home "
+        "directory.); set HOME, or XDG_CACHE_HOME, to a folder that can be written",
     )
 
 
@@ -338,6 +339,31 @@ def test_what_nobody_thought_of_is_told_in_a_line(
     )
     with pytest.raises(ZeroDivisionError):
         run("--debug", "check", tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_what_signals_do_is_the_commands_for_as_long_as_it_runs(
+    before: signal.Handlers,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meanwhile: list[bool] = []
+
+    def opened(*_: object, **__: object) -> None:
+        meanwhile.append(callable(signal.getsignal(signal.SIGHUP)))
+        raise BundleError("it is none")
+
+    monkeypatch.setattr(Bundle, "open", opened)
+    others = signal.signal(signal.SIGHUP, before)
+    try:
+        assert_refused(run("check", tmp_path), "it is none")
+        # What nohup has ignored stays ignored.
+        assert meanwhile == [before == signal.SIG_DFL]
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, others)
 
 
 def test_an_output_folder_on_which_something_is_mounted_is_refused(

@@ -298,6 +298,23 @@ def test_an_image_that_is_not_there_is_as_one_that_is_damaged(tmp_path: Path) ->
         read_image_by((tmp_path / "gone.png").read_bytes, name="gone.png")
 
 
+def test_what_is_no_file_is_as_an_image_that_is_damaged(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", class_files(DATA))
+    (root / "blue" / "a folder.png").mkdir()
+    assert "1 of 10 images cannot be read (blue/a folder.png)" in refusal(root)
+    data, bad = load_images(root, skip_bad=True)
+    assert_same(data, in_label_order(DATA))
+    assert bad == ("blue/a folder.png",)
+
+
+def test_a_damaged_member_is_as_an_image_that_is_damaged() -> None:
+    def read() -> bytes:
+        raise OSError("Invalid data stream")  # as bz2 says it, without a number
+
+    with pytest.raises(ValueError, match="Invalid data stream"):
+        read_image_by(read, name="a.png")
+
+
 def test_memory_that_is_full_is_no_damage() -> None:
     def read() -> bytes:
         raise MemoryError
