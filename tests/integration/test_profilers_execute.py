@@ -8,8 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -211,51 +214,48 @@ def test_groups_cover_all_models_in_two_rounds(tmp_path: Path) -> None:
     assert_visited(result, set(models))
 
 
-def test_no_visit_begins_before_the_last_one_is_kept(tmp_path: Path) -> None:
-    models = good(tmp_path, 2)
+@contextmanager
+def at_work(
+    models: dict[str, Path], told: type[Began | Visited]
+) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """A worker once it has told something, and the two ends that it is spoken to by."""
     assignment = Assignment(
         backend=NAME, threads=1, settings=SETTINGS, passes=1, seed=0, models=models
     )
     with subprocess.Popen(
         COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(f"{assignment.to_json()}\n")
-        worker.stdin.flush()
-        while not isinstance(decode_report(worker.stdout.readline()), Visited):
+        orders, reports = worker.stdin, worker.stdout
+        assert orders is not None
+        assert reports is not None
+        orders.write(f"{assignment.to_json()}\n")
+        orders.flush()
+        while not isinstance(decode_report(reports.readline()), told):
             pass
+        yield worker, orders, reports
+
+
+def test_no_visit_begins_before_the_last_one_is_kept(tmp_path: Path) -> None:
+    models = good(tmp_path, 2)
+    with at_work(models, Visited) as (worker, orders, reports):
         lines: list[str] = []
-        reading = threading.Thread(
-            target=lambda: lines.append(worker.stdout.readline())  # type: ignore[union-attr]
-        )
+        reading = threading.Thread(target=lambda: lines.append(reports.readline()))
         reading.start()
         reading.join(0.5)
         assert lines == []
-        worker.stdin.write("\n")
-        worker.stdin.flush()
+        orders.write("\n")
+        orders.flush()
         reading.join()
         assert isinstance(decode_report(lines[0]), Began)
-        worker.stdin.close()  # its parent is gone
+        orders.close()  # its parent is gone
         assert worker.wait(60) == 1
 
 
 def test_a_worker_that_hangs_ends_with_its_parent(tmp_path: Path) -> None:
     """People end a call because its runtime hangs, and that is not to go on."""
     models = {"hangs": write_model(tmp_path / "hangs", fault="hang")}
-    assignment = Assignment(
-        backend=NAME, threads=1, settings=SETTINGS, passes=1, seed=0, models=models
-    )
-    with subprocess.Popen(
-        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(f"{assignment.to_json()}\n")
-        worker.stdin.flush()
-        while not isinstance(decode_report(worker.stdout.readline()), Began):
-            pass
-        worker.stdin.close()
+    with at_work(models, Began) as (worker, orders, _):
+        orders.close()
         assert worker.wait(60) == 1
 
 

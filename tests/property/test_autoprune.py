@@ -62,6 +62,7 @@ from ofa_deploy.train.loop import LoopProgress, TrainingLoop
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks, tiny
+from tests.support.two_trainings import assert_trained_in_turn
 
 SIZE = own_networks.SIZE
 ESTIMATORS: tuple[Estimator, ...] = ("leaky_relu", "softplus")
@@ -372,33 +373,9 @@ def chain() -> nn.Module:
     )
 
 
-def test_weights_and_masks_are_trained_in_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weights_and_masks_are_trained_in_turn() -> None:
     loop, method, net = training()
-    masks = {id(mask.latent) for mask in net.masks}
-
-    def state() -> tuple[list[Tensor], list[Tensor]]:
-        parameters = list(net.module.parameters())
-        return (
-            [p.detach().clone() for p in parameters if id(p) not in masks],
-            [p.detach().clone() for p in parameters if id(p) in masks],
-        )
-
-    def same(one: list[Tensor], other: list[Tensor]) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-    own_step = method.after_step
-    monkeypatch.setattr(method, "after_step", lambda: None)
-    weights, before = state()
-    loop._train_step(0)
-    stepped, unchanged = state()
-    assert same(before, unchanged)
-    assert not same(weights, stepped)
-    own_step()
-    after, moved = state()
-    assert same(stepped, after)
-    assert not same(unchanged, moved)
+    assert_trained_in_turn(loop, method, [mask.latent for mask in net.masks])
 
 
 def test_both_trainings_draw_by_chance_of_their_own(

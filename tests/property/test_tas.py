@@ -59,6 +59,7 @@ from tests.support.searching import (
     searched,
     shape_of,
 )
+from tests.support.two_trainings import assert_trained_in_turn
 
 SIZE = own_networks.SIZE
 seeds = st.integers(0, 10_000)
@@ -914,40 +915,19 @@ def training(
     return loop, method, net
 
 
-def test_weights_and_choices_are_trained_in_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weights_and_choices_are_trained_in_turn() -> None:
     loop, method, net = training()
-    logits = {id(one.logits) for one in net.module.distributions}
-
-    def state() -> tuple[list[Tensor], list[Tensor]]:
-        parameters = list(net.module.parameters())
-        return (
-            [p.detach().clone() for p in parameters if id(p) not in logits],
-            [p.detach().clone() for p in parameters if id(p) in logits],
-        )
-
-    def same(one: list[Tensor], other: list[Tensor]) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-    own_step = method.after_step
-    monkeypatch.setattr(method, "after_step", lambda: None)
-    weights, choices = state()
-    loop._train_step(0)
-    stepped, unchanged = state()
-    assert same(choices, unchanged)
-    assert not same(weights, stepped)
-    own_step()
-    after, moved = state()
-    assert same(stepped, after)
-    assert not same(unchanged, moved)
+    logits = [one.logits for one in net.module.distributions]
+    assert_trained_in_turn(loop, method, logits)
 
 
 def test_a_search_ends_near_its_target_and_still_learns(tmp_path: Path) -> None:
     loop, method, _ = training(tmp_path, epochs=25)
-    accuracy = loop.run()
-    assert accuracy > 0.6
+    loop.run()
     lines = [json.loads(one) for one in (tmp_path / LOG_FILE).read_text().splitlines()]
+    # Not the accuracy: batch norms' running statistics are of all networks drawn.
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-3:]) / 3 < 0.75 * losses[0]
     assert lines[0]["expected_share"] > 0.6 * lines[-1]["expected_share"]
     assert 0.3 < lines[-1]["price_share"] < 0.7
     assert len(lines[-1]["kept"]) == len(method.kept())

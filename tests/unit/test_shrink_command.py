@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ofa_deploy import api
-from ofa_deploy.cli import main
 from ofa_deploy.cli.shrinking import drawn, normalisation
 from ofa_deploy.errors import DataError
 from ofa_deploy.train.loop import LoopProgress
+from tests.support.called import given_by
 
 NET = """
 from torch import nn
@@ -21,14 +20,6 @@ from torch import nn
 def build():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 3))
 """
-
-
-class Called(Exception):
-    """With what."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__()
-        self.given = given
 
 
 @pytest.fixture
@@ -39,18 +30,9 @@ def given(
     (tmp_path / "net_of_words.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def specialize(device: str, **others: Any) -> None:
-        raise Called({"device": device, **others})
-
-    monkeypatch.setattr(api, "specialize", specialize)
-
     def run(words: str) -> dict[str, Any]:
         always = "--model net_of_words:build --data images --out out"
-        argv = ["ofa-deploy", "--debug", "shrink", *always.split(), *words.split()]
-        monkeypatch.setattr("sys.argv", argv)
-        with pytest.raises(Called) as called:
-            main()
-        return called.value.given
+        return given_by(["shrink", *always.split(), *words.split()], monkeypatch)
 
     return run
 

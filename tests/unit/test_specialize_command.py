@@ -8,36 +8,16 @@ from typing import Any
 
 import pytest
 
-from ofa_deploy import api, fleet
-from ofa_deploy.cli import main
-
-
-class Called(Exception):
-    """With what."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__()
-        self.given = given
+from tests.support.called import given_by
 
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
     """What a call is given by a command's words, but for what only shows progress."""
 
-    def specialize(device: str, **others: Any) -> None:
-        raise Called({"device": device, **others})
-
-    def specialize_fleet(devices: dict[str, float], **others: Any) -> None:
-        raise Called({"devices": devices, **others})
-
-    monkeypatch.setattr(api, "specialize", specialize)
-    monkeypatch.setattr(fleet, "specialize_fleet", specialize_fleet)
-
     def run(words: str) -> dict[str, Any]:
-        monkeypatch.setattr("sys.argv", ["ofa-deploy", "--debug", *words.split()])
-        with pytest.raises(Called) as called:
-            main()
-        return {k: v for k, v in called.value.given.items() if k not in SHOWING}
+        given = given_by(words.split(), monkeypatch)
+        return {k: v for k, v in given.items() if k not in SHOWING}
 
     return run
 
