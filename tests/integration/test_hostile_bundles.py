@@ -340,7 +340,8 @@ def test_a_number_that_is_no_json_is_refused(constant: str, bundle: Path) -> Non
         path.read_text().replace('"latency_ms": 2.0', f'"latency_ms": {constant}')
     )
     assert str(refused_manifest(bundle)) == (
-        f"manifest.json: {constant} is not JSON; give a finite number"
+        f"manifest.json: {constant} is not JSON; give a finite number; the bundle is "
+        "damaged, make it anew"
     )
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -306,19 +306,31 @@ def shrunk(
     return bundle
 
 
+def copied_prices(own: OwnNetwork, caches: Path, folder: Path) -> Path:
+    """A table that a test may damage, of prices that were measured for others."""
+    priced_ms(own, caches)
+    digest = device_prices._digest(own, step=4)[:12]
+    (table,) = caches.glob(f"own-{digest}_*.json")
+    folder.mkdir()
+    return Path(shutil.copy(table, folder))
+
+
 def test_a_call_goes_on_by_its_own_prices_once_the_cache_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a container's, whose folder of work is on a disk that stays."""
     network = ResidualNet()
+    own = own_network(network)
+    copied_prices(own, caches, tmp_path / "cache")
     monkeypatch.setattr(to_budget, "cache_folder", lambda: tmp_path / "cache")
-    latency_ms = 0.8 * priced_ms(own_network(network), tmp_path / "cache")
+    latency_ms = 0.8 * priced_ms(own, tmp_path / "cache")
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(by_channels, "finetune", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with ThreadPoolExecutor(1) as executor, suppress(KeyboardInterrupt):
+        monkeypatch.setattr(methods, "_executor", lambda _: nullcontext(executor))
         shrunk(network, "legr", latency_ms, tmp_path)
     shutil.rmtree(tmp_path / "cache")
     # Neither is anything measured, nor a candidate judged again.
@@ -386,29 +398,29 @@ def digests(images: ImageSet) -> set[bytes]:
     "changes", [{"origin": "synthetic"}, {"space_sha256": "0" * 64}]
 )
 def test_prices_that_are_not_those_of_the_network_are_refused(
-    changes: dict[str, str], tmp_path: Path
+    changes: dict[str, str], caches: Path, tmp_path: Path
 ) -> None:
     own = own_network(ResidualNet())
-    priced_ms(own, tmp_path)
-    (path,) = tmp_path.glob("own-*.json")
+    path = copied_prices(own, caches, tmp_path / "cache")
     replace(LatencyTable.load(path), **changes).save(path)  # type: ignore[arg-type]
     with pytest.raises(MeasurementError) as caught:
-        priced_ms(own, tmp_path)
+        priced_ms(own, path.parent)
     assert str(caught.value) == (
         f"{path} is not what was measured of this network here; delete it, and make "
         "the same call again: prices are measured anew"
     )
 
 
-def test_damaged_prices_are_told_of_with_their_folder(tmp_path: Path) -> None:
+def test_damaged_prices_are_told_of_with_their_folder(
+    caches: Path, tmp_path: Path
+) -> None:
     own = own_network(ResidualNet())
-    priced_ms(own, tmp_path)
-    (path,) = tmp_path.glob("own-*.json")
+    path = copied_prices(own, caches, tmp_path / "cache")
     path.write_text("")
     with pytest.raises(MeasurementError) as caught:
-        priced_ms(own, tmp_path)
+        priced_ms(own, path.parent)
     assert str(caught.value).startswith(
-        f"{tmp_path}: {path.name}: this is not valid JS"
+        f"{path.parent}: {path.name}: this is not valid JSON"
     )
     assert str(caught.value).endswith("call again: prices are measured anew")
 
@@ -455,7 +467,7 @@ def test_a_full_disk_is_told_with_where_and_what_next(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(by_channels, "finetune", full)
+    monkeypatch.setattr(ByChannels, "run", full)
     with pytest.raises(BundleError) as caught:
         shrunk(network, "legr", latency_ms, tmp_path)
     assert str(caught.value) == (
@@ -1061,7 +1073,7 @@ def test_the_command_takes_every_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "net.py").write_text(NET)
-    where = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    where = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
     model = ["--model", f"{tmp_path / 'net.py'}:build", *words.split()]
     monkeypatch.setattr("sys.argv", ["ofa-deploy", "shrink", *model, *where])
     with pytest.raises(SystemExit) as ended:
