@@ -645,7 +645,7 @@ def test_a_file_is_timed_beside_an_anchor_model(model_path: Path) -> None:
         anchor_model=AnchorModel(path=anchor_path, quiet_ms=5.0),
     )
     assert fresh.anchor_model_ms == 5.0
-    assert len(fresh.anchor_visits) == len(fresh.visits)
+    assert len(fresh.anchor_visits) >= 3 * 20  # either may get more, where it scatters
     # They are the same model; how alike they are timed is the machine's business.
     assert fresh.anchor_found_ms is not None
     assert math.isfinite(fresh.quiet_ms)
