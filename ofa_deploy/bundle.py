@@ -288,7 +288,8 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
         yield partial
         with suppress(PermissionError):  # some file systems have their own modes
             partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
-        for file in filter(Path.is_file, partial.rglob("*")):
+        # Folders in it are bundles, which have done so by themselves.
+        for file in filter(Path.is_file, partial.iterdir()):
             with file.open("rb+") as content:
                 os.fsync(content.fileno())
         sync_folder(partial)

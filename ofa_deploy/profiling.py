@@ -431,10 +431,16 @@ def _require_runnable(configs: Sequence[SubnetConfig], blocks: OrderResult) -> N
 
 def table_name(space: SearchSpace, device: DeviceSpec, runtime: RuntimeSpec) -> str:
     """File name of the table of a space on a device with a runtime."""
+    subject = f"{space.name}-{space_sha256(space)[:8]}"
+    return f"{subject}_{where_label(device, runtime)}.json"
+
+
+def where_label(device: DeviceSpec, runtime: RuntimeSpec) -> str:
+    """Device and runtime, as names of files have them."""
     version = runtime.version.split("-")[0]
     return (
-        f"{space.name}-{space_sha256(space)[:8]}_{device.fingerprint}_"
-        f"{runtime.backend}-{version}_{runtime.precision}_t{runtime.threads}.json"
+        f"{device.fingerprint}_{runtime.backend}-{version}_"
+        f"{runtime.precision}_t{runtime.threads}"
     )
 
 

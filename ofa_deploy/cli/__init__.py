@@ -574,20 +574,17 @@ def main() -> None:
     try:
         with _ending_cleanly():
             app()
-    except (DeployError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        _console.print("error:", style="bold red", end=" ")
-        _console.print(str(error))
-        sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        told = str(error)
+        if not isinstance(error, (DeployError, OSError)):
+            told = (
+                f"{type(error).__name__}: {error}. That should not happen: run it "
+                "again with --debug to see where, and report that"
+            )
         _console.print("error:", style="bold red", end=" ")
-        _console.print(
-            f"{type(error).__name__}: {error}. That should not happen: run it again "
-            "with --debug to see where, and report that"
-        )
+        _console.print(told)
         sys.exit(1)
     except SystemExit as end:
         if end.code in (_INTERRUPTED, *(128 + number for number in _ENDING)):

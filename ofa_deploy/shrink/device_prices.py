@@ -18,7 +18,12 @@ from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import FormatError, MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
 from ofa_deploy.probe import Prober, channel_step
-from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
+from ofa_deploy.profiling import (
+    BLOCK_GROUP_SIZE,
+    PROFILE_SETTINGS,
+    forget_if_old,
+    where_label,
+)
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
@@ -387,16 +392,8 @@ def _device_and_runtime(
 
 
 def _table_name(digest: str, device: DeviceSpec, runtime: RuntimeSpec) -> str:
-    return f"own-{digest[:12]}_{_where(device, runtime)}.json"
+    return f"own-{digest[:12]}_{where_label(device, runtime)}.json"
 
 
 def _step_name(target: Target, backend: Backend) -> str:
-    return f"channel-step_{_where(*_device_and_runtime(target, backend))}.json"
-
-
-def _where(device: DeviceSpec, runtime: RuntimeSpec) -> str:
-    """Device and runtime, as file names have them."""
-    return (
-        f"{device.fingerprint}_{runtime.backend}-{runtime.version.split('-')[0]}_"
-        f"{runtime.precision}_t{runtime.threads}"
-    )
+    return f"channel-step_{where_label(*_device_and_runtime(target, backend))}.json"

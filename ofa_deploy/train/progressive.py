@@ -114,7 +114,11 @@ class RunSettings:
                 f"no phase {self.stop_after!r}; the recipe has {', '.join(names)}"
             )
         if self.resume:
-            self.latest_state(recipe)
+            if not self.states(recipe):
+                raise TrainingError(
+                    f"{self.folder} holds no run to resume; start it without --resume, "
+                    "in a new or empty folder"
+                )
         elif self.folder.exists() and not self.folder.is_dir():
             raise TrainingError(f"{self.folder} is a file; name a folder for the run")
         elif self.folder.exists() and any(map(_is_of_a_run, self.folder.iterdir())):
@@ -123,20 +127,13 @@ class RunSettings:
                 "or name another folder"
             )
 
-    def latest_state(self, recipe: Recipe) -> Path:
-        """The checkpoint; where only phases' results were copied, the last of these.
+    def states(self, recipe: Recipe) -> list[Path]:
+        """Files that the run can go on from, the latest first.
 
-        Raises:
-            TrainingError: There is neither.
+        Where only phases' results were copied, there is no checkpoint among them.
         """
         results = [self.phase_result(phase) for phase in reversed(recipe.phases)]
-        for path in (self.folder / CHECKPOINT_FILE, *results):
-            if path.exists():
-                return path
-        raise TrainingError(
-            f"{self.folder} holds no run to resume; start it without --resume, in a "
-            "new or empty folder"
-        )
+        return [p for p in (self.folder / CHECKPOINT_FILE, *results) if p.exists()]
 
     def phase_result(self, phase: Phase) -> Path:
         """The file of what a phase ended with."""
@@ -227,15 +224,10 @@ class ProgressiveTraining:
                 write_atomically(folder / name, text.encode())
 
     def _latest_checkpoint(self) -> Checkpoint:
-        path = self.settings.latest_state(self.recipe)
-        earlier = [
-            file.name
-            for phase in self.recipe.phases
-            if (file := self.settings.phase_result(phase)).exists() and file != path
-        ]
+        latest, *earlier = self.settings.states(self.recipe)
         return read_checkpoint(
-            path,
-            cure=f"delete it, and resume: the run goes on from {earlier[-1]}"
+            latest,
+            cure=f"delete it, and resume: the run goes on from {earlier[0].name}"
             if earlier
             else "start again in a new folder",
         )
