@@ -3,7 +3,7 @@
     python examples/specialize_for_a_budget.py --latency-ms 0.5 --out build/my-bundle
 
 Without a budget, the middle of what is reachable here is taken. The first call on a
-machine measures it, which takes about a minute; later calls read that table.
+machine measures it, which takes one to two minutes; later calls read that table.
 """
 
 from __future__ import annotations
