@@ -197,7 +197,7 @@ class _Call:
 
     def make(self, out: Path, reporter: Reporter) -> Fleet:
         """Group the devices, find each group its network, write all bundles."""
-        planner = Planner.of(self.sessions, self.budgets_ms)
+        planner = Planner.of(self.sessions, self.budgets_ms, seed=self.seed)
         networks: dict[str, VerifiedNetwork] = {}
         with ExitStack() as stack:
             try:
@@ -276,19 +276,24 @@ class Planner:
 
     @classmethod
     def of(
-        cls, sessions: Mapping[str, Specializer], budgets_ms: Mapping[str, float]
+        cls,
+        sessions: Mapping[str, Specializer],
+        budgets_ms: Mapping[str, float],
+        *,
+        seed: int,
     ) -> Planner:
         """Candidates of the devices' fronts and groups.
 
         Args:
             sessions: By device.
             budgets_ms: Likewise.
+            seed: Of the search for groups' candidates.
         """
         genomes: Genomes = np.unique(
             np.concatenate(
                 [
                     *(session.front.genomes for session in sessions.values()),
-                    _joint_networks(sessions, budgets_ms),
+                    _joint_networks(sessions, budgets_ms, seed=seed),
                 ]
             ),
             axis=0,
@@ -387,7 +392,10 @@ class Planner:
 
 
 def _joint_networks(
-    sessions: Mapping[str, Specializer], budgets_ms: Mapping[str, float]
+    sessions: Mapping[str, Specializer],
+    budgets_ms: Mapping[str, float],
+    *,
+    seed: int,
 ) -> Genomes:
     """The best networks of groups of devices, `(n, genes)`.
 
@@ -403,7 +411,7 @@ def _joint_networks(
     for group in groups:
         level = dict.fromkeys(group, EXPECTED_RATIO)
         with suppress(InfeasibleBudget):
-            found.append(_search_together(sessions, budgets_ms, level, seed=0))
+            found.append(_search_together(sessions, budgets_ms, level, seed=seed))
     genes = len(sessions[names[0]].supernet.space.choice_counts)
     return np.concatenate([np.empty((0, genes), dtype=np.int64), *found])
 
