@@ -126,11 +126,13 @@ TUNE = one_cycle(
     cutmix_share=0,
     temperature=TEMPERATURE,
 )
+# By then it knows 95.4 % of the training images, and 89.4 % of those held out. Without
+# mixed images a second cycle left 96.6 % and 89.4 %: what it lacks is not time.
 FURTHER = one_cycle(
     "further",
     epochs=FURTHER_EPOCHS,
-    peak_learning_rate=0.03,
-    cutmix_share=0,
+    peak_learning_rate=0.05,
+    cutmix_share=0.5,
     temperature=TEMPERATURE,
 )
 # Bars.
