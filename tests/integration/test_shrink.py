@@ -210,7 +210,7 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
     assert all(count >= 4 and count % 4 == 0 for count in history["kept"])
     assert len(history["search"]) == (8 if method == "legr" else 6)
     assert bundle.manifest.cost.mac_count < dense.plan.mac_count
-    assert bundle.manifest.accuracy.value > 0.5
+    assert bundle.manifest.accuracy.value > 0.6
     if backend == "litert-cpu":
         return  # its file is no graph of operators that onnx reads
     nodes = onnx.load(bundle.path / "model.onnx").graph.node
