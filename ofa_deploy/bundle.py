@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -283,11 +284,11 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
     _remove_abandoned(out.parent, prefix)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    # Not by `tempfile`, whose folders are the owner's alone whatever the umask says.
+    partial = out.with_name(f"{prefix}{secrets.token_hex(8)}")
+    partial.mkdir()
     try:
         yield partial
-        with suppress(PermissionError):  # some file systems have their own modes
-            partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
         # Folders in it are bundles, which have done so by themselves.
         for file in filter(Path.is_file, partial.iterdir()):
             with file.open("rb+") as content:

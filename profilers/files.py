@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,17 +16,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: No space, no permission; nothing is left behind.
     """
-    # In the same directory: a rename is atomic within a file system only.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    # In the same directory: a rename is atomic within a file system only. Not by
+    # `tempfile`, whose files are the owner's alone whatever the umask says.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             # Else a crash may leave the new name on an empty file.
             os.fsync(file.fileno())
-        with suppress(PermissionError):  # some file systems have their own modes
-            temporary.chmod(0o644)  # mkstemp makes files for the owner alone
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -45,12 +46,12 @@ WRITING: dict[str, tuple[Any, str, int]] = {
     "making a folder to export to": (tempfile, "mkdtemp", 3),
     "writing the model": (Path, "write_bytes", 2),
     "writing the reference": (Path, "write_bytes", 3),
-    "making the folder beside out": (tempfile, "mkdtemp", 4),
+    "making the folder beside out": (secrets, "token_hex", 1),
     "copying the first file": (shutil, "copyfile", 1),
     "copying the second file": (shutil, "copyfile", 2),
     "writing the report": (Path, "write_bytes", 4),
     "writing the samples": (Path, "write_text", 1),
-    "making the manifest": (tempfile, "mkstemp", 1),
+    "making the manifest": (secrets, "token_hex", 2),
     "writing the manifest": (os, "fsync", 1),
     "naming the manifest": (Path, "replace", 1),
     "putting a file on the disk": (os, "fsync", 3),
@@ -230,6 +231,24 @@ def test_what_a_kill_left_of_a_bundle_goes_a_day_later(tmp_path: Path) -> None:
     ]
 
 
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere files have no such modes")
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_who_may_read_what_is_written_is_up_to_the_umask(mask: int, home: Path) -> None:
+    with umask(mask), new_bundle_folder(home / "bundle") as folder:
+        write_atomically(folder / "manifest.json", b"{}")
+    modes = [one.stat().st_mode & 0o777 for one in content(home)]
+    assert modes == [0o777 & ~mask, 0o666 & ~mask]
+
+
 def test_an_empty_current_folder_becomes_the_bundle(
     session: Specializer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +317,7 @@ def test_a_disk_that_is_full_after_profiling_leaves_the_journal_and_no_table(
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), full_disk()], ids=repr)
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(tempfile, "mkstemp"), (os, "fsync"), (Path, "chmod"), (Path, "replace")],
+    [(Path, "open"), (os, "fsync"), (Path, "replace")],
 )
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(
     owner: Any, name: str, error: BaseException, home: Path
