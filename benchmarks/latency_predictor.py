@@ -21,13 +21,9 @@ from ofa_deploy.predict.latency import (
     calibration,
     fit_latency_predictor,
 )
-from ofa_deploy.profiling import (
-    PROFILE_SETTINGS,
-    find_table,
-    profile_space,
-    table_name,
-)
+from ofa_deploy.profiling import PROFILE_SETTINGS, profile_space
 from ofa_deploy.space import SearchSpace
+from ofa_deploy.table_files import find_table, table_name
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.table import LatencyTable

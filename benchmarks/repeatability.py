@@ -16,8 +16,9 @@ from rich.progress import track
 
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.families import mbv3
-from ofa_deploy.profiling import anchor_network, open_table, profile_space
+from ofa_deploy.profiling import anchor_network, profile_space
 from ofa_deploy.space import SearchSpace, SubnetConfig
+from ofa_deploy.table_files import open_table
 from profilers.backends import get_backend
 from profilers.device import this_device
 from profilers.measurement import Measurement

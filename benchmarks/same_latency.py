@@ -32,7 +32,6 @@ from ofa_deploy.api import specialize
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli.progress import StageBar
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.profiling import cache_folder
 from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices, runtime_step
 from ofa_deploy.shrink.fitting import AIMED_SHARE
 from ofa_deploy.shrink.own_network import OwnNetwork
@@ -40,6 +39,7 @@ from ofa_deploy.shrink.recipe import Method, ShrinkRecipe
 from ofa_deploy.shrink.resume_store import remembered
 from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.to_budget import HISTORY_FILE
+from ofa_deploy.table_files import cache_folder
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.verify import judge_latency

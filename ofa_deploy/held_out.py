@@ -19,16 +19,10 @@ from ofa_deploy.plan import lower
 from ofa_deploy.predict.block_costs import sample_runnable, table_blocks
 from ofa_deploy.predict.evaluation import PredictionQuality, judge
 from ofa_deploy.predict.latency import fit_latency_predictor
-from ofa_deploy.profiling import (
-    TimedModels,
-    anchor_network,
-    journal_of,
-    measure_table,
-    open_table,
-    table_name,
-)
+from ofa_deploy.profiling import TimedModels, anchor_network, journal_of, measure_table
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.space import Genomes, SearchSpace, SubnetConfig, first_of_each
+from ofa_deploy.table_files import open_table, table_name
 from profilers.backends import get_backend
 from profilers.backends.base import Backend
 from profilers.codec import encode_flat

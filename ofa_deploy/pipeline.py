@@ -46,18 +46,13 @@ from ofa_deploy.feasibility import (
 )
 from ofa_deploy.predict.latency import LatencyPredictor, fit_latency_predictor
 from ofa_deploy.predict.sizes import network_sizes
-from ofa_deploy.profiling import (
-    cache_folder,
-    find_table,
-    measure_table,
-    open_table,
-    table_folders,
-)
+from ofa_deploy.profiling import measure_table
 from ofa_deploy.report.page import REPORT_FILE, bundle_report
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.search.evolution import Evolution
 from ofa_deploy.search.pareto import Front, Nsga2
 from ofa_deploy.stored import StoredSupernet
+from ofa_deploy.table_files import cache_folder, find_table, open_table, table_folders
 from ofa_deploy.target import Target, parse_target
 from ofa_deploy.verify import ParityReport, require_memory_gauge
 from ofa_deploy.zoo import open_supernet

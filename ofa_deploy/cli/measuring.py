@@ -27,14 +27,9 @@ from ofa_deploy.held_out import measure_and_judge
 from ofa_deploy.named_spaces import named_space
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.predict.latency import fit_latency_predictor
-from ofa_deploy.profiling import (
-    cache_folder,
-    find_table,
-    level_change,
-    measure_table,
-    table_folders,
-)
+from ofa_deploy.profiling import level_change, measure_table
 from ofa_deploy.space import SearchSpace
+from ofa_deploy.table_files import cache_folder, find_table, table_folders
 from ofa_deploy.target import parse_target
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend

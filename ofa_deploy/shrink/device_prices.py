@@ -18,18 +18,14 @@ from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import FormatError, MeasurementError
 from ofa_deploy.export.runtime_format import timed_block, write_timed
 from ofa_deploy.probe import Prober, channel_step
-from ofa_deploy.profiling import (
-    BLOCK_GROUP_SIZE,
-    PROFILE_SETTINGS,
-    forget_if_old,
-    where_label,
-)
+from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.resume_store import recall, remember, remembered
+from ofa_deploy.table_files import where_label
 from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs
 from profilers.backends.base import Backend

@@ -25,7 +25,6 @@ from ofa_deploy.errors import (
     TrainingError,
 )
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
-from ofa_deploy.profiling import cache_folder
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.report.shrunk import ShrinkHistory, shrunk_report
 from ofa_deploy.reporting import Reporter, Silent
@@ -47,6 +46,7 @@ from ofa_deploy.shrink.recipe import (
 )
 from ofa_deploy.shrink.shrinking import Shrinking, Shrunk, Source
 from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.table_files import cache_folder
 from ofa_deploy.target import parse_target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE

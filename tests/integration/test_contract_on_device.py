@@ -32,12 +32,13 @@ from ofa_deploy.cli import main
 from ofa_deploy.errors import DeployError, DeviceError, SpaceError
 from ofa_deploy.fleet import MAX_DEVICES
 from ofa_deploy.plan import lower
-from ofa_deploy.profiling import anchor_network, table_name
+from ofa_deploy.profiling import anchor_network
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.search.pareto import exhaustive_front
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.stored import read_supernet, write_supernet
+from ofa_deploy.table_files import table_name
 from profilers import LatencyTable, fresh
 from profilers.backends import get_backend
 from profilers.device import available_cores, read_conditions, this_device

@@ -25,7 +25,8 @@ from ofa_deploy.drift import DriftCheck
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.pipeline import Specializer
-from ofa_deploy.profiling import NETWORK_COUNT, table_name
+from ofa_deploy.profiling import NETWORK_COUNT
+from ofa_deploy.table_files import table_name
 from profilers import LatencyTable
 from profilers.files import write_atomically
 from tests.support import tiny

@@ -34,11 +34,12 @@ from ofa_deploy.export.onnx import INPUT_NAME, OUTPUT_NAME
 from ofa_deploy.pipeline import Specializer
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import prepare
-from ofa_deploy.profiling import profile_space, table_name
+from ofa_deploy.profiling import profile_space
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.space import SubnetConfig
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import StoredSupernet, write_supernet
+from ofa_deploy.table_files import table_name
 from ofa_deploy.verify import accuracy_interval
 from ofa_deploy.zoo import zoo_names
 from profilers import LatencyTable

@@ -15,10 +15,10 @@ from ofa_deploy.named_spaces import SPACE_NAMES, named_space
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.plan import all_blocks
 from ofa_deploy.predict.latency import fit_latency_predictor
-from ofa_deploy.profiling import table_name
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import space_sha256
 from ofa_deploy.stored import WEIGHTS_FILE
+from ofa_deploy.table_files import table_name
 from ofa_deploy.zoo import find_in_zoo, open_zoo, zoo_names
 from profilers import LatencyTable, merge_tables
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ofa_deploy.errors import FormatError, SpaceError
 from ofa_deploy.families import mbv3
 from ofa_deploy.plan import lower
-from ofa_deploy.profiling import table_name
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import (
     BlockConfig,
@@ -37,6 +36,7 @@ from ofa_deploy.space_file import (
     encode_space,
     space_sha256,
 )
+from ofa_deploy.table_files import table_name
 from profilers.json_reader import parse_json
 from tests.support import tiny
 

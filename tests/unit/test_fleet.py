@@ -17,7 +17,8 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget
 from ofa_deploy.feasibility import reachable_range
-from ofa_deploy.fleet import MAX_TRIES, Planner, fulfil_together
+from ofa_deploy.fleet import MAX_TRIES, fulfil_together
+from ofa_deploy.fleet_groups import Planner
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import SubnetConfig
 from tests.support import made_up_bench, tiny

@@ -15,7 +15,7 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import InfeasibleBudget, RunFailed
 from ofa_deploy.pipeline import FRESH_S, Specializer
-from ofa_deploy.profiling import find_table, table_name
+from ofa_deploy.table_files import find_table, table_name
 from profilers import LatencyTable
 from profilers.table import LatencyTable as Table
 from tests.support import tiny
