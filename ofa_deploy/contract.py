@@ -11,27 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Protocol
 
 from ofa_deploy.assembly import VerifiedNetwork
-from ofa_deploy.choosing import Chooser, PredictedLimits, ladder
-from ofa_deploy.constraints import (
-    MEGABYTE,
-    ConstraintName,
-    Constraints,
-    Verdict,
-    binding,
-    in_words,
-)
+from ofa_deploy.choosing import Chooser, ladder
+from ofa_deploy.constraints import Constraints, binding, in_words
 from ofa_deploy.errors import (
     BackendError,
     InfeasibleBudget,
     MeasurementError,
     RunFailed,
 )
-from ofa_deploy.space import Genomes, SubnetConfig
-from ofa_deploy.verify import Candidate
+from ofa_deploy.evidence import Confirmed, Evidence
+from ofa_deploy.space import SubnetConfig
 
 # Networks certified at most: each takes several processes' time.
 MAX_CERTIFIED = 5
@@ -49,41 +41,12 @@ LADDER = (1.5, 0.5, -0.5, -1.5)
 # The same as shares of the limit, where those have led to nothing: what is far below it
 # is still better than the fastest network of all.
 WIDE_LADDER = (0.97, 0.9, 0.8, 0.6)
-# What a certified bound is expected to be of a confirmed latency, before it is known:
-# its own uncertainty, of a percent, and that of both; and, where the budget is of slow
-# runs or of another pace, what these usually add.
-EXPECTED_RATIO, EXPECTED_RATIO_OTHERWISE = 1.02, 1.1
-# A bound in the quiet state is seldom further above what was found.
-USUAL_BOUND_RATIO = 1.03
-# Room that is left besides after one miss, two, and more, or where time is short. The
-# last says that the machine has slowed down, and may go on to. Of 5, 6, 8, 10 and 15 %
-# the first left least unused in a simulation of calls on such machines, and missed no
-# more often; on a device it has not been compared.
-MISS_MARGINS = (0.0, 0.03, 0.05)
 # More room than this is worth another try, as long as a better network may fit.
 WASTED_SHARE = 0.06
 # Of a latency: what is expected to leave more gives way to a look for one between.
 ROOM_SHARE = 0.04
 # A predictor that is further off says nothing of the ladder's steps.
 MOST_RMS = 0.2
-# Of the planned memory of a network that took too much.
-MISSED_SHARE = 0.95
-# An accuracy is predicted alone and among thousands, which differs in the last digits.
-ROUNDING = 1e-6
-MOST_ACCURACY = 1 - 1e-9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Confirmed:
-    """An exported file, timed against others.
-
-    Args:
-        quiet_ms: Its latency in the quiet state.
-        size_bytes: Of what the runtime loads.
-    """
-
-    quiet_ms: float
-    size_bytes: int
 
 
 class Bench(Protocol):
@@ -126,14 +89,15 @@ def fulfil(
             them before.
         MeasurementError: Nothing could be measured, or the table is stale; likewise.
     """
-    loop = _Loop(constraints=constraints, chooser=chooser, bench=bench, where=where)
+    evidence = Evidence(constraints=constraints, predictors=chooser.predictors)
+    loop = _Loop(chooser=chooser, bench=bench, where=where, evidence=evidence)
     begun_s, longest_s = clock_s(), 0.0
     best: VerifiedNetwork | None = None
     try:
         while len(loop.tried) < MAX_CERTIFIED:
             tried_s = clock_s()
             late = tried_s + 2 * longest_s > begun_s + LONGEST_CALL_S
-            loop.hurries = late and best is None
+            evidence.hurries = late and best is None
             config = loop.next_config(better_than=best)
             if config is None:
                 break
@@ -149,8 +113,8 @@ def fulfil(
         if best is None:  # else what was shown stays shown
             raise
     if best is not None:
-        return replace(best, candidates=loop.candidates())
-    if loop.failures and not loop.certified:
+        return replace(best, candidates=evidence.candidates())
+    if loop.failures and not evidence.certified:
         raise next(iter(loop.failures.values()))
     raise loop.refusal()
 
@@ -168,22 +132,25 @@ def _better(
 class _Loop:
     """What one call has learnt so far."""
 
-    constraints: Constraints
     chooser: Chooser
     bench: Bench
     where: str
-    confirmed: dict[str, Confirmed] = field(default_factory=dict)
-    certified: list[VerifiedNetwork] = field(default_factory=list)
+    evidence: Evidence
     # Networks that the runtime failed on only when it was to certify them.
     failures: dict[str, RunFailed] = field(default_factory=dict)
     offered: set[str] = field(default_factory=set)
     ladders: int = 0
-    hurries: bool = False
+
+    @property
+    def constraints(self) -> Constraints:
+        """What is asked."""
+        return self.evidence.constraints
 
     @property
     def tried(self) -> set[str]:
         """Networks that were to be certified, whatever came of it."""
-        return {found.config.id for found in self.certified} | self.failures.keys()
+        certified = {found.config.id for found in self.evidence.certified}
+        return certified | self.failures.keys()
 
     def certify(self, config: SubnetConfig) -> VerifiedNetwork | None:
         """Certify a network; None where the runtime fails: others may do better."""
@@ -192,175 +159,8 @@ class _Loop:
         except RunFailed as error:
             self.failures[config.id] = error
             return None
-        self.certified.append(found)
+        self.evidence.certified.append(found)
         return found
-
-    def candidates(self) -> tuple[Candidate, ...]:
-        """What was measured, in this order."""
-        bounds_ms = {
-            found.config.id: verdict.bound
-            for found in self.certified
-            for verdict in found.verdicts
-            if verdict.constraint == "latency"
-        }
-        return tuple(
-            Candidate(
-                config_id=name,
-                predicted_ms=self.predicted_ms(SubnetConfig.from_id(name)),
-                confirmed_ms=found.quiet_ms,
-                certified_ms=bounds_ms.get(name),
-            )
-            for name, found in self.confirmed.items()
-        )
-
-    # -- what is expected --------------------------------------------------------------
-
-    def predicted_ms(self, config: SubnetConfig) -> float:
-        return self.chooser.predictors.latency.estimate(config).ms
-
-    def accuracy(self, config: SubnetConfig) -> float:
-        return float(self.chooser.predictors.accuracy(self._row(config.id))[0])
-
-    def _row(self, name: str) -> Genomes:
-        config = SubnetConfig.from_id(name)
-        return self.chooser.predictors.space.encode(config)[None]
-
-    @property
-    def slowdown(self) -> float:
-        """Confirmed latencies over predicted ones."""
-        ratios = [
-            found.quiet_ms / self.predicted_ms(SubnetConfig.from_id(name))
-            for name, found in self.confirmed.items()
-        ]
-        return median(ratios) if ratios else 1.0
-
-    @property
-    def excess(self) -> float:
-        """Certified bounds over confirmed latencies; after misses, the worst and more.
-
-        What missed by a hair again and again would miss until nothing was left to try.
-        """
-        ratios = [self._excess_of(found) for found in self.certified]
-        misses = sum(not found.verdict("latency").met for found in self.certified)
-        if misses:
-            last = len(MISS_MARGINS) - 1
-            margin = MISS_MARGINS[last if self.hurries else min(misses - 1, last)]
-            return max(ratios) * (1 + margin)
-        if ratios:
-            return median(ratios)
-        return EXPECTED_RATIO if self.constraints.is_plain else EXPECTED_RATIO_OTHERWISE
-
-    def _excess_of(self, found: VerifiedNetwork) -> float:
-        verdict = found.verdict("latency")
-        bound = verdict.bound
-        if self.constraints.is_plain:
-            # Of a file that two processes were enough to give up, the bound is far
-            # above what was found, and says nothing of the next file.
-            bound = min(bound, USUAL_BOUND_RATIO * verdict.found)
-        return bound / self.confirmed[found.config.id].quiet_ms
-
-    @property
-    def limits(self) -> PredictedLimits:
-        """The constraints, as predictions must keep them to be kept."""
-        asked = self.constraints
-        return PredictedLimits(
-            latency_ms=(
-                None
-                if asked.budget_ms is None
-                else asked.budget_ms / (self.excess * self.slowdown)
-            ),
-            weight_bytes=(
-                None
-                if asked.size_bytes is None
-                else max(1.0, asked.size_bytes - self._size_overhead_bytes)
-            ),
-            memory_bytes=(
-                None
-                if asked.peak_memory_mb is None
-                else self._memory_limit_bytes(asked.peak_memory_mb)
-            ),
-            min_accuracy=(
-                None
-                if asked.min_accuracy is None
-                else min(MOST_ACCURACY, asked.min_accuracy + self._optimism)
-            ),
-        )
-
-    @property
-    def _size_overhead_bytes(self) -> float:
-        """What files hold besides the weights."""
-        weight_bytes = self.chooser.predictors.sizes.weight_bytes
-        return max(
-            (
-                found.size_bytes - float(weight_bytes(self._row(name))[0])
-                for name, found in self.confirmed.items()
-            ),
-            default=0.0,
-        )
-
-    def _memory_limit_bytes(self, limit_mb: float) -> float:
-        """What weights and activations may take, by what certified networks took.
-
-        What a runtime takes besides grows with the model or does not. Two networks
-        tell; of one alone the more hopeful is believed, and certified.
-        """
-        memory_bytes = self.chooser.predictors.sizes.memory_bytes
-        limit_bytes = limit_mb * MEGABYTE
-        known = [
-            (
-                found.verdict("memory").bound * MEGABYTE,
-                float(memory_bytes(self._row(found.config.id))[0]),
-            )
-            for found in self.certified
-        ]
-        if not known:
-            return limit_bytes
-        known.sort(key=lambda pair: abs(pair[0] - limit_bytes))
-        (measured, planned), *others = known
-        besides = measured - planned
-        hopeful = limit_bytes - besides
-        if measured > 0:
-            hopeful = max(hopeful, limit_bytes * planned / measured)
-        for other_measured, other_planned in others[:1]:
-            rise, step = other_measured - measured, other_planned - planned
-            if rise * step > 0:
-                hopeful = planned + step / rise * (limit_bytes - measured)
-        # Not as much as one that took too much.
-        missed = [planned for measured, planned in known if measured > limit_bytes]
-        return max(1.0, min([hopeful, *(MISSED_SHARE * one for one in missed)]))
-
-    @property
-    def _optimism(self) -> float:
-        """Predicted accuracies over measured ones; a hair, where none is measured."""
-        gaps = [
-            self.accuracy(found.config) - found.accuracy.value
-            for found in self.certified
-            if found.accuracy.kind == "measured"
-        ]
-        return max(0.0, median(gaps)) + ROUNDING if gaps else ROUNDING
-
-    def fits(self, config: SubnetConfig) -> bool:
-        """Whether a confirmed network is expected to keep all limits."""
-        asked, found, limits = self.constraints, self.confirmed[config.id], self.limits
-        if asked.size_bytes is not None and found.size_bytes > asked.size_bytes:
-            return False
-        if limits.memory_bytes is not None:
-            memory = self.chooser.predictors.sizes.memory_bytes(self._row(config.id))
-            if memory[0] > limits.memory_bytes:
-                return False
-        least = limits.min_accuracy
-        if least is not None and self.accuracy(config) < least - ROUNDING:
-            return False
-        if asked.budget_ms is None:
-            return True
-        missed_ms = [
-            self.confirmed[other.config.id].quiet_ms
-            for other in self.certified
-            if not other.verdict("latency").met
-        ]
-        # What is no faster than one that missed will miss, whatever the average says.
-        faster = found.quiet_ms < min(missed_ms, default=float("inf"))
-        return faster and self.excess * found.quiet_ms <= asked.budget_ms
 
     def wasteful(self, found: VerifiedNetwork) -> bool:
         """Whether a network leaves so much room that a better one may fit."""
@@ -382,7 +182,7 @@ class _Loop:
         looked = False
         while True:
             ready = self._ready(better_than)
-            enough = looked or self.hurries
+            enough = looked or self.evidence.hurries
             if ready and (enough or not self._leaves_room(ready[0])):
                 break
             looked = bool(ready)
@@ -399,30 +199,32 @@ class _Loop:
 
     def _leaves_room(self, config: SubnetConfig) -> bool:
         """Whether a confirmed network is expected to leave much of a latency."""
-        budget_ms, found = self.constraints.budget_ms, self.confirmed[config.id]
+        budget_ms = self.constraints.budget_ms
         if budget_ms is None or not self._only_latency:
             return False
-        return self.excess * found.quiet_ms < (1 - ROOM_SHARE) * budget_ms
+        quiet_ms = self.evidence.confirmed[config.id].quiet_ms
+        return self.evidence.excess * quiet_ms < (1 - ROOM_SHARE) * budget_ms
 
     def _ready(self, better_than: VerifiedNetwork | None) -> list[SubnetConfig]:
         """Confirmed networks expected to keep everything, the best first."""
         configs = [
             SubnetConfig.from_id(name)
-            for name in self.confirmed
+            for name in self.evidence.confirmed
             if name not in self.tried
         ]
-        fitting = [config for config in configs if self.fits(config)]
+        fitting = [config for config in configs if self.evidence.fits(config)]
         if self.constraints.min_accuracy is not None:
-            return sorted(fitting, key=lambda c: self.confirmed[c.id].quiet_ms)
+            return sorted(fitting, key=lambda c: self.evidence.confirmed[c.id].quiet_ms)
         return self._more_accurate(fitting, better_than)
 
     def _more_accurate(
         self, configs: Sequence[SubnetConfig], than: VerifiedNetwork | None
     ) -> list[SubnetConfig]:
         """Those that are, the most accurate first."""
-        least = -1.0 if than is None else self.accuracy(than.config)
-        better = [config for config in configs if self.accuracy(config) > least]
-        return sorted(better, key=self.accuracy, reverse=True)
+        accuracy = self.evidence.accuracy
+        least = -1.0 if than is None else accuracy(than.config)
+        better = [config for config in configs if accuracy(config) > least]
+        return sorted(better, key=accuracy, reverse=True)
 
     def _confirm_more(self, better_than: VerifiedNetwork | None) -> bool:
         """Confirm the networks that are now expected to be best; whether any is new.
@@ -454,7 +256,9 @@ class _Loop:
         if not self._ready(better_than):
             ladders.append(WIDE_LADDER)
         for steps in ladders[-1:] if self.ladders == MAX_LADDERS else ladders:
-            found = ladder(self.chooser, self.limits, steps=steps, without=self._failed)
+            found = ladder(
+                self.chooser, self.evidence.limits, steps=steps, without=self._failed
+            )
             if better_than is not None:
                 found = self._more_accurate(found, better_than)
             if new := [config for config in found if config.id not in self.offered]:
@@ -464,7 +268,8 @@ class _Loop:
     @property
     def _failed(self) -> frozenset[str]:
         """Networks that the runtime could not run."""
-        return frozenset(self.offered - self.confirmed.keys() | self.failures.keys())
+        confirmed = self.evidence.confirmed.keys()
+        return frozenset(self.offered - confirmed | self.failures.keys())
 
     def _hopeful(self) -> list[SubnetConfig]:
         """Networks that the predictor's error and nothing else may let in.
@@ -473,7 +278,7 @@ class _Loop:
             InfeasibleBudget: Not even such ones.
         """
         asked, predictors = self.constraints, self.chooser.predictors
-        limits, slack = self.limits, predictors.latency.upper_ratio
+        limits, slack = self.evidence.limits, predictors.latency.upper_ratio
         budget_ms = None if asked.budget_ms is None else asked.budget_ms * slack
         try:
             return self.chooser.best(
@@ -498,43 +303,14 @@ class _Loop:
     def _told_of(self, name: str) -> str:
         told = ", ".join(
             f"{verdict.constraint} {verdict.told(verdict.bound)}"
-            for verdict in self._expected(name)
+            for verdict in self.evidence.expected(name)
         )
         return f"; the nearest, {name}, is predicted to have {told}"
-
-    def _expected(self, name: str) -> tuple[Verdict, ...]:
-        """The verdicts on a network, as confirmed, and otherwise as predicted."""
-        predictors, row = self.chooser.predictors, self._row(name)
-        found = self.confirmed.get(name)
-        bounds: dict[ConstraintName, float] = {
-            "latency": (
-                float(predictors.latency.predict_ms(row)[0])
-                if found is None
-                else self.excess * found.quiet_ms
-            ),
-            "size": (
-                float(predictors.sizes.weight_bytes(row)[0])
-                if found is None
-                else found.size_bytes
-            ),
-            "memory": float(predictors.sizes.memory_bytes(row)[0]) / MEGABYTE,
-            "accuracy": float(predictors.accuracy(row)[0]),
-        }
-        return tuple(
-            Verdict(
-                constraint=constraint,
-                limit=limit,
-                found=bounds[constraint],
-                bound=bounds[constraint],
-                evidence="predicted",
-            )
-            for constraint, limit in self.constraints.limits.items()
-        )
 
     def _confirm(self, configs: Sequence[SubnetConfig]) -> bool:
         self.offered |= {config.id for config in configs}
         if configs:
-            self.confirmed |= self.bench.confirm(configs)
+            self.evidence.confirmed |= self.bench.confirm(configs)
         return bool(configs)
 
     def _last_resort(self) -> SubnetConfig | None:
@@ -547,7 +323,7 @@ class _Loop:
             return None
         if fastest.id not in self.offered:
             self._confirm([fastest])
-        return fastest if fastest.id in self.confirmed else None
+        return fastest if fastest.id in self.evidence.confirmed else None
 
     @property
     def _only_latency(self) -> bool:
@@ -560,9 +336,10 @@ class _Loop:
     def refusal(self) -> InfeasibleBudget:
         """Of what was measured, and missed."""
         asked, name = self.constraints, self.chooser.predictors.space.name
-        known = {found.config.id: found.verdicts for found in self.certified}
+        evidence = self.evidence
+        known = {found.config.id: found.verdicts for found in evidence.certified}
         # What was not even certified was confirmed, and expected to miss.
-        known = known or {each: self._expected(each) for each in self.confirmed}
+        known = known or {each: evidence.expected(each) for each in evidence.confirmed}
         if not known:
             return InfeasibleBudget(
                 f"no network of {name} runs on {self.where} here: all "

@@ -17,9 +17,9 @@ from ofa_deploy.assembly import (
     predicted_accuracy,
 )
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.contract import Confirmed
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.drift import DriftCheck
+from ofa_deploy.evidence import Confirmed
 from ofa_deploy.export.model_files import loaded_files
 from ofa_deploy.exporting import (
     ExportedNetwork,

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from ofa_deploy.assembly import VerifiedNetwork, assemble_bundle
 from ofa_deploy.bundle import Bundle, new_bundle_folder, require_output
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.device_bench import DeviceBench
 from ofa_deploy.errors import (
@@ -29,6 +28,7 @@ from ofa_deploy.errors import (
     SpaceError,
     StaleTable,
 )
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.fleet_groups import Planner, search_together
 from ofa_deploy.pipeline import (
     DEFAULT_SUPERNET,

@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.pipeline import EVOLUTION, Specializer
 from ofa_deploy.search.evolution import Limit, SearchProblem
 from ofa_deploy.space import Genomes, SearchSpace

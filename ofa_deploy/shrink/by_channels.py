@@ -14,8 +14,8 @@ from torch import nn
 
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.constraints import ConstraintName, binding
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.shrink.cost import rounded_up
 from ofa_deploy.shrink.device_prices import DevicePrices

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints, Verdict, binding
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.cost import full_counts

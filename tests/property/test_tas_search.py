@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints, Verdict
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import DataError
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.report.shrunk import (
     ShrinkHistory,
     _chances,

@@ -12,8 +12,8 @@ import numpy as np
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.contract import Confirmed
 from ofa_deploy.errors import RunFailed
+from ofa_deploy.evidence import Confirmed
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts
 from ofa_deploy.plan import lower
 from ofa_deploy.predict.latency import fit_latency_predictor

@@ -16,13 +16,11 @@ from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import MEGABYTE, Constraints
 from ofa_deploy.contract import (
-    EXPECTED_RATIO,
     LADDER,
     LONGEST_CALL_S,
     MAX_CERTIFIED,
     MAX_LADDERS,
     PATIENCE_S,
-    Confirmed,
     fulfil,
 )
 from ofa_deploy.errors import (
@@ -31,6 +29,7 @@ from ofa_deploy.errors import (
     StaleTable,
     UnstableMeasurement,
 )
+from ofa_deploy.evidence import EXPECTED_RATIO, Confirmed
 from ofa_deploy.feasibility import reachable_range
 from ofa_deploy.search.exhaustive import enumerate_genomes
 from ofa_deploy.space import SubnetConfig

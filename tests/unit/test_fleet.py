@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ofa_deploy.choosing import Chooser
 from ofa_deploy.constraints import Constraints
-from ofa_deploy.contract import EXPECTED_RATIO
 from ofa_deploy.errors import InfeasibleBudget
+from ofa_deploy.evidence import EXPECTED_RATIO
 from ofa_deploy.feasibility import reachable_range
 from ofa_deploy.fleet import MAX_TRIES, fulfil_together
 from ofa_deploy.fleet_groups import Planner
