@@ -304,6 +304,19 @@ def new_bundle_folder(out: Path) -> Iterator[Path]:
     sync_folder(out.parent)
 
 
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say where a disk was full, or closed, and that nothing is left."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"the bundle cannot be written to {out}, or its files to "
+            f"{tempfile.gettempdir()}: {error}. Nothing was left there; free space, or "
+            "name another folder, and run this again"
+        ) from error
+
+
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove parts of bundles that a kill left behind, once nobody can be at work."""
     long_ago_s = time.time() - ABANDONED_S

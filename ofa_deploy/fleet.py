@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.assembly import VerifiedNetwork, assemble_bundle
-from ofa_deploy.bundle import Bundle, new_bundle_folder, require_output
+from ofa_deploy.bundle import Bundle, new_bundle_folder, require_output, writing
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.device_bench import DeviceBench
@@ -37,7 +37,6 @@ from ofa_deploy.pipeline import (
     opened,
     read_inputs,
     require_seed,
-    writing,
 )
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.space import SubnetConfig

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from ofa_deploy.assembly import (
     assemble_bundle,
     require_classes,
 )
-from ofa_deploy.bundle import Bundle, require_output
+from ofa_deploy.bundle import Bundle, require_output, writing
 from ofa_deploy.calibration import load_calibration, require_calibration
 from ofa_deploy.choosing import Chooser, Predictors, find_front
 from ofa_deploy.constraints import Constraints
@@ -29,7 +27,6 @@ from ofa_deploy.dataset import ImageSet, load_images
 from ofa_deploy.device_bench import DeviceBench
 from ofa_deploy.drift import MAX_DRIFT_RATIO, DriftCheck
 from ofa_deploy.errors import (
-    BundleError,
     DataError,
     DeployError,
     InfeasibleBudget,
@@ -446,19 +443,6 @@ def _require_of_supernets(constraints: Constraints) -> None:
             f"compressed_bytes={constraints.compressed_bytes} is for a network of your "
             "own: a supernet's weights hardly compress. Give size_bytes"
         )
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Say where a disk was full, or closed, and that nothing is left."""
-    try:
-        yield
-    except OSError as error:
-        raise BundleError(
-            f"the bundle cannot be written to {out}, or its files to "
-            f"{tempfile.gettempdir()}: {error}. Nothing was left there; free space, or "
-            "name another folder, and run this again"
-        ) from error
 
 
 def read_inputs(
