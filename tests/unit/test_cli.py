@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ofa_deploy import cli, device_bench, drift, pipeline, profiling
+from ofa_deploy import cli, device_bench, drift, pipeline, table_files
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
@@ -314,7 +314,7 @@ def test_a_user_without_a_home_is_told_what_to_set(
     def nowhere(name: str) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(profiling, "user_cache_path", nowhere)
+    monkeypatch.setattr(table_files, "user_cache_path", nowhere)
     assert_refused(
         run(
             *("specialize", "--latency-ms", "1", "--out", tmp_path / "bundle"),
