@@ -26,6 +26,7 @@ from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
+from ofa_deploy.train.small_maps import SmallMapConvolutions
 from ofa_deploy.train.views import ViewsInAnyOrder
 
 # Of a network that learns nothing any more.
@@ -71,7 +72,12 @@ class Deciding:
             0, step, resolution=self.resolution, rng=rng
         )
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
-        with LineAlignedBatchNorm(), ViewsInAnyOrder(), autocast:
+        with (
+            LineAlignedBatchNorm(),
+            SmallMapConvolutions(),
+            ViewsInAnyOrder(),
+            autocast,
+        ):
             logits = module(inputs)
         loss = F.cross_entropy(
             logits.float(), targets, label_smoothing=self.label_smoothing

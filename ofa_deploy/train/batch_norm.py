@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ofa_deploy.train.replaced import Replaced
+from ofa_deploy.train.replaced import Replaced, saves_elsewhere
 
 # A cache line of 64 bytes, in float32 sums.
 SUMS_PER_LINE = 16
@@ -55,7 +55,7 @@ def _batch_norm(
         and eps > 0
         and _is_unaligned(input)
         and _fit(input, vectors)
-        and not _saves_elsewhere()
+        and not saves_elsewhere()
     ):
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, *statistics, momentum, eps
@@ -74,15 +74,6 @@ def _fit(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
         one is None or (one.dtype == torch.float32 and one.shape == x.shape[1:2])
         for one in vectors
     )
-
-
-def _saves_elsewhere() -> bool:
-    """Whether what is saved for the backward pass goes through hooks.
-
-    Those of a checkpoint compute it again, outside of the mode, as torch's does: taken
-    for ours, that gives other gradients. There is no public way to ask.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_unaligned(x: Tensor) -> bool:

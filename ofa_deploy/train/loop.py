@@ -32,6 +32,7 @@ from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Recipe, learning_rate
+from ofa_deploy.train.small_maps import SmallMapConvolutions
 from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import remove_leftovers, write_atomically
 
@@ -308,14 +309,19 @@ class TrainingLoop:
             return None
         self._teacher.eval()
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with ViewsInAnyOrder(), autocast:
+        with SmallMapConvolutions(), ViewsInAnyOrder(), autocast:
             logits = self._teacher(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()
 
     def _logits(self, inputs: Tensor) -> Tensor:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with LineAlignedBatchNorm(), ViewsInAnyOrder(), autocast:
+        with (
+            LineAlignedBatchNorm(),
+            SmallMapConvolutions(),
+            ViewsInAnyOrder(),
+            autocast,
+        ):
             logits = self.network(inputs)
         assert isinstance(logits, Tensor)
         return logits.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,3 +33,12 @@ class Replaced(TorchFunctionMode):
         """See `torch.overrides`."""
         called = self._functions.get(func, func)
         return called(*args, **(kwargs or {}))
+
+
+def saves_elsewhere() -> bool:
+    """Whether what is saved for the backward pass goes through hooks.
+
+    Those of a checkpoint compute it again, outside of the mode, as torch's does: taken
+    for ours, that gives other gradients. There is no public way to ask.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,0 +1,125 @@
+"""Convolutions of many channels over maps of a few pixels, as matrix products.
+
+The last layers of VGG-like networks on small images are such: 512 channels over 2×2
+pixels. oneDNN takes five times as long for one as for the product of its windows with
+its weights, and most of a step's time for two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ofa_deploy.train.replaced import Replaced, saves_elsewhere
+
+# Over more pixels oneDNN is as fast, and so it is with fewer weights.
+MOST_PIXELS, LEAST_WEIGHTS = 9, 2**18
+
+
+class SmallMapConvolutions(Replaced):
+    """While entered, such convolutions are products: the same up to rounding.
+
+    Only of maps and weights in channels-last memory, with zeros around the map and
+    windows at every pixel; what else there is, is left to torch, as is what the
+    backward pass computes again (`torch.utils.checkpoint`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__({F.conv2d: _conv2d})
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """In place of `torch.nn.functional.conv2d`, whose names these are."""
+    if (
+        groups == 1
+        and _is_one(stride)
+        and _is_one(dilation)
+        and not isinstance(padding, str)
+        and _is_small(input, weight)
+        and _covers(input, weight, _pair(padding))
+        and not saves_elsewhere()
+    ):
+        return product(input, weight, bias, padding=_pair(padding))
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a map has few pixels, a layer many weights, and both lie as is needed.
+
+    Kernels of one pixel are products already.
+    """
+    return (
+        x.dim() == 4
+        and x.is_cpu
+        and x.shape[1] == weight.shape[1]
+        and x.shape[2] * x.shape[3] <= MOST_PIXELS
+        and weight.numel() >= LEAST_WEIGHTS
+        and weight.shape[2] * weight.shape[3] > 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous()
+    )
+
+
+def _covers(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> bool:
+    """Whether a window fits on the padded map."""
+    return all(
+        size + 2 * around >= kernel
+        for size, around, kernel in zip(
+            x.shape[2:], padding, weight.shape[2:], strict=True
+        )
+    )
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, int]
+) -> Tensor:
+    """A convolution as the product of its windows with its weights.
+
+    Args:
+        x: `(N, I, H, W)`.
+        weight: `(O, I, K, L)`.
+        bias: `(O,)`, or None.
+        padding: Rows of zeros above and below, and columns left and right.
+
+    Returns:
+        `(N, O, H', W')`, in channels-last memory.
+    """
+    (rows, columns), (height, width) = padding, weight.shape[2:]
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, columns, columns, rows, rows))
+    high = padded.shape[1] - height + 1
+    wide = padded.shape[2] - width + 1
+    windows = torch.cat(
+        [
+            padded[:, top : top + high, left : left + wide]
+            for top in range(height)
+            for left in range(width)
+        ],
+        dim=3,
+    )
+    # A view where weights are stored channels-last.
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(windows, matrix, bias).permute(0, 3, 1, 2)
+
+
+def _is_one(value: Any) -> bool:
+    return _pair(value) == (1, 1)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Of rows and of columns, as torch takes them: a number, or a row of one or two."""
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return first, rest[0] if rest else first
