@@ -38,6 +38,7 @@ ORDER = (
     "pas",
     "surgery",
     "narrow_training",
+    "small_maps",
     "legr",
     "autoprune",
     "tas",
