@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.logits import logits_of
 from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.recipe import Recipe
-from ofa_deploy.train.small_maps import SmallMapConvolutions
-from ofa_deploy.train.views import ViewsInAnyOrder
 
 # Of a network that learns nothing any more.
 LEAST_GRADIENT = 1e-12
@@ -71,17 +69,8 @@ class Deciding:
         inputs, targets = self.images.batch(
             0, step, resolution=self.resolution, rng=rng
         )
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
-        with (
-            LineAlignedBatchNorm(),
-            SmallMapConvolutions(),
-            ViewsInAnyOrder(),
-            autocast,
-        ):
-            logits = module(inputs)
-        loss = F.cross_entropy(
-            logits.float(), targets, label_smoothing=self.label_smoothing
-        )
+        logits = logits_of(module, inputs, bf16=self.bf16)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         if not math.isfinite(float(loss.detach())):
             raise TrainingError(
                 f"the loss on the images that decide is {float(loss.detach())} at step "

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import store_channels_last, store_plainly
-from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -30,10 +29,9 @@ from ofa_deploy.train.checkpoint import (
 )
 from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.logits import logits_of
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Recipe, learning_rate
-from ofa_deploy.train.small_maps import SmallMapConvolutions
-from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import remove_leftovers, write_atomically
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -308,23 +306,10 @@ class TrainingLoop:
         if self._teacher is None:
             return None
         self._teacher.eval()
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with SmallMapConvolutions(), ViewsInAnyOrder(), autocast:
-            logits = self._teacher(inputs)
-        assert isinstance(logits, Tensor)
-        return logits.float()
+        return logits_of(self._teacher, inputs, bf16=self._bf16)
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with (
-            LineAlignedBatchNorm(),
-            SmallMapConvolutions(),
-            ViewsInAnyOrder(),
-            autocast,
-        ):
-            logits = self.network(inputs)
-        assert isinstance(logits, Tensor)
-        return logits.float()
+        return logits_of(self.network, inputs, bf16=self._bf16)
 
     # -- state -------------------------------------------------------------------------
 

@@ -39,8 +39,7 @@ class HybridOptimizer:
         dense = _dense_weights(network)
         self._parameters = dict(network.named_parameters())
         self._matrices = {
-            name: nn.Parameter(_as_matrix(self._parameters[name].data))
-            for name in dense
+            name: nn.Parameter(as_matrix(self._parameters[name].data)) for name in dense
         }
         for name, matrix in self._matrices.items():
             if matrix.data_ptr() != self._parameters[name].data_ptr():
@@ -80,7 +79,7 @@ class HybridOptimizer:
         """Apply the gradients; parameters without one stay as they are."""
         for name, matrix in self._matrices.items():
             gradient = self._parameters[name].grad
-            matrix.grad = None if gradient is None else _as_matrix(gradient)
+            matrix.grad = None if gradient is None else as_matrix(gradient)
         if self._muon is not None:
             self._muon.step()  # type: ignore[no-untyped-call]
         self._sgd.step()
@@ -140,7 +139,7 @@ def _is_masked(name: str) -> bool:
     return name.endswith(".parametrizations.weight.original")
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
+def as_matrix(weight: Tensor) -> Tensor:
     """`(O, I, K, K)` as `(O, K·K·I)`; a view where it is stored channels-last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
