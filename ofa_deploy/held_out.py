@@ -29,7 +29,7 @@ from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import collect, execute
 from profilers.files import write_atomically
-from profilers.journal import Journal
+from profilers.journal import Journal, remove_journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
@@ -106,7 +106,7 @@ def measure_and_judge(
                 reporter=reporter,
                 saved=lambda file: write_atomically(made, _sha256(file).encode()),
             )
-        journal_of(path, network_count).unlink(missing_ok=True)
+        remove_journal(journal_of(path, network_count))
         quality = evaluate_predictor(
             space,
             table,

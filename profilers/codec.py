@@ -16,7 +16,7 @@ from profilers.measurement import (
     MeasurementRun,
     MeasureSettings,
     Stability,
-    Verdict,
+    StabilityVerdict,
     Visit,
 )
 
@@ -181,7 +181,7 @@ def _decode_stability(node: JsonNode) -> Stability:
     fields = node.fields(*_names(Stability))
     return node.build(
         lambda: Stability(
-            verdict=fields["verdict"].choice(get_args(Verdict)),
+            verdict=fields["verdict"].choice(get_args(StabilityVerdict)),
             reasons=tuple(reason.text() for reason in fields["reasons"].items()),
         )
     )

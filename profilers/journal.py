@@ -31,7 +31,15 @@ from profilers.json_reader import Json, JsonNode, parse_json
 from profilers.locks import HELD, lock
 from profilers.measurement import Visit
 
-__all__ = ["Failure", "Journal", "OrderDone", "Retry", "SessionBegan", "VisitRecord"]
+__all__ = [
+    "Failure",
+    "Journal",
+    "OrderDone",
+    "Retry",
+    "SessionBegan",
+    "VisitRecord",
+    "remove_journal",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -294,6 +302,17 @@ class Journal(Closing):
             self._next_session += 1
         else:
             self._failures[record.name] = record.reason
+
+
+def remove_journal(path: Path) -> None:
+    """Delete a journal that is not needed any more, if there is one.
+
+    Raises:
+        MeasurementError: Another process is writing it.
+    """
+    if path.exists():
+        _open_alone(path).close()  # before: Windows deletes no file that is open
+        path.unlink(missing_ok=True)
 
 
 def _open_alone(path: Path) -> BinaryIO:

@@ -25,7 +25,7 @@ __all__ = [
 # Change of the anchor between the two ends of a visit.
 DISTURBED_ANCHOR_RATIO = 0.05
 
-Verdict = Literal["stable", "unstable"]
+StabilityVerdict = Literal["stable", "unstable"]
 
 
 # Of a relative error: nothing is to be reached.
@@ -190,7 +190,7 @@ class Stability:
         reasons: What went wrong, for people.
     """
 
-    verdict: Verdict
+    verdict: StabilityVerdict
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

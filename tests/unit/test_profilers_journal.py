@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 import profilers.journal as journal_module
 from profilers.errors import FormatError, IncompatibleTables, MeasurementError
-from profilers.journal import Failure, Journal, SessionBegan, VisitRecord
+from profilers.journal import (
+    Failure,
+    Journal,
+    SessionBegan,
+    VisitRecord,
+    remove_journal,
+)
 from profilers.json_reader import Json
 from profilers.measurement import Visit
 from tests.unit.test_profilers_table import CONDITIONS
@@ -178,6 +184,19 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     ):
         Journal(path, subject=SUBJECT)
     Journal(path, subject=SUBJECT).close()
+
+
+def test_a_journal_is_removed_unless_another_process_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    remove_journal(path)  # there is none
+    with (
+        Journal(path, subject=SUBJECT),
+        pytest.raises(MeasurementError, match="another process is using the journal"),
+    ):
+        remove_journal(path)
+    assert path.exists()
+    remove_journal(path)
+    assert not path.exists()
 
 
 def test_a_file_system_without_locks_is_told_as_that(
