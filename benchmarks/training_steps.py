@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.train.precision import prefers_bf16
 
 RESOLUTION, CLASSES = 32, 10

@@ -191,7 +191,7 @@ class Evidence:
             if rise * step > 0:
                 hopeful = planned + step / rise * (limit_bytes - measured)
         # Not as much as one that took too much.
-        missed = [planned for measured, planned in known if measured > limit_bytes]
+        missed = [plan for found, plan in known if found > limit_bytes]
         return max(1.0, min([hopeful, *(MISSED_SHARE * one for one in missed)]))
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.errors import InfeasibleBudget
-from ofa_deploy.evidence import EXPECTED_RATIO
+from ofa_deploy.evidence import EXPECTED_RATIO, ROUNDING
 from ofa_deploy.pipeline import EVOLUTION, Specializer
 from ofa_deploy.search.evolution import Limit, SearchProblem
 from ofa_deploy.space import Genomes, SearchSpace
@@ -118,7 +118,8 @@ class Planner:
                     if part & lowest and mask ^ part in best:
                         before, groups = best[mask ^ part]
                         total = before + value[part]
-                        if total > longer.get(mask, (-np.inf, ()))[0]:
+                        least, _ = longer.get(mask, (-np.inf, ()))
+                        if total > least + ROUNDING:
                             longer[mask] = (total, (*groups, part))
                     part = (part - 1) & mask
             if longer == best:

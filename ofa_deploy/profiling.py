@@ -38,7 +38,7 @@ from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import OrderResult, collect, execute
-from profilers.journal import Journal
+from profilers.journal import Journal, remove_journal
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
 from profilers.order import GROUP_SIZE, WorkOrder
@@ -212,7 +212,7 @@ def measure_table(
         )
         table.save(path)
         saved(path)
-        journal_path.unlink(missing_ok=True)
+        remove_journal(journal_path)
     except OSError as error:
         raise MeasurementError(
             f"the latency table cannot be written to {path}, or its models to "

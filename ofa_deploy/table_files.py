@@ -56,10 +56,11 @@ def find_table(
     *,
     folders: tuple[Path, ...],
 ) -> tuple[LatencyTable, Path] | None:
-    """The first table that fits, or None where there is none.
+    """The first table of the right name, or None where there is none.
 
     Raises:
-        FormatError: A table of the right name is damaged.
+        FormatError: It is damaged.
+        IncompatibleTables: It was not measured here with just this runtime.
     """
     name = table_name(space, device, runtime)
     for folder in folders:

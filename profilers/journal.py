@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import zlib
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -305,14 +306,22 @@ class Journal(Closing):
 
 
 def remove_journal(path: Path) -> None:
-    """Delete a journal that is not needed any more, if there is one.
+    """Delete a journal that is not needed any more, unless another process writes it.
 
     Raises:
-        MeasurementError: Another process is writing it.
+        OSError: It cannot be deleted.
     """
-    if path.exists():
-        _open_alone(path).close()  # before: Windows deletes no file that is open
+    try:
+        with open(path, "r+b") as file:
+            lock(file)
+            if sys.platform != "win32":  # which deletes no file that is open
+                path.unlink()
         path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in HELD:
+            raise
 
 
 def _open_alone(path: Path) -> BinaryIO:

@@ -15,6 +15,7 @@ from ofa_deploy.nn.elastic import (
     ElasticRepConv,
     ElasticSqueezeExcite,
 )
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace
 
@@ -64,22 +65,6 @@ def new_supernet(space: SearchSpace) -> Supernet:
     supernet = Supernet(space)
     store_channels_last(supernet)
     return supernet
-
-
-def store_channels_last(network: nn.Module) -> None:
-    """Store convolutions' weights as they train fastest on CPUs."""
-    # These alone take the format; `nn.Module.to` has no typed overload for it.
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(
-                memory_format=torch.channels_last
-            )
-
-
-def store_plainly(network: nn.Module) -> None:
-    """Store weights as others expect them, who may look at maps as they are stored."""
-    for parameter in network.parameters():
-        parameter.data = parameter.data.contiguous()
 
 
 def _build(layer: Layer) -> nn.Module | None:

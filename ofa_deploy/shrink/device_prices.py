@@ -37,7 +37,7 @@ from profilers.fresh import (
     FreshMeasurement,
     measure_in_fresh_process,
 )
-from profilers.journal import Journal
+from profilers.journal import Journal, remove_journal
 from profilers.measurement import MeasureSettings
 from profilers.order import WorkOrder
 from profilers.table import LatencyTable, describe_differences
@@ -360,7 +360,7 @@ def _measure(
         failures={},
     )
     table.save(path)
-    journal_path.unlink(missing_ok=True)
+    remove_journal(journal_path)
     return table
 
 

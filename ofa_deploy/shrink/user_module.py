@@ -20,7 +20,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ofa_deploy.errors import DataError, TraceError
-from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.nn.memory_format import store_channels_last
+from ofa_deploy.train.logits import called_as_in_training
+from ofa_deploy.train.precision import prefers_bf16
 from ofa_deploy.train.views import ViewsInAnyOrder
 
 Floats = NDArray[np.float32]
@@ -164,7 +166,7 @@ def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """
     store_channels_last(module.train())
     images = torch.zeros(2, *image_shape).contiguous(memory_format=torch.channels_last)
-    with ViewsInAnyOrder():
+    with called_as_in_training(bf16=prefers_bf16()):
         outputs = _logits(module, module(images))
     torch.autograd.backward(outputs.sum())
 

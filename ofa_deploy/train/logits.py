@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -10,19 +13,31 @@ from ofa_deploy.train.small_maps import SmallMapConvolutions
 from ofa_deploy.train.views import ViewsInAnyOrder
 
 
-def logits_of(network: nn.Module, inputs: Tensor, *, bf16: bool) -> Tensor:
-    """What a network makes of a batch, with all that is to make it fast here.
+@contextmanager
+def called_as_in_training(*, bf16: bool) -> Iterator[None]:
+    """Call networks in here with all that is to make their training fast.
+
+    Args:
+        bf16: Use bfloat16 autocast; worth it where the CPU has it.
+    """
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with LineAlignedBatchNorm(), SmallMapConvolutions(), ViewsInAnyOrder(), autocast:
+        yield
+
+
+def logits_of(network: nn.Module, inputs: Tensor, *more: object, bf16: bool) -> Tensor:
+    """What a network makes of a batch while it is trained.
 
     Args:
         network: In whichever mode it is to be called.
         inputs: `(N, 3, resolution, resolution)`.
-        bf16: Use bfloat16 autocast; worth it where the CPU has it.
+        more: What else the network takes.
+        bf16: See `called_as_in_training`.
 
     Returns:
         `(N, classes)`, in float32.
     """
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with LineAlignedBatchNorm(), SmallMapConvolutions(), ViewsInAnyOrder(), autocast:
-        logits = network(inputs)
+    with called_as_in_training(bf16=bf16):
+        logits = network(inputs, *more)
     assert isinstance(logits, Tensor)
     return logits.float()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.supernet import store_channels_last, store_plainly
+from ofa_deploy.nn.memory_format import store_channels_last, store_plainly
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -111,7 +111,7 @@ class LoopProgress:
         epochs: In all.
         step: Steps done.
         steps: In all.
-        loss: Mean of the epoch so far.
+        loss: Mean of the epoch so far, this sitting.
         images_per_s: Training images per second, this sitting.
         eta_s: Until the end.
         accuracy: On the held-out images after the last epoch, 0..1; None before.
@@ -145,7 +145,7 @@ class TrainingLoop:
         bf16: Use bfloat16 autocast; worth it where the CPU has it.
         regulariser: What a pruning method adds.
         teacher: Whose class probabilities are learned besides the labels, weighted as
-            the recipe says; not changed.
+            the recipe says; in eval mode afterwards, and else as it was.
         checkpoint_seconds: Time between checkpoints.
         clock: Seconds, monotonic.
 
@@ -216,6 +216,13 @@ class TrainingLoop:
         Raises:
             TrainingError: The loss is no number; the last checkpoint is kept.
         """
+        try:
+            return self._run(progress)
+        finally:
+            for module in self._modules:
+                store_plainly(module)
+
+    def _run(self, progress: Callable[[LoopProgress], None] | None) -> float:
         saved_s = told_s = began_s = self._clock()
         began_step, loss_sum, loss_count = self._step, 0.0, 0
         per_epoch = self.images.batches_per_epoch
@@ -239,8 +246,6 @@ class TrainingLoop:
                 loss_sum, loss_count = 0.0, 0
         if self._accuracy is None:
             self._accuracy = self.validate()
-        for module in self._modules:
-            store_plainly(module)
         return self._accuracy
 
     @torch.no_grad()

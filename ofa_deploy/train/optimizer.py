@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.elastic import ElasticConv
+from ofa_deploy.nn.memory_format import as_matrix
 from ofa_deploy.train.recipe import Recipe
 
 
@@ -137,11 +138,6 @@ def _is_normalised(module: nn.Module) -> bool:
 def _is_masked(name: str) -> bool:
     """Whether a parameter is what a parametrization starts from."""
     return name.endswith(".parametrizations.weight.original")
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """`(O, I, K, K)` as `(O, K·K·I)`; a view where it is stored channels-last."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _sgd(

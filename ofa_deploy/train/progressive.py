@@ -29,7 +29,6 @@ from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
 from ofa_deploy.space_file import decode_space, encode_space
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
-from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
@@ -44,6 +43,7 @@ from ofa_deploy.train.evaluate import (
     recalibrate_supernet,
 )
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.logits import logits_of
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe, learning_rate, restrict
 from ofa_deploy.work_folder import LOCK_FILE
@@ -475,11 +475,7 @@ class ProgressiveTraining:
 
     def _logits(self, network: Supernet, inputs: Tensor, plan: NetworkPlan) -> Tensor:
         network.train()
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
-        with LineAlignedBatchNorm(), autocast:
-            logits = network(inputs, plan)
-        assert isinstance(logits, Tensor)
-        return logits.float()
+        return logits_of(network, inputs, plan, bf16=self._bf16)
 
     # -- monitoring ------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class Replaced(TorchFunctionMode):
 def saves_elsewhere() -> bool:
     """Whether what is saved for the backward pass goes through hooks.
 
-    Those of a checkpoint compute it again, outside of the mode, as torch's does: taken
-    for ours, that gives other gradients. There is no public way to ask.
+    Those of a checkpoint compute it again, outside of the mode, by torch's functions:
+    what those save is not what ours did. There is no public way to ask.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,30 +1,32 @@
 """Convolutions of many channels over maps of a few pixels, as matrix products.
 
 The last layers of VGG-like networks on small images are such: 512 channels over 2×2
-pixels. oneDNN takes five times as long for one as for the product of its windows with
-its weights; of a step of such a network three of them are half.
+pixels. oneDNN takes several times as long for one as for the product of its windows
+with its weights (measured by `benchmarks/small_maps.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofa_deploy.train.optimizer import as_matrix
+from ofa_deploy.nn.memory_format import as_matrix
 from ofa_deploy.train.replaced import Replaced, saves_elsewhere
 
-# Over more pixels oneDNN is as fast, and so it is with fewer weights.
-MOST_PIXELS, LEAST_WEIGHTS = 9, 2**18
+# Over more pixels oneDNN is as fast, and so it is with fewer weights; larger kernels'
+# windows, which stay until the backward pass, are mostly zeros around such a map.
+MOST_PIXELS, LEAST_WEIGHTS, MOST_OF_WINDOW = 9, 2**18, 9
 
 
 class SmallMapConvolutions(Replaced):
     """While entered, such convolutions are products: the same up to rounding.
 
-    Only of maps and weights in channels-last memory, with zeros around the map and
-    windows at every pixel; what else there is, is left to torch, as is what the
+    Only of maps and weights in channels-last memory, with nothing or zeros around the
+    map and windows at every pixel; what else there is, is left to torch, as is what the
     backward pass computes again (`torch.utils.checkpoint`).
     """
 
@@ -43,11 +45,11 @@ def _conv2d(
 ) -> Tensor:
     """In place of `torch.nn.functional.conv2d`, whose names these are."""
     if (
-        groups == 1
+        _is_small(input, weight)
+        and groups == 1
         and _is_one(stride)
         and _is_one(dilation)
         and not isinstance(padding, str)
-        and _is_small(input, weight)
         and _covers(input, weight, _pair(padding))
         and not saves_elsewhere()
     ):
@@ -66,10 +68,9 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
         and x.shape[1] == weight.shape[1]
         and x.shape[2] * x.shape[3] <= MOST_PIXELS
         and weight.numel() >= LEAST_WEIGHTS
-        and weight.shape[2] * weight.shape[3] > 1
+        and 1 < weight.shape[2] * weight.shape[3] <= MOST_OF_WINDOW
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
-        and not weight.is_contiguous()
     )
 
 
@@ -118,7 +119,7 @@ def _is_one(value: Any) -> bool:
 
 def _pair(value: Any) -> tuple[int, int]:
     """Of rows and of columns, as torch takes them: a number, or a row of one or two."""
-    if isinstance(value, int):
-        return value, value
+    if not isinstance(value, Sequence):
+        return int(value), int(value)
     first, *rest = value
     return first, rest[0] if rest else first

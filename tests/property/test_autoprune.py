@@ -22,7 +22,7 @@ from ofa_deploy.errors import (
     TraceError,
     TrainingError,
 )
-from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.autoprune import (

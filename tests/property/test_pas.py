@@ -17,8 +17,8 @@ from ofa_deploy.errors import SpaceError, TraceError, TrainingError
 from ofa_deploy.families import repvgg
 from ofa_deploy.fuse import fuse
 from ofa_deploy.layers import ConvLayer
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.nn.static import FusedNet, StaticNet
-from ofa_deploy.nn.supernet import store_channels_last
 from ofa_deploy.plan import lower
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.shrink.channel_prices import timed_layer, timed_layers

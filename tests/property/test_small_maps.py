@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ofa_deploy.nn.supernet import store_channels_last
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.train.small_maps import SmallMapConvolutions, product
 
 MANY = 256
@@ -54,8 +55,7 @@ def trained(call: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]
     generator = torch.Generator().manual_seed(0)
     pulled = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     output.backward(pulled.to(output.dtype))  # type: ignore[no-untyped-call]
-    given = [x for x in leaves if x is not None]
-    return [output.detach(), *map(gradient_of, given)]
+    return [output.detach(), *(gradient_of(x) for x in leaves if x is not None)]
 
 
 @settings(max_examples=60)
@@ -135,7 +135,9 @@ def test_a_layer_of_many_channels_is_trained_as_torch_trains_it(
         pytest.param(conv(dilation=2), stored(2, MANY, 3, 3), id="dilation"),
         pytest.param(conv(groups=2), stored(2, MANY, 2, 2), id="groups"),
         pytest.param(conv(padding="same"), stored(2, MANY, 2, 2), id="by name"),
-        pytest.param(conv(padding_mode="circular"), stored(2, MANY, 1, 1), id="circle"),
+        pytest.param(
+            conv(64, kernel_size=8, padding=4), stored(2, 64, 2, 2), id="large windows"
+        ),
         pytest.param(
             conv(), stored(2, MANY, 2, 2).contiguous(), id="a channel at a time"
         ),
@@ -157,6 +159,30 @@ def test_all_else_is_left_to_torch(layer: nn.Conv2d, x: Tensor) -> None:
         output = layer(x)
     assert not is_product(output)
     assert output.equal(layer(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"padding_mode": mode} for mode in ("circular", "replicate")),
+        {"stride": np.int64(1), "padding": np.int64(1)},
+        {"stride": [1], "padding": [1]},
+    ],
+    ids=str,
+)
+def test_a_layer_may_be_told_of_in_other_ways(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x, weight = stored(2, MANY, 1, 1), stored(MANY, MANY, 3, 3)
+
+    def call(x: Tensor) -> Tensor:
+        mode = options.get("padding_mode")
+        if mode is None:
+            return F.conv2d(x, weight, **options)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight)
+
+    with SmallMapConvolutions():
+        output = call(x)
+    torch.testing.assert_close(output, call(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_that_does_not_fit_is_refused_as_torch_refuses_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.errors import TrainingError
+from ofa_deploy.nn.memory_format import store_channels_last
 from ofa_deploy.train.distill import knowledge_loss, supernet_loss
 from ofa_deploy.train.images import TrainingImages
+from ofa_deploy.train.logits import logits_of
 from ofa_deploy.train.loop import (
     CHECKPOINT_FILE,
     LOG_FILE,
@@ -24,7 +27,7 @@ from ofa_deploy.train.loop import (
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import tiny
 
-EPOCHS = 3
+EPOCHS, FORMAT = 3, torch.channels_last
 
 
 class Net(nn.Module):
@@ -140,6 +143,45 @@ def test_what_is_computed_again_in_the_backward_pass_is_learned_alike(
         assert loop_of(net, tmp_path / name)._train_step(0) > 0
     for kept, again in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(again, kept)
+
+
+def test_networks_are_called_with_all_that_makes_training_fast() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(256, 256, 3, padding=1), nn.BatchNorm2d(7)
+
+        def forward(self, x: Tensor, named: str) -> Tensor:
+            product = self.conv(x)
+            normed = self.norm(product[:, :7].contiguous(memory_format=FORMAT))
+            found[named] = [type(one.grad_fn).__name__ for one in (product, normed)]
+            assert normed.dtype == torch.bfloat16
+            return normed.view(len(x), -1)
+
+    found: dict[str, list[str]] = {}
+    network = Looking()
+    store_channels_last(network)
+    x = torch.randn(512, 256, 2, 2).contiguous(memory_format=FORMAT)
+    assert logits_of(network, x, "ours", bf16=True).dtype == torch.float32
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="view"),
+    ):
+        network(x, "torch's")
+    assert all(map(operator.ne, found["ours"], found["torch's"]))
+
+
+def test_modules_are_stored_as_others_expect_them_whatever_happens(
+    tmp_path: Path,
+) -> None:
+    network = Net()
+
+    def stop(progress: LoopProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop_of(network, tmp_path).run(stop)
+    assert all(parameter.is_contiguous() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("temperature", [None, 4.0])
