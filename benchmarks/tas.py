@@ -111,10 +111,10 @@ MOST_OFF, MOST_COST = 0.05, 3.0
 def shrink_recipe(*, searches_depth: bool) -> ShrinkRecipe:
     """Of all searches: from new weights, as published.
 
-    Price and decay pull less than published: in a tenth of the steps, and with ten times
-    the rate, these drown what images say of widths. With the published ones, after 31
-    epochs, the price pulled 3 to 30 times as hard as the task at a layer's widths, up
-    and down in turn, and in half of the layers no width was likelier than 1 in 7.
+    Price and decay pull less than published. With a tenth of the steps, at ten times
+    the rate, those drown what images say of widths: after 31 epochs, the price pulled
+    3 to 30 times as hard as the task at a layer's widths, up and down in turn, and in
+    half of the layers no width was likelier than 1 in 7.
     """
     return ShrinkRecipe(
         search=one_cycle(

@@ -156,7 +156,8 @@ def test_networks_are_called_with_all_that_makes_training_fast() -> None:
             normed = self.norm(product[:, :7].contiguous(memory_format=FORMAT))
             found[named] = [type(one.grad_fn).__name__ for one in (product, normed)]
             assert normed.dtype == torch.bfloat16
-            return normed.view(len(x), -1)
+            found_logits: Tensor = normed.view(len(x), -1)
+            return found_logits
 
     found: dict[str, list[str]] = {}
     network = Looking()
