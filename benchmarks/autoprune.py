@@ -55,7 +55,8 @@ from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.finetuning import finetune
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.recipe import ShrinkRecipe
-from ofa_deploy.shrink.sparse import finetune_weights, search_weights, weights_of
+from ofa_deploy.shrink.sparse import finetune_weights, search_weights
+from ofa_deploy.shrink.weight_masks import weights_of
 from ofa_deploy.train.images import TrainingImages
 
 DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 24, 60
@@ -69,14 +70,14 @@ MOST_LOST, LEAST_FEWER = 0.005, 50
 
 
 def shrink_recipe(form: Literal["filters", "weights"]) -> ShrinkRecipe:
-    """Of a form: what keeps few weights has none to spare for mixed images."""
+    """Of a form: few single weights have to find their places anew."""
     return ShrinkRecipe(
         search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
         finetune=one_cycle(
             "finetune",
             epochs=FINETUNE_EPOCHS,
-            peak_learning_rate=0.05,
-            cutmix_share=0.25 if form == "filters" else 0,
+            peak_learning_rate=0.05 if form == "filters" else 0.1,
+            cutmix_share=0.5,
             temperature=TEMPERATURE,
         ),
     )

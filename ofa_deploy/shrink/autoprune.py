@@ -93,7 +93,7 @@ class Pull(Protocol):
 
     @property
     def latent_rate(self) -> float:
-        """Their learning rate."""
+        """Their learning rate now."""
 
     @property
     def momentum(self) -> float:
@@ -160,6 +160,8 @@ class AutoPrune:
     def after_step(self) -> None:
         """The masks' own step, on their own images."""
         before = self.pull.flags()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.pull.latent_rate
         with only_trained(self.pull.module, self._latents):
             self._optimizer.zero_grad()
             loss = self.deciding.loss(self.pull.module, self._step)
@@ -200,8 +202,6 @@ class AutoPrune:
                 "another folder"
             )
         self.pull.restore(state)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.pull.latent_rate
         self._step, self._flips = (int(count) for count in state["masks_steps"])
         for index, latent in enumerate(self._latents):
             if f"momentum.{index}" in state:

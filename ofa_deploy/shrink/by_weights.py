@@ -24,8 +24,8 @@ from ofa_deploy.shrink.sparse import (
     SparsityPull,
     finetune_weights,
     search_weights,
-    weights_of,
 )
+from ofa_deploy.shrink.weight_masks import weights_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

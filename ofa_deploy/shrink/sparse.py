@@ -6,9 +6,10 @@ anything else: single weights that are gone make a network no faster, and nothin
 says so. What shrinks is what has to be stored or sent.
 
 The paper leaves open where auxiliary parameters begin, and how they are scaled. Here
-they begin where the weights' magnitudes put them: with equal ones, which weights fall
-first would be a matter of chance. How hard they are pulled at follows from the number
-of steps, and how far they wander from the task's own gradient.
+they begin where the weights' magnitudes put them, beside those that their layer would
+have left: with equal ones, which weights fall first would be a matter of chance. How
+hard they are pulled at follows from the number of steps, and how far they wander from
+the task's own gradient.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ofa_deploy.errors import SpaceError, TraceError, TrainingError
-from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PORTION, require_in_range
+from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PART, PORTION, require_in_range
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
@@ -39,6 +39,12 @@ from ofa_deploy.shrink.masks import (
     estimated_slope,
 )
 from ofa_deploy.shrink.pas import MOST_PULL, REACHED, STRENGTHENED
+from ofa_deploy.shrink.weight_masks import (
+    WeightMask,
+    indicated,
+    initial_heights,
+    weights_of,
+)
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import NoRegulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
@@ -52,77 +58,13 @@ SEARCHING = "searching weights"
 LOOK_STEPS, PATH_POINTS = 20, 200
 
 
-class _IndicatedWeight(torch.autograd.Function):
-    """Weights times the step of their auxiliary parameters, by the sign rule."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, latent: Tensor, estimator: Estimator
-    ) -> Tensor:
-        """The weights that are kept, and zeros."""
-        ctx.save_for_backward(weight, latent)
-        ctx.estimator = estimator
-        return weight * (latent > THRESHOLD)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Of kept weights as usual; of parameters by the weights' signs."""
-        weight, latent = ctx.saved_tensors
-        (gradient,) = gradients
-        # A weight of exactly zero has a sign, too: else it would never move.
-        signed = torch.where(weight < 0, -gradient, gradient)
-        slope = estimated_slope(latent - THRESHOLD, ctx.estimator)
-        return gradient * (latent > THRESHOLD), signed * slope, None
-
-
-def indicated(weight: Tensor, latent: Tensor, *, estimator: Estimator) -> Tensor:
-    """`weight * (latent > threshold)`, with AutoPrune's gradients."""
-    result = _IndicatedWeight.apply(  # type: ignore[no-untyped-call]
-        weight, latent, estimator
-    )
-    assert isinstance(result, Tensor)
-    return result
-
-
-class WeightMask(nn.Module):
-    """A parametrization: which weights of a layer are kept.
-
-    Args:
-        weight: Of the layer. Parameters begin above the threshold, by the weights'
-            magnitudes over their root mean square.
-        estimator: Of the gradient.
-    """
-
-    def __init__(self, weight: Tensor, *, estimator: Estimator) -> None:
-        super().__init__()
-        scale = weight.square().mean().sqrt().clamp(min=torch.finfo(weight.dtype).tiny)
-        height = (INITIAL_LATENT - THRESHOLD) * weight.abs() / scale
-        # A weight of zero is kept at first, like all others.
-        least = torch.finfo(weight.dtype).eps
-        self.latent = nn.Parameter(THRESHOLD + height.clamp(min=least))
-        self._estimator: Estimator = estimator
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weights that are kept, and zeros."""
-        return indicated(weight, self.latent, estimator=self._estimator)
-
-
-def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """Weights of convolutions and linear layers, by the layers' names."""
-    return {
-        name: layer.weight.detach()
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    }
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsitySettings:
     """How hard auxiliary parameters of single weights are pulled at.
 
     Args:
-        fall_share: Share of the search's steps after which the pull alone would have
-            left as many weights as are asked for.
+        fall_share: Share of the search's steps, below 1, after which the pull alone
+            would have left as many weights as are asked for.
         wander_share: How far the task's gradient alone would take a typical weight's
             parameter in all these steps, by chance, over how far the pull takes it.
         momentum: Of the parameters' optimiser.
@@ -138,7 +80,8 @@ class SparsitySettings:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        require_in_range(self, PORTION, "fall_share", "wander_share")
+        require_in_range(self, PART, "fall_share")
+        require_in_range(self, PORTION, "wander_share")
         require_in_range(self, DECAY, "momentum")
         require_in_range(self, NOT_NEGATIVE, "weight_decay")
 
@@ -178,15 +121,16 @@ class SparsityPull:
         # to have none is copied from here.
         self._plain = copy.deepcopy(network)
         self.masks: dict[str, WeightMask] = {}
-        for name, weight in weights_of(network).items():
-            mask = WeightMask(weight, estimator=estimator)
-            layer = network.get_submodule(name)
-            parametrize.register_parametrization(layer, "weight", mask)
-            self.masks[name] = mask
-        if not self.masks:
+        weights = weights_of(network)
+        if not weights:
             raise TraceError(
                 f"{type(network).__name__} has no convolution and no linear layer"
             )
+        for name, heights in initial_heights(weights).items():
+            mask = WeightMask(heights, estimator=estimator)
+            layer = network.get_submodule(name)
+            parametrize.register_parametrization(layer, "weight", mask)
+            self.masks[name] = mask
         self.weight_count = sum(mask.latent.numel() for mask in self.masks.values())
         # Of the parameters' whole way; what sums up to it in `steps` steps.
         self._height = self._least_of(self._count(target_share)) - THRESHOLD
@@ -261,8 +205,9 @@ class SparsityPull:
 
     @property
     def latent_rate(self) -> float:
-        """Of their optimiser."""
-        return self._rate
+        """Of their optimiser now: after the fall it goes to 0, so that masks settle."""
+        left = 1 - self._steps / self.steps
+        return self._rate * min(1.0, left / (1 - self.settings.fall_share))
 
     @property
     def momentum(self) -> float:

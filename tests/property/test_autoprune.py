@@ -54,9 +54,9 @@ from ofa_deploy.shrink.sparse import (
     SparsityPull,
     SparsitySettings,
     finetune_weights,
-    indicated,
     search_weights,
 )
+from ofa_deploy.shrink.weight_masks import indicated, initial_heights
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress, TrainingLoop
 from ofa_deploy.train.optimizer import HybridOptimizer
@@ -595,6 +595,48 @@ def test_the_pull_alone_takes_the_smallest_weights_in_the_time_that_is_set(
             assert weight.abs()[kept].min() >= weight.abs()[~kept].max()
 
 
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans())
+def test_parameters_begin_in_the_order_of_lamp(
+    seed: int, sizes: list[int], has_zeros: bool
+) -> None:
+    torch.manual_seed(seed)
+    weights = {
+        f"layer{index}": torch.randn(size, 3) * 10.0**index
+        for index, size in enumerate(sizes)
+    }
+    if has_zeros:
+        weights["layer0"][0, 0] = 0
+    heights = initial_heights(weights)
+    scores, found = [], []
+    for name, weight in weights.items():
+        squares = weight.double().flatten().square()
+        left = [squares[squares >= one].sum() for one in squares]
+        scores += [float(one / rest) for one, rest in zip(squares, left, strict=True)]
+        assert heights[name].shape == weight.shape
+        found += heights[name].flatten().tolist()
+    assert min(found) > 0
+    # The largest of each layer are alike: each is all that its layer would have left.
+    decided = [index for index, score in enumerate(scores) if score < 1 - 1e-9]
+    by_score = sorted(decided, key=scores.__getitem__)
+    assert by_score == sorted(decided, key=found.__getitem__)
+    others = [height for index, height in enumerate(found) if index not in decided]
+    assert min(others) > max((found[index] for index in decided), default=0)
+
+
+def test_masks_settle_after_the_fall() -> None:
+    pull = sparsity(chain())
+    pull.scale_to(0.01)
+    rates = [pull.latent_rate]
+    for _ in range(STEPS):
+        pull.after_step()
+        rates.append(pull.latent_rate)
+    fall = STEPS // 2
+    assert rates[: fall + 1] == [rates[0]] * (fall + 1)
+    assert rates[fall:] == sorted(rates[fall:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12 * rates[0])
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_task_that_resists_is_pulled_at_harder(estimator: Estimator) -> None:
     """What is left is missed the more, the less it is; the share still comes down."""
@@ -798,7 +840,7 @@ def test_a_search_for_weights_goes_on_where_it_was_killed(
 def test_a_share_of_weights_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(SpaceError, match="above 0 and at most 1"):
         sparsity(chain(), share)
-    with pytest.raises(SpaceError, match="above 0 and at most 1"):
+    with pytest.raises(SpaceError, match="above 0 and below 1"):
         SparsitySettings(fall_share=share)
 
 
