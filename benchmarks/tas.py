@@ -109,21 +109,13 @@ MOST_OFF, MOST_COST = 0.05, 3.0
 
 
 def shrink_recipe(*, searches_depth: bool) -> ShrinkRecipe:
-    """Of all searches: from new weights, as published.
-
-    Price and decay pull less than published. With a tenth of the steps, at ten times
-    the rate, those drown what images say of widths: after 31 epochs, the price pulled
-    3 to 30 times as hard as the task at a layer's widths, up and down in turn, and in
-    half of the layers no width was likelier than 1 in 7.
-    """
+    """Of all searches: from new weights, as published."""
     return ShrinkRecipe(
         search=one_cycle(
             "search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.1, cutmix_share=0
         ),
         finetune=TAUGHT,
-        tas=TasSettings(
-            searches_depth=searches_depth, fresh=True, cost_weight=0.5, weight_decay=0
-        ),
+        tas=TasSettings(searches_depth=searches_depth, fresh=True),
     )
 
 
