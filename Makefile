@@ -62,7 +62,7 @@ types: $(DEV_STAMP)
 
 pytest: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile $(COMPUTE_TESTS)
-	$(DEV)/bin/python -m pytest $(MEASURE_TESTS)
+	$(DEV)/bin/python -m pytest --durations=15 $(MEASURE_TESTS)
 
 # Updated in place, as torch is large: `make distclean` first for a new one.
 $(DEV_STAMP): pyproject.toml constraints.txt
