@@ -314,9 +314,10 @@ def remove_journal(path: Path) -> None:
     try:
         with open(path, "r+b") as file:
             lock(file)
-            if sys.platform != "win32":  # which deletes no file that is open
+            if sys.platform != "win32":
                 path.unlink()
-        path.unlink(missing_ok=True)
+        if sys.platform == "win32":  # which deletes no file that is open
+            path.unlink(missing_ok=True)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -176,10 +176,6 @@ def test_modules_are_stored_as_others_expect_them_whatever_happens(
     tmp_path: Path,
 ) -> None:
     network = Net()
-
-    def stop(progress: LoopProgress) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         loop_of(network, tmp_path).run(stop)
     assert all(parameter.is_contiguous() for parameter in network.parameters())
