@@ -92,8 +92,8 @@ class Pull(Protocol):
         """The auxiliary parameters."""
 
     @property
-    def latent_rate(self) -> float:
-        """Their learning rate now."""
+    def latent_rates(self) -> Sequence[float]:
+        """Their learning rates now."""
 
     @property
     def momentum(self) -> float:
@@ -141,7 +141,7 @@ class AutoPrune:
         for latent in self._latents:
             latent.requires_grad_(False)
         self._optimizer = torch.optim.SGD(
-            self._latents, lr=pull.latent_rate, momentum=pull.momentum
+            [{"params": [latent]} for latent in self._latents], momentum=pull.momentum
         )
         self._step = 0
         self._flips = 0
@@ -160,8 +160,9 @@ class AutoPrune:
     def after_step(self) -> None:
         """The masks' own step, on their own images."""
         before = self.pull.flags()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.pull.latent_rate
+        groups = self._optimizer.param_groups
+        for group, rate in zip(groups, self.pull.latent_rates, strict=True):
+            group["lr"] = rate
         with only_trained(self.pull.module, self._latents):
             self._optimizer.zero_grad()
             loss = self.deciding.loss(self.pull.module, self._step)
@@ -249,14 +250,16 @@ def wandering_rate(
     return way / (by_one * math.sqrt(steps))
 
 
-def typical_gradient(
+def task_gradients(
     module: nn.Module,
     latents: Sequence[nn.Parameter],
     deciding: Deciding,
     *,
     batches: int = 4,
-) -> float:
-    """Root mean square of the task's gradient of auxiliary parameters, of one batch.
+) -> list[float]:
+    """Root mean squares of the task's gradients of auxiliary parameters, of one batch.
+
+    Of each tensor of them; 0 of a layer that is not called.
 
     Args:
         module: The network, with its masks.
@@ -264,7 +267,7 @@ def typical_gradient(
         deciding: What they are trained with.
         batches: To average over.
     """
-    squares: list[Tensor] = []
+    squares = torch.zeros(len(latents), dtype=torch.float64)
     training = module.training
     module.eval()  # or batch norms' statistics would move
     try:
@@ -273,9 +276,29 @@ def typical_gradient(
                 found: Sequence[Tensor | None] = torch.autograd.grad(
                     deciding.loss(module, step), latents, allow_unused=True
                 )
-            # A layer that is not called has no gradient.
-            flat = [one.flatten() for one in found if one is not None]
-            squares.append(torch.cat(flat).square().mean())
+            for index, gradient in enumerate(found):
+                if gradient is not None:
+                    squares[index] += gradient.double().square().mean() / batches
     finally:
         module.train(training)
-    return float(torch.stack(squares).mean().sqrt())
+    return squares.sqrt().tolist()
+
+
+def typical_gradient(
+    gradients: Sequence[float], latents: Sequence[nn.Parameter]
+) -> float:
+    """Of any auxiliary parameter that the task tells something; 0 if there is none.
+
+    Args:
+        gradients: Root mean squares, of each tensor of them.
+        latents: These.
+    """
+    told = [
+        (latent.numel(), gradient**2)
+        for latent, gradient in zip(latents, gradients, strict=True)
+        if gradient > 0
+    ]
+    count = sum(numel for numel, _ in told)
+    if not count:
+        return 0.0
+    return math.sqrt(sum(numel * square for numel, square in told) / count)

@@ -20,6 +20,7 @@ from ofa_deploy.errors import MissingDependency, TrainingError
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
+    task_gradients,
     typical_gradient,
     wandering_rate,
 )
@@ -59,6 +60,9 @@ SEARCHING = "searching widths"
 # Of tas, for people.
 DECIDING_SETTING = "recipe.tas.deciding_share"
 FAMILY_FILE = "family.json"
+# Channels that the task says less of than this, of what it says of a typical one, move
+# no faster for that: those of a layer that it says nothing of would fall in a step.
+LEAST_OF_TYPICAL = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,33 +144,43 @@ class Search:
         recipe = self.recipe
         steps = recipe.search.phases[0].epochs * images.batches_per_epoch
         decides = [self.own.sha256, images.sha256, steps, recipe.wander_share]
-        name = f"latent_rate-{short_digest([str(one) for one in decides])}.json"
+        name = f"latent_rates-{short_digest([str(one) for one in decides])}.json"
         # Gradients differ from machine to machine in their last digits; a search that
-        # goes on keeps its rate.
-        rate = recipe.latent_rate or remembered(
+        # goes on keeps its rates.
+        rates = recipe.latent_rate or remembered(
             None if self.folder is None else self.folder / name,
-            lambda: wandering_rate(
-                typical_gradient(
-                    masked.module, [mask.latent for mask in masked.masks], deciding
-                ),
-                way=recipe.wander_share * (INITIAL_LATENT - THRESHOLD),
-                steps=steps,
-                momentum=recipe.search.momentum,
-            ),
+            lambda: self._latent_rates(masked, deciding, steps),
         )
         return PruningAsSearch(
             masked,
             price=self.price,
             settings=PasSettings(
                 target_share=self.share,
-                latent_rate=rate,
                 steps_to_flip=max(1, round(recipe.flip_share * steps)),
                 momentum=recipe.search.momentum,
                 floor=recipe.aligned_floor(self.step),
                 step=self.step,
             ),
+            latent_rates=rates,
             steps=steps,
         )
+
+    def _latent_rates(
+        self, masked: MaskedNetwork, deciding: Deciding, steps: int
+    ) -> list[float]:
+        """Of each group: the channels of all wander as far in a search."""
+        latents = [mask.latent for mask in masked.masks]
+        gradients = task_gradients(masked.module, latents, deciding)
+        least = LEAST_OF_TYPICAL * typical_gradient(gradients, latents)
+        return [
+            wandering_rate(
+                max(gradient, least),
+                way=self.recipe.wander_share * (INITIAL_LATENT - THRESHOLD),
+                steps=steps,
+                momentum=self.recipe.search.momentum,
+            )
+            for gradient in gradients
+        ]
 
     def loop(
         self, module: nn.Module, images: TrainingImages, regulariser: Regulariser

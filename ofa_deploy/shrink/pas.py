@@ -2,10 +2,12 @@
 
 Source: Y. Li et al., "Pruning-as-Search: Efficient Neural Architecture Search via
 Channel Pruning and Structural Reparameterization", IJCAI 2022. What is other than
-there: the price can be the device's milliseconds; latents have a rate of their own and
-no decay; the strength of the regulariser follows from the steps that a channel should
-take to fall, and leads the price down a path; layers keep a floor of channels, and one
-that collapses is opened again.
+there: the price can be the device's milliseconds; latents have no decay, and those of
+each layer a rate of their own, as what the task tells them differs from layer to layer
+(at one for all, many channels over small maps hardly move while a search lasts, however
+little they are worth); the strength of the regulariser follows from the steps that a
+channel should take to fall, and leads the price down a path; layers keep a floor of
+channels, and one that collapses is opened again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import SpaceError, TrainingError
-from ofa_deploy.ranges import COUNT, DECAY, PORTION, POSITIVE, require_in_range
+from ofa_deploy.ranges import COUNT, DECAY, PORTION, require_in_range
 from ofa_deploy.shrink.cost import Price, full_counts
 from ofa_deploy.shrink.masks import (
     INITIAL_LATENT,
@@ -30,6 +32,8 @@ from ofa_deploy.shrink.masks import (
 )
 from ofa_deploy.shrink.removed_weights import RemovedWeights
 
+# Of latents, where nobody looked what the task's gradient is.
+LATENT_RATE = 0.02
 # A layer that loses this share of the channels above its floor between two looks has
 # collapsed.
 COLLAPSED_SHARE = 0.5
@@ -62,16 +66,14 @@ class PasSettings:
 
     Args:
         target_share: Price to reach, as a share of the whole network's; in (0, 1].
-        latent_rate: Learning rate of the latent weights.
         steps_to_flip: Steps that the regulariser alone, at its first value, takes to
-            remove a channel of the layer on which it pulls hardest.
+            remove a channel of the layer whose channels it pulls down fastest.
         momentum: Of the optimiser that steps the latents.
         floor: Channels that every group keeps, or all it has.
         step: Channel counts end as multiples of this, as the runtime likes them.
     """
 
     target_share: float
-    latent_rate: float = 0.02
     steps_to_flip: int = 400
     momentum: float = 0.9
     floor: int = 8
@@ -79,7 +81,6 @@ class PasSettings:
 
     def __post_init__(self) -> None:
         require_in_range(self, PORTION, "target_share")
-        require_in_range(self, POSITIVE, "latent_rate")
         require_in_range(self, DECAY, "momentum")
         require_in_range(self, COUNT, "floor", "step", "steps_to_flip")
 
@@ -91,6 +92,8 @@ class PruningAsSearch:
         masked: The network that is trained, with its masks.
         price: Of channel counts.
         settings: How.
+        latent_rates: Learning rates of the groups' latents, in their order; or one for
+            all.
         steps: Of the whole search: after the last one, too, is looked whether a layer
             collapsed; 0 where it is not known.
     """
@@ -101,9 +104,13 @@ class PruningAsSearch:
         *,
         price: Price,
         settings: PasSettings,
+        latent_rates: Sequence[float] | float = LATENT_RATE,
         steps: int = 0,
     ) -> None:
         self.masked = masked
+        if isinstance(latent_rates, int | float):
+            latent_rates = [latent_rates] * len(masked.masks)
+        self.latent_rates = tuple(latent_rates)
         self.steps = steps
         self.settings = settings
         self.price = price
@@ -127,7 +134,7 @@ class PruningAsSearch:
         self._removed = RemovedWeights(masked)
 
     def _calibrated_strength(self) -> float:
-        """So that the steepest latent falls by a half in `steps_to_flip` steps.
+        """So that the fastest latent falls by a half in `steps_to_flip` steps.
 
         With momentum m and rate r a constant gradient g moves a latent by
         `r / (1 - m) * g` a step.
@@ -137,23 +144,24 @@ class PruningAsSearch:
         # Midway of the fall stands for all of it.
         height = torch.tensor((INITIAL_LATENT - THRESHOLD) / 2)
         estimator = self.masked.masks[0].estimator
-        steepest = self._steepest_slope() / self.full_price * 2 * distance
-        steepest *= float(estimated_slope(height, estimator))
-        if steepest <= 0:
+        fastest = self._fastest_fall() / self.full_price * 2 * distance
+        fastest *= float(estimated_slope(height, estimator))
+        if fastest <= 0:
             return 0.0
-        per_step = settings.latent_rate / (1 - settings.momentum) * steepest
+        per_step = fastest / (1 - settings.momentum)
         fall = INITIAL_LATENT - THRESHOLD
         return fall / (per_step * settings.steps_to_flip)
 
-    def _steepest_slope(self) -> float:
-        """Of the price, by a channel of any group, as all are narrowed alike."""
+    def _fastest_fall(self) -> float:
+        """Of any group: its rate times the price's slope, as all are narrowed alike."""
         full = full_counts(self.masked.graph).double()
-        slopes = []
+        rates = torch.tensor(self.latent_rates, dtype=full.dtype)
+        falls = []
         for share in torch.linspace(1.0, self.settings.target_share, SLOPE_POINTS):
             counts = (full * share).requires_grad_()
             (slope,) = torch.autograd.grad(self.price(counts), counts)
-            slopes.append(float(slope.max()))
-        return max(slopes)
+            falls.append(float((rates * slope).max()))
+        return max(falls)
 
     # -- as a regulariser --------------------------------------------------------------
 
@@ -166,11 +174,6 @@ class PruningAsSearch:
     def latents(self) -> list[nn.Parameter]:
         """Latent weights of all groups."""
         return [mask.latent for mask in self.masked.masks]
-
-    @property
-    def latent_rate(self) -> float:
-        """Their learning rate."""
-        return self.settings.latent_rate
 
     @property
     def momentum(self) -> float:
@@ -188,7 +191,7 @@ class PruningAsSearch:
     @property
     def rates(self) -> Mapping[str, float]:
         """See `Regulariser`."""
-        return dict.fromkeys(self.masked.latent_names(), self.settings.latent_rate)
+        return dict(zip(self.masked.latent_names(), self.latent_rates, strict=True))
 
     def loss(self) -> Tensor:
         """`strength · (price / full price - target)²`."""
@@ -275,7 +278,8 @@ class PruningAsSearch:
         """What decides a search besides its recipe, to tell another one by."""
         mask = self.masked.masks[0]
         slope = float(estimated_slope(torch.tensor(-1.0), mask.estimator))
-        values = [*astuple(self.settings), self.full_price, slope, *self.floors]
+        decides = [*astuple(self.settings), self.full_price, slope]
+        values = [*decides, *self.latent_rates, *self.floors]
         return torch.tensor(values, dtype=torch.float64)
 
     def current_share(self) -> float:

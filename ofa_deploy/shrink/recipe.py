@@ -36,11 +36,13 @@ class ShrinkRecipe:
         step: Channel counts are multiples of this; None measures what the runtime's
             kernels work in.
         flip_share: Of pas and autoprune: share of the search's steps in which the price
-            alone would remove a channel of the layer that it pulls at hardest.
+            alone would remove a channel of the layer whose channels it pulls down
+            fastest.
         wander_share: Likewise: how far the task alone would take a typical channel's
             latent weight in all these steps, by chance, over the way to its threshold.
             With less, the channels of a layer fall together, and the task has no say.
-        latent_rate: Likewise; None takes what follows from `wander_share`.
+        latent_rate: Likewise, of all layers; None takes what follows for each from
+            `wander_share`.
         deciding_share: Of both forms of autoprune: share of the training images on
             which masks are trained, and weights are not.
         estimator: Of both forms of autoprune: of its masks' gradient.

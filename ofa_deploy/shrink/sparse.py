@@ -28,6 +28,7 @@ from ofa_deploy.ranges import DECAY, NOT_NEGATIVE, PART, PORTION, require_in_ran
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
+    task_gradients,
     typical_gradient,
     wandering_rate,
 )
@@ -204,10 +205,15 @@ class SparsityPull:
         return [mask.latent for mask in self.masks.values()]
 
     @property
-    def latent_rate(self) -> float:
-        """Of their optimiser now: after the fall it goes to 0, so that masks settle."""
+    def latent_rates(self) -> Sequence[float]:
+        """Their rates now: after the fall they go to 0, so that masks settle.
+
+        One for all, as one share is asked for of all weights together, and the order
+        in which they fall is of all of them, too.
+        """
         left = 1 - self._steps / self.steps
-        return self._rate * min(1.0, left / (1 - self.settings.fall_share))
+        rate = self._rate * min(1.0, left / (1 - self.settings.fall_share))
+        return [rate] * len(self.masks)
 
     @property
     def momentum(self) -> float:
@@ -397,7 +403,8 @@ def search_weights(
     )
     deciding = Deciding.of(of_masks, recipe, resolution=resolution)
     # Of the network as it was brought: a search that goes on finds the same.
-    pull.scale_to(typical_gradient(pull.module, pull.latents, deciding))
+    gradients = task_gradients(pull.module, pull.latents, deciding)
+    pull.scale_to(typical_gradient(gradients, pull.latents))
     TrainingLoop(
         pull.module,
         images=of_weights,

@@ -28,6 +28,7 @@ from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
+    task_gradients,
     typical_gradient,
     wandering_rate,
 )
@@ -413,14 +414,14 @@ def test_masks_are_trained_on_images_that_weights_never_see() -> None:
     assert len(weights) > len(masks) > 0
 
 
-def test_the_typical_gradient_is_of_the_task_alone_and_moves_nothing() -> None:
+def test_the_tasks_gradients_are_of_the_task_alone_and_move_nothing() -> None:
     _, method, net = training()
     net.module.train()
     state = {name: one.clone() for name, one in net.module.state_dict().items()}
     flags = [one.requires_grad for one in net.module.parameters()]
     latents = [mask.latent for mask in net.masks]
-    found = typical_gradient(net.module, latents, method.deciding)
-    assert found > 0
+    found = task_gradients(net.module, latents, method.deciding)
+    assert min(found) > 0
     assert net.module.training
     assert [one.requires_grad for one in net.module.parameters()] == flags
     assert all(one.grad is None for one in net.module.parameters())
@@ -429,7 +430,22 @@ def test_the_typical_gradient_is_of_the_task_alone_and_moves_nothing() -> None:
     # Of a classifier that looks at nothing, no mask feels anything.
     (head,) = (one for one in net.module.modules() if isinstance(one, nn.Linear))
     nn.init.zeros_(head.weight)
-    assert typical_gradient(net.module, latents, method.deciding) == 0
+    assert task_gradients(net.module, latents, method.deciding) == [0] * len(latents)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_the_typical_gradient_is_of_all_that_the_task_tells_something(
+    seed: int, sizes: list[int]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(size, 3, generator=generator) for size in sizes]
+    latents = [nn.Parameter(one) for one in [*drawn, torch.zeros(5)]]
+    gradients = [float(one.square().mean().sqrt()) for one in drawn]
+    found = typical_gradient([*gradients, 0.0], latents)
+    every = torch.cat([one.flatten() for one in drawn])
+    assert found == pytest.approx(float(every.square().mean().sqrt()))
+    assert typical_gradient([0.0] * len(latents), latents) == 0
 
 
 def test_a_search_prunes_and_still_learns() -> None:
@@ -580,7 +596,9 @@ def test_the_pull_alone_takes_the_smallest_weights_in_the_time_that_is_set(
     weights = [p.detach().clone() for p in network.parameters() if p.ndim > 1]
     pull = sparsity(network, share)
     pull.scale_to(0.01)
-    steps = torch.optim.SGD(pull.latents, lr=pull.latent_rate, momentum=pull.momentum)
+    steps = torch.optim.SGD(
+        pull.latents, lr=pull.latent_rates[0], momentum=pull.momentum
+    )
     taken = 0
     while pull.current_share() > share and taken < 3 * STEPS:
         steps.zero_grad()
@@ -627,10 +645,10 @@ def test_parameters_begin_in_the_order_of_lamp(
 def test_masks_settle_after_the_fall() -> None:
     pull = sparsity(chain())
     pull.scale_to(0.01)
-    rates = [pull.latent_rate]
+    rates = [pull.latent_rates[0]]
     for _ in range(STEPS):
         pull.after_step()
-        rates.append(pull.latent_rate)
+        rates.append(pull.latent_rates[0])
     fall = STEPS // 2
     assert rates[: fall + 1] == [rates[0]] * (fall + 1)
     assert rates[fall:] == sorted(rates[fall:], reverse=True)
@@ -652,7 +670,9 @@ def test_a_task_that_resists_is_pulled_at_harder(estimator: Estimator) -> None:
     )
     pull.scale_to(0.01)
     first = pull._strength
-    by_step = torch.optim.SGD(pull.latents, lr=pull.latent_rate, momentum=pull.momentum)
+    by_step = torch.optim.SGD(
+        pull.latents, lr=pull.latent_rates[0], momentum=pull.momentum
+    )
     shares, strengths = [], []
     for _ in range(steps):
         # Twice as strong as the pull is at first.
@@ -706,7 +726,7 @@ def test_without_a_task_single_weights_go_and_never_return() -> None:
         pull.scale_to(0.01)
         pull._strength *= stronger
         steps = torch.optim.SGD(
-            pull.latents, lr=pull.latent_rate, momentum=pull.momentum
+            pull.latents, lr=pull.latent_rates[0], momentum=pull.momentum
         )
         found = [pull.current_share()]
         for _ in range(2 * STEPS):
@@ -731,7 +751,7 @@ def test_a_larger_gradient_of_the_task_makes_a_smaller_rate_and_a_stronger_pull(
     for gradient in (0.01, 0.1):
         pull.scale_to(gradient)
         price = torch.autograd.grad(pull.loss(), pull.latents[0])[0].abs().max()
-        found.append((pull.latent_rate, float(price)))
+        found.append((pull.latent_rates[0], float(price)))
     (rate, weak), (slower, strong) = found
     assert rate / slower == pytest.approx(10)
     assert strong / weak == pytest.approx(10)

@@ -465,7 +465,7 @@ def regularised(
     settings = PasSettings(target_share=0.5, floor=floor, step=1, steps_to_flip=200)
     search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
     optimizer = torch.optim.SGD(
-        [mask.latent for mask in net.masks], lr=settings.latent_rate, momentum=0.9
+        search.latents, lr=search.latent_rates[0], momentum=search.momentum
     )
     seen = []
     for _ in range(steps):
@@ -484,17 +484,24 @@ def test_without_a_task_the_channels_of_a_layer_fall_together() -> None:
     assert any((step <= 0.5).all(1).any() for step in seen)
 
 
+@pytest.mark.parametrize("rates", [(0.02,) * 4, (0.3, 0.02, 0.005, 0.02)])
 @pytest.mark.parametrize("estimator", ["identity", "leaky_relu", "softplus"])
 def test_the_price_alone_takes_a_channel_in_the_steps_that_are_set(
-    estimator: Estimator,
+    estimator: Estimator, rates: tuple[float, ...]
 ) -> None:
-    """The steepest layer's; so does whatever slope its indicator is given."""
+    """The fastest layer's; so does whatever slope its indicator is given."""
     torch.manual_seed(0)
     net = masked(Chain(), estimator=estimator)
     settings = PasSettings(target_share=0.5, floor=1, step=1, steps_to_flip=200)
-    search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
+    search = PruningAsSearch(
+        net, price=MacPrice(net.graph), settings=settings, latent_rates=rates
+    )
     optimizer = torch.optim.SGD(
-        search.latents, lr=search.latent_rate, momentum=search.momentum
+        [
+            {"params": [latent], "lr": rate}
+            for latent, rate in zip(search.latents, search.latent_rates, strict=True)
+        ],
+        momentum=search.momentum,
     )
     steps = 0
     while bool(search.flags().all()):
@@ -714,17 +721,24 @@ def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
 
 def test_a_search_of_other_settings_is_not_continued() -> None:
     net = masked(Chain())
-    searches = [
+    first, *others = [
         PruningAsSearch(
             net,
             price=MacPrice(net.graph),
             settings=PasSettings(target_share=share, floor=1, step=1),
+            latent_rates=rates,
         )
-        for share in (0.5, 0.6)
+        for share, rates in (
+            (0.5, 0.02),
+            (0.6, 0.02),
+            (0.5, 0.03),
+            (0.5, (0.02, 0.03, 0.02, 0.02)),
+        )
     ]
-    searches[0].restore(searches[0].state())
-    with pytest.raises(TrainingError, match="was another one"):
-        searches[1].restore(searches[0].state())
+    first.restore(first.state())
+    for other in others:
+        with pytest.raises(TrainingError, match="was another one"):
+            other.restore(first.state())
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.01, float("nan")])

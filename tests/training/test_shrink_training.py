@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.shrink import methods, sparse
-from ofa_deploy.shrink.autoprune import Deciding
+from ofa_deploy.shrink.autoprune import Deciding, task_gradients
 from ofa_deploy.shrink.by_channels import ByChannels
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
@@ -163,6 +163,39 @@ def begin_search(
         held_out=data(),
         folder=None,
     ).run(method)
+
+
+@pytest.mark.parametrize("method", ["pas", "autoprune"])
+def test_channels_of_all_layers_wander_as_far(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the task says, whatever it says of each; but for what it ignores."""
+
+    class Noted(Exception):
+        pass
+
+    seen: dict[str, Any] = {}
+    original = task_gradients
+
+    def gradients(*args: Any) -> list[float]:
+        # As of a layer that has no say in what is computed.
+        seen["gradients"] = [*original(*args)[:-1], 0.0]
+        return list(seen["gradients"])
+
+    def loop(*args: Any, regulariser: Any, **others: Any) -> None:
+        seen["rates"] = getattr(regulariser, "pull", regulariser).latent_rates
+        raise Noted
+
+    monkeypatch.setattr(methods, "task_gradients", gradients)
+    monkeypatch.setattr(methods, "TrainingLoop", loop)
+    settings = recipe()
+    with pytest.raises(Noted):
+        begin_search(method, TrainingImages(data(), settings.search), settings)
+    *told, silent = zip(seen["gradients"], seen["rates"], strict=True)
+    ways = [gradient * rate for gradient, rate in told]
+    assert min(gradient for gradient, _ in told) > 0
+    assert ways == pytest.approx([ways[0]] * len(ways))
+    assert max(rate for _, rate in told) < silent[1] < 20 * min(r for _, r in told)
 
 
 @pytest.mark.parametrize("method", ["autoprune", "tas", "autoprune-weights"])
