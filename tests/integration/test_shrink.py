@@ -69,6 +69,7 @@ from profilers.table import LatencyTable
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.processes import is_running, waited_for
 from tests.support.quick import QUICK
+from tests.support.quick_export import keep_signatures
 from tests.support.shrinking import (
     SIZE,
     ResidualNet,
@@ -101,6 +102,7 @@ def _quick_timing() -> Iterator[None]:
         # What misses by chance is followed by something that is far below.
         patch.setattr(fitting, "AIMED_SHARE", 0.75)
         patch.setattr(device_prices, "RANDOM_NETWORKS", 2)
+        keep_signatures(patch)
         torch.set_num_threads(1)
         yield
 
