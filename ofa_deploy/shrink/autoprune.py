@@ -266,6 +266,9 @@ def task_gradients(
         latents: Their parameters.
         deciding: What they are trained with.
         batches: To average over.
+
+    Raises:
+        TrainingError: One is no number.
     """
     squares = torch.zeros(len(latents), dtype=torch.float64)
     training = module.training
@@ -281,6 +284,11 @@ def task_gradients(
                     squares[index] += gradient.double().square().mean() / batches
     finally:
         module.train(training)
+    if not squares.isfinite().all():
+        raise TrainingError(
+            "the task's gradients of what is to be removed are no numbers; look at the "
+            "weights that were brought"
+        )
     return squares.sqrt().tolist()
 
 
@@ -293,12 +301,9 @@ def typical_gradient(
         gradients: Root mean squares, of each tensor of them.
         latents: These.
     """
-    told = [
-        (latent.numel(), gradient**2)
-        for latent, gradient in zip(latents, gradients, strict=True)
-        if gradient > 0
-    ]
-    count = sum(numel for numel, _ in told)
-    if not count:
-        return 0.0
-    return math.sqrt(sum(numel * square for numel, square in told) / count)
+    squares, count = 0.0, 0
+    for latent, gradient in zip(latents, gradients, strict=True):
+        if gradient > 0:
+            squares += latent.numel() * gradient**2
+            count += latent.numel()
+    return math.sqrt(squares / count) if count else 0.0

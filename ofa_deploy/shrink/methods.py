@@ -60,8 +60,9 @@ SEARCHING = "searching widths"
 # Of tas, for people.
 DECIDING_SETTING = "recipe.tas.deciding_share"
 FAMILY_FILE = "family.json"
-# Channels that the task says less of than this, of what it says of a typical one, move
-# no faster for that: those of a layer that it says nothing of would fall in a step.
+# Channels of which the task says less than this share of what it says of a typical one
+# move no faster for that: the price pulls as hard as the fastest of all layers bear,
+# and would hardly pull at the others.
 LEAST_OF_TYPICAL = 0.1
 
 
@@ -147,10 +148,13 @@ class Search:
         name = f"latent_rates-{short_digest([str(one) for one in decides])}.json"
         # Gradients differ from machine to machine in their last digits; a search that
         # goes on keeps its rates.
-        rates = recipe.latent_rate or remembered(
-            None if self.folder is None else self.folder / name,
-            lambda: self._latent_rates(masked, deciding, steps),
-        )
+        if recipe.latent_rate is None:
+            rates: list[float] = remembered(
+                None if self.folder is None else self.folder / name,
+                lambda: self._latent_rates(masked, deciding, steps),
+            )
+        else:
+            rates = [recipe.latent_rate] * len(masked.masks)
         return PruningAsSearch(
             masked,
             price=self.price,
@@ -168,13 +172,16 @@ class Search:
     def _latent_rates(
         self, masked: MaskedNetwork, deciding: Deciding, steps: int
     ) -> list[float]:
-        """Of each group: the channels of all wander as far in a search."""
+        """Of each group: the channels of all wander as far in a search.
+
+        Of a group that the task says nothing of, a typical one's.
+        """
         latents = [mask.latent for mask in masked.masks]
         gradients = task_gradients(masked.module, latents, deciding)
-        least = LEAST_OF_TYPICAL * typical_gradient(gradients, latents)
+        typical = typical_gradient(gradients, latents)
         return [
             wandering_rate(
-                max(gradient, least),
+                max(gradient or typical, LEAST_OF_TYPICAL * typical),
                 way=self.recipe.wander_share * (INITIAL_LATENT - THRESHOLD),
                 steps=steps,
                 momentum=self.recipe.search.momentum,

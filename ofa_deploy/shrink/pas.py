@@ -32,8 +32,6 @@ from ofa_deploy.shrink.masks import (
 )
 from ofa_deploy.shrink.removed_weights import RemovedWeights
 
-# Of latents, where nobody looked what the task's gradient is.
-LATENT_RATE = 0.02
 # A layer that loses this share of the channels above its floor between two looks has
 # collapsed.
 COLLAPSED_SHARE = 0.5
@@ -92,8 +90,7 @@ class PruningAsSearch:
         masked: The network that is trained, with its masks.
         price: Of channel counts.
         settings: How.
-        latent_rates: Learning rates of the groups' latents, in their order; or one for
-            all.
+        latent_rates: Learning rates of the groups' latents, in their order.
         steps: Of the whole search: after the last one, too, is looked whether a layer
             collapsed; 0 where it is not known.
     """
@@ -104,12 +101,10 @@ class PruningAsSearch:
         *,
         price: Price,
         settings: PasSettings,
-        latent_rates: Sequence[float] | float = LATENT_RATE,
+        latent_rates: Sequence[float],
         steps: int = 0,
     ) -> None:
         self.masked = masked
-        if isinstance(latent_rates, int | float):
-            latent_rates = [latent_rates] * len(masked.masks)
         self.latent_rates = tuple(latent_rates)
         self.steps = steps
         self.settings = settings
@@ -153,9 +148,13 @@ class PruningAsSearch:
         return fall / (per_step * settings.steps_to_flip)
 
     def _fastest_fall(self) -> float:
-        """Of any group: its rate times the price's slope, as all are narrowed alike."""
+        """Of any group: its rate times the price's slope, as all are narrowed alike.
+
+        Those that have no more than their floor do not fall.
+        """
         full = full_counts(self.masked.graph).double()
-        rates = torch.tensor(self.latent_rates, dtype=full.dtype)
+        floors = torch.tensor(self.floors, dtype=full.dtype)
+        rates = torch.tensor(self.latent_rates, dtype=full.dtype) * (full > floors)
         falls = []
         for share in torch.linspace(1.0, self.settings.target_share, SLOPE_POINTS):
             counts = (full * share).requires_grad_()
@@ -264,8 +263,8 @@ class PruningAsSearch:
         if before is None or not torch.equal(before, self._settings_row()):
             raise TrainingError(
                 "the search that is to be continued was another one: of another "
-                "target, price, rate or floor. Continue with the same, or name "
-                "another folder"
+                "target, price, rate or floor, or of an earlier version. Continue with "
+                "the same, or name another folder"
             )
         self.strength = float(state["strength"])
         self._steps = int(state["steps"])
@@ -410,7 +409,8 @@ def settle_counts(
 
     Counts are rounded to the nearest multiple of `step`. Then, while the price is above
     `most`, the group gives up a step whose latents there are the lowest; while a step
-    still fits, the group gets one whose latents there are the highest.
+    still fits, the group gets one whose latents there are the highest. Latents of all
+    groups are compared as they are: by chance alone they wander as far.
 
     Args:
         latents: Of each group, `(channels,)`.

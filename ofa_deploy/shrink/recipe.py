@@ -38,8 +38,8 @@ class ShrinkRecipe:
         flip_share: Of pas and autoprune: share of the search's steps in which the price
             alone would remove a channel of the layer whose channels it pulls down
             fastest.
-        wander_share: Likewise: how far the task alone would take a typical channel's
-            latent weight in all these steps, by chance, over the way to its threshold.
+        wander_share: Likewise: how far the task alone would take a channel's latent
+            weight in all these steps, by chance, over the way to its threshold.
             With less, the channels of a layer fall together, and the task has no say.
         latent_rate: Likewise, of all layers; None takes what follows for each from
             `wander_share`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -28,6 +28,7 @@ from ofa_deploy.shrink import methods
 from ofa_deploy.shrink.autoprune import (
     AutoPrune,
     Deciding,
+    only_trained,
     task_gradients,
     typical_gradient,
     wandering_rate,
@@ -47,7 +48,7 @@ from ofa_deploy.shrink.masks import (
     sign_product,
 )
 from ofa_deploy.shrink.own_network import OwnNetwork
-from ofa_deploy.shrink.pas import MOST_PULL, PasSettings, PruningAsSearch
+from ofa_deploy.shrink.pas import MOST_PULL, PasSettings
 from ofa_deploy.shrink.recipe import default_shrink_recipe
 from ofa_deploy.shrink.size_fitting import SizeFitting
 from ofa_deploy.shrink.sparse import (
@@ -63,6 +64,7 @@ from ofa_deploy.train.loop import LoopProgress, TrainingLoop
 from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks, tiny
+from tests.support.searching import pulled
 from tests.support.two_trainings import assert_trained_in_turn
 
 SIZE = own_networks.SIZE
@@ -281,7 +283,7 @@ def test_behind_a_rectifier_what_was_removed_never_returns(
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_without_a_task_the_share_never_rises(estimator: Estimator) -> None:
     _, net = masked(estimator)
-    pull = PruningAsSearch(
+    pull = pulled(
         net,
         price=MacPrice(net.graph),
         settings=PasSettings(target_share=0.3, floor=1, step=1, steps_to_flip=60),
@@ -327,7 +329,7 @@ def test_a_useful_weight_stays_and_a_useless_one_goes() -> None:
 
 
 def training(
-    folder: Path | None = None,
+    folder: Path | None = None, latent_rates: Sequence[float] | None = None
 ) -> tuple[TrainingLoop, AutoPrune, MaskedNetwork]:
     torch.manual_seed(0)
     data = tiny.images(per_class=60, seed=4)
@@ -342,10 +344,11 @@ def training(
         class_names=images.training.class_names,
     )
     net = insert_masks(own.module, own.graph, estimator="leaky_relu", rule="sign")
-    pull = PruningAsSearch(
+    pull = pulled(
         net,
         price=MacPrice(net.graph),
         settings=PasSettings(target_share=0.5, floor=4, step=4, steps_to_flip=8),
+        latent_rates=latent_rates,
     )
     deciding = Deciding(
         images=of_masks, resolution=SIZE, label_smoothing=0.0, bf16=False
@@ -431,6 +434,45 @@ def test_the_tasks_gradients_are_of_the_task_alone_and_move_nothing() -> None:
     (head,) = (one for one in net.module.modules() if isinstance(one, nn.Linear))
     nn.init.zeros_(head.weight)
     assert task_gradients(net.module, latents, method.deciding) == [0] * len(latents)
+
+
+def test_the_tasks_gradients_are_of_each_layer() -> None:
+    _, method, net = training()
+    latents = [mask.latent for mask in net.masks]
+    found = task_gradients(net.module, latents, method.deciding, batches=1)
+    net.module.eval()
+    with only_trained(net.module, latents):
+        loss = method.deciding.loss(net.module, 0)
+        gradients = torch.autograd.grad(loss, latents)
+    expected = [float(one.square().mean().sqrt()) for one in gradients]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(set(found)) == len(found)
+
+
+def test_a_task_whose_gradients_are_no_numbers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, method, net = training()
+    latents = [mask.latent for mask in net.masks]
+    original = Deciding.loss
+    monkeypatch.setattr(Deciding, "loss", lambda *args: 1e38 * (1e38 * original(*args)))
+    with pytest.raises(TrainingError, match="are no numbers"):
+        task_gradients(net.module, latents, method.deciding)
+
+
+def test_latents_of_each_layer_are_stepped_at_their_own_rate() -> None:
+    rates = (0.3, 0.02, 0.005)
+    _, method, net = training(latent_rates=rates)
+    before = net.latents()
+    with only_trained(net.module, method.pull.latents):
+        loss = method.deciding.loss(net.module, 0) + method.pull.loss()
+        gradients = torch.autograd.grad(loss, method.pull.latents)
+    method.after_step()
+    for rate, gradient, old, new in zip(
+        rates, gradients, before, net.latents(), strict=True
+    ):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(new, old - rate * gradient)
 
 
 @settings(max_examples=30, deadline=None)

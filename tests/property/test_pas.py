@@ -47,6 +47,7 @@ from ofa_deploy.train.optimizer import HybridOptimizer
 from ofa_deploy.train.recipe import Phase, Recipe
 from tests.support import own_networks
 from tests.support.mac_counter import counted_macs
+from tests.support.searching import pulled
 from tests.support.shrinking import priced_by_macs
 from tests.support.tiny_torch import inputs, relative_error
 
@@ -197,7 +198,7 @@ def narrowed(network: nn.Module, net: MaskedNetwork) -> nn.Module:
 def test_the_pull_on_a_channel_is_that_of_its_two_layers() -> None:
     network = branched()
     net = masked(network)
-    search = PruningAsSearch(
+    search = pulled(
         net, price=MacPrice(net.graph), settings=PasSettings(target_share=0.5)
     )
     (gradient,) = torch.autograd.grad(search.loss(), net.masks[1].latent)
@@ -376,7 +377,7 @@ def test_what_is_removed_stays_as_it_was_while_the_rest_is_trained(name: str) ->
     network = branched() if name == "branched" else own(name)
     store_channels_last(network)
     net = masked(network)
-    search = PruningAsSearch(
+    search = pulled(
         net,
         price=MacPrice(net.graph),
         settings=PasSettings(target_share=0.9, floor=1, step=1),
@@ -463,7 +464,7 @@ def regularised(
     for mask in net.masks:
         mask.latent.data += jitter * torch.randn(16)
     settings = PasSettings(target_share=0.5, floor=floor, step=1, steps_to_flip=200)
-    search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
+    search = pulled(net, price=MacPrice(net.graph), settings=settings)
     optimizer = torch.optim.SGD(
         search.latents, lr=search.latent_rates[0], momentum=search.momentum
     )
@@ -493,7 +494,7 @@ def test_the_price_alone_takes_a_channel_in_the_steps_that_are_set(
     torch.manual_seed(0)
     net = masked(Chain(), estimator=estimator)
     settings = PasSettings(target_share=0.5, floor=1, step=1, steps_to_flip=200)
-    search = PruningAsSearch(
+    search = pulled(
         net, price=MacPrice(net.graph), settings=settings, latent_rates=rates
     )
     optimizer = torch.optim.SGD(
@@ -511,6 +512,46 @@ def test_the_price_alone_takes_a_channel_in_the_steps_that_are_set(
         steps += 1
         assert steps < 1000
     assert steps == pytest.approx(200, rel=0.15)
+
+
+def test_latents_of_each_layer_are_stepped_at_their_own_rate() -> None:
+    net = masked(Chain())
+    rates = (0.3, 0.02, 0.005, 0.1)
+    settings = PasSettings(target_share=0.5, floor=1, step=1)
+    search = pulled(
+        net, price=MacPrice(net.graph), settings=settings, latent_rates=rates
+    )
+    phase = Phase(name="any", epochs=1, peak_learning_rate=0.1, distill=False)
+    optimizer = HybridOptimizer(
+        net.module, Recipe(phases=(phase,), momentum=0.0), rates=search.rates
+    )
+    optimizer.set_learning_rate(0.1)
+    before = net.latents()
+    for mask in net.masks:
+        mask.latent.grad = torch.ones_like(mask.latent)
+    optimizer.step()
+    for rate, old, new in zip(rates, before, net.latents(), strict=True):
+        torch.testing.assert_close(new, old - rate)
+
+
+def test_a_layer_at_its_floor_does_not_set_the_strength() -> None:
+    def strength(rate: float, *, floor: int) -> float:
+        net = masked(Chain())
+        settings = PasSettings(target_share=0.9, floor=floor, step=1)
+        rates = [0.02, 0.02, 0.02, rate]
+        graph = replace(
+            net.graph,
+            groups=tuple(
+                replace(group, channels=12 if index == 3 else group.channels)
+                for index, group in enumerate(net.graph.groups)
+            ),
+        )
+        net = replace(net, graph=graph)
+        price = MacPrice(graph)
+        return pulled(net, price=price, settings=settings, latent_rates=rates).strength
+
+    assert strength(9.0, floor=12) == strength(0.0, floor=12)
+    assert strength(9.0, floor=11) < strength(0.0, floor=11)
 
 
 def test_latents_that_differ_settle_at_the_target() -> None:
@@ -533,7 +574,7 @@ def test_what_falls_together_is_opened_again_by_whom_watches() -> None:
 
 def test_a_layer_between_two_empty_ones_feels_no_pull() -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
+    search = pulled(
         net,
         price=MacPrice(net.graph),
         settings=PasSettings(target_share=0.5, floor=1, step=1),
@@ -551,14 +592,12 @@ def test_a_layer_between_two_empty_ones_feels_no_pull() -> None:
 def halving(net: MaskedNetwork, *, step: int = 4, steps: int = 0) -> PruningAsSearch:
     """A search for half of the MACs, with a floor of eight channels."""
     settings = PasSettings(target_share=0.5, floor=8, step=step)
-    return PruningAsSearch(
-        net, price=MacPrice(net.graph), settings=settings, steps=steps
-    )
+    return pulled(net, price=MacPrice(net.graph), settings=settings, steps=steps)
 
 
 def test_a_layer_keeps_its_floor() -> None:
     net = masked(Chain())
-    search = PruningAsSearch(
+    search = pulled(
         net, price=MacPrice(net.graph), settings=PasSettings(target_share=0.7, floor=8)
     )
     net.masks[2].latent.data = torch.linspace(0.0, 0.45, 16)
@@ -604,13 +643,13 @@ def test_a_price_that_is_flat_at_the_top_pulls_further_down() -> None:
     """What a channel does not cost there, it costs below: the strength is of that."""
     net = masked(Chain())
     settings = PasSettings(target_share=0.3, floor=1, step=1)
-    padded = PruningAsSearch(net, price=FlatAtTheTop(net.graph), settings=settings)
+    padded = pulled(net, price=FlatAtTheTop(net.graph), settings=settings)
     assert padded.strength > 0
     net = masked(Chain())
     for mask in net.masks:
         mask.latent.data[:4] = 0.0
-    pulled = PruningAsSearch(net, price=FlatAtTheTop(net.graph), settings=settings)
-    gradients = torch.autograd.grad(pulled.loss(), [m.latent for m in net.masks])
+    below = pulled(net, price=FlatAtTheTop(net.graph), settings=settings)
+    gradients = torch.autograd.grad(below.loss(), [m.latent for m in net.masks])
     assert all((gradient > 0).all() for gradient in gradients)
 
 
@@ -642,7 +681,7 @@ def test_several_layers_that_collapse_at_once_halve_the_pull_once() -> None:
 def held(*, target: float, removed: int) -> tuple[float, PruningAsSearch]:
     """A search whose strength was halved, long after; and its strength before."""
     net = masked(Chain())
-    search = PruningAsSearch(
+    search = pulled(
         net,
         price=MacPrice(net.graph),
         settings=PasSettings(target_share=target, floor=1, step=1),
@@ -672,9 +711,7 @@ def test_the_price_is_led_down_a_path() -> None:
     paths, factors = [], []
     for removed in (0, 2):
         net = masked(Chain())
-        search = PruningAsSearch(
-            net, price=MacPrice(net.graph), settings=settings, steps=1000
-        )
+        search = pulled(net, price=MacPrice(net.graph), settings=settings, steps=1000)
         for mask in net.masks:
             mask.latent.data[:removed] = 0.0
         share, strengths = search.current_share(), [search.strength]
@@ -700,7 +737,7 @@ def test_what_pulls_is_bounded(removed: int) -> None:
     """On either side of the target, whatever the strength was raised to before."""
     net = masked(Chain())
     settings = PasSettings(target_share=0.5, floor=1, step=1)
-    search = PruningAsSearch(net, price=MacPrice(net.graph), settings=settings)
+    search = pulled(net, price=MacPrice(net.graph), settings=settings)
     most = MOST_PULL * search.strength * 0.5
     for mask in net.masks:
         mask.latent.data[:removed] = 0.0
@@ -722,16 +759,16 @@ def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
 def test_a_search_of_other_settings_is_not_continued() -> None:
     net = masked(Chain())
     first, *others = [
-        PruningAsSearch(
+        pulled(
             net,
             price=MacPrice(net.graph),
             settings=PasSettings(target_share=share, floor=1, step=1),
             latent_rates=rates,
         )
         for share, rates in (
-            (0.5, 0.02),
-            (0.6, 0.02),
-            (0.5, 0.03),
+            (0.5, (0.02,) * 4),
+            (0.6, (0.02,) * 4),
+            (0.5, (0.03,) * 4),
             (0.5, (0.02, 0.03, 0.02, 0.02)),
         )
     ]
@@ -750,7 +787,7 @@ def test_a_target_that_is_no_share_is_refused(share: float) -> None:
 def test_a_target_below_the_floors_is_refused() -> None:
     net = masked(Chain())
     with pytest.raises(SpaceError, match="the network still costs"):
-        PruningAsSearch(
+        pulled(
             net,
             price=MacPrice(net.graph),
             settings=PasSettings(target_share=0.05, floor=8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.preprocess import Normalisation
+from ofa_deploy.shrink.cost import Price
+from ofa_deploy.shrink.masks import MaskedNetwork
 from ofa_deploy.shrink.own_network import OwnNetwork
+from ofa_deploy.shrink.pas import PasSettings, PruningAsSearch
 from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.tas_network import SearchedNetwork, insert_distributions
+
+LATENT_RATE = 0.02
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -28,6 +34,24 @@ def owned(network: nn.Module, *, resolution: int, class_count: int) -> OwnNetwor
         resolution=resolution,
         normalisation=Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3),
         class_names=tuple(f"{index}" for index in range(class_count)),
+    )
+
+
+def pulled(
+    net: MaskedNetwork,
+    *,
+    price: Price,
+    settings: PasSettings,
+    latent_rates: Sequence[float] | None = None,
+    steps: int = 0,
+) -> PruningAsSearch:
+    """The price's pull on a network's masks, at one rate unless others are given."""
+    return PruningAsSearch(
+        net,
+        price=price,
+        settings=settings,
+        latent_rates=latent_rates or [LATENT_RATE] * len(net.masks),
+        steps=steps,
     )
 
 
