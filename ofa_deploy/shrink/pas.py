@@ -48,8 +48,11 @@ REOPENED_MARGIN = 0.25
 REACHED = 1.01
 STRENGTHENED = 1.15
 DOWN_BY_SHARE = 0.8
-# Of what pulls at first: nothing pulls harder.
+# Of what pulls at first: nothing pulls harder, nor with less strength. Where the task
+# itself takes channels, the price passes its target, and what had faded until then
+# could not pull it back.
 MOST_PULL = 10.0
+LEAST_STRENGTH = 0.1
 # Where the price's slope is looked at, between the whole network and the target: a
 # runtime that pads channels may have none at the top.
 SLOPE_POINTS = 9
@@ -283,8 +286,12 @@ class PruningAsSearch:
 
     def current_share(self) -> float:
         """Price of what is kept now, as a share of the whole network's."""
+        return self._share_of(self._counts())
+
+    def _share_of(self, counts: Sequence[int]) -> float:
         with torch.no_grad():
-            return float(self.price(self.masked.counts)) / self.full_price
+            price = self.price(torch.tensor(counts, dtype=torch.float64))
+        return float(price) / self.full_price
 
     @property
     def _channels(self) -> list[int]:
@@ -331,8 +338,9 @@ class PruningAsSearch:
     def _led_strength(self) -> float:
         """A little more above the path of the price, a little less below it.
 
-        However far the price is from its target by now, on whichever side, what pulls
-        is bounded.
+        Below its target, too, a little more, for as long as the price does not come
+        back by itself. However far it is from there, on whichever side, what pulls is
+        bounded.
         """
         target, share, path = (
             self.settings.target_share,
@@ -342,12 +350,15 @@ class PruningAsSearch:
         first = max(1 - target, LEAST_DISTANCE)
         most = MOST_PULL * self._first_strength * first
         most /= max(abs(share - target), LEAST_OFF)
-        factor = 1.0
-        if share > REACHED * path:
+        comes_back = share > self._share_of(self._counts_before)
+        if share > REACHED * path or (share < target / REACHED and not comes_back):
             factor = STRENGTHENED
         elif share < path / REACHED:  # or the way back would be as steep
             factor = 1 / STRENGTHENED
-        return min(factor * self.strength, most)
+        else:
+            factor = 1.0
+        least = LEAST_STRENGTH * self._first_strength
+        return min(max(factor * self.strength, least), most)
 
     @property
     def path(self) -> float:

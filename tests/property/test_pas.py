@@ -36,7 +36,9 @@ from ofa_deploy.shrink.masks import (
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.pas import (
     COLLAPSE_WINDOW,
+    LEAST_DISTANCE,
     LEAST_OFF,
+    LEAST_STRENGTH,
     MOST_PULL,
     STRENGTHENED,
     PasSettings,
@@ -728,8 +730,21 @@ def test_the_price_is_led_down_a_path() -> None:
     below = [factor for share, path, factor in factors if share < path / 1.011]
     assert min(above) > 1 - 1e-9  # but for the bound, which pulls no harder
     assert sum(one == pytest.approx(STRENGTHENED) for one in above) > 10
-    assert below == pytest.approx([1 / STRENGTHENED] * len(below))
-    assert len(below) > 10
+    assert max(below) < 1 + 1e-9  # but for that of the strength, which fades no further
+    assert sum(one == pytest.approx(1 / STRENGTHENED) for one in below) > 10
+
+
+def test_the_strength_does_not_fade_for_good() -> None:
+    settings = PasSettings(target_share=0.5, floor=1, step=1, steps_to_flip=800)
+    net = masked(Chain())
+    search = pulled(net, price=MacPrice(net.graph), settings=settings, steps=1000)
+    first = search.strength
+    for mask in net.masks:
+        mask.latent.data[:2] = 0.0
+    for _ in range(700):
+        search.after_step()
+    assert search.current_share() < 0.9 * search.path
+    assert search.strength == pytest.approx(LEAST_STRENGTH * first)
 
 
 @pytest.mark.parametrize("removed", [0, 1, 7])
@@ -750,10 +765,30 @@ def test_what_pulls_is_bounded(removed: int) -> None:
     assert search.strength * off <= most * (1 + 1e-9)
 
 
-def test_nothing_pulls_harder_once_the_target_is_reached() -> None:
-    first, search = held(target=0.95, removed=1)
-    assert search.current_share() < 0.95
-    assert search.strength < first / 2
+def test_the_pull_grows_while_the_price_stays_below_its_target() -> None:
+    first, search = held(target=0.95, removed=3)
+    off = 0.95 - search.current_share()
+    assert off > 0.02
+    bound = MOST_PULL * first * LEAST_DISTANCE / max(off, LEAST_OFF)
+    assert search.strength == pytest.approx(bound)
+
+
+def test_the_pull_eases_once_the_price_comes_back() -> None:
+    net = masked(Chain())
+    search = halving(net)
+    for mask in net.masks:
+        mask.latent.data[:7] = 0.0
+    shares, strengths = [search.current_share()], [search.strength]
+    for channels in (6, 5):
+        for mask in net.masks:
+            mask.latent.data[channels] = 1.0
+        for _ in range(COLLAPSE_WINDOW):
+            search.after_step()
+        shares.append(search.current_share())
+        strengths.append(search.strength)
+    assert shares == sorted(shares)
+    assert shares[1] < 0.49
+    assert strengths[2] < strengths[1]
 
 
 def test_a_search_of_other_settings_is_not_continued() -> None:
