@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -1022,6 +1022,7 @@ def order_of(net: SearchedNetwork) -> LikeliestOrder:
 
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.floats(0.25, 1.0))
+@example(1479, 0.8984375)
 def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) -> None:
     network = own()
     net = searched(network)
@@ -1031,8 +1032,16 @@ def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) ->
     most = share * float(price(full_counts(network.graph)))
     counts = order.within(price, most)
     cost = float(price(torch.tensor(counts, dtype=torch.float64)))
-    # Sums in another order differ in the last digits.
-    assert 0.95 * most <= cost <= most * (1 + 1e-8)
+    most *= 1 + 1e-8  # sums in another order differ in the last digits
+    assert cost <= most
+    # In a small network a channel and the projection that it needs may cost so much.
+    wider = [order._wider(counts, index) for index in range(len(counts))]
+    costs = [float(price(torch.tensor(one, dtype=torch.float64))) for one in wider]
+    assert cost >= 0.95 * most or all(
+        one > most
+        for one, changed in zip(costs, wider, strict=True)
+        if changed != counts
+    )
     for count, one in zip(counts, net.width_distributions, strict=True):
         assert one.choices[0] <= count <= one.choices[-1]
 
