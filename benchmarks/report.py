@@ -39,6 +39,7 @@ ORDER = (
     "surgery",
     "narrow_training",
     "small_maps",
+    "muon",
     "legr",
     "autoprune",
     "tas",

@@ -1,9 +1,8 @@
 """The optimiser of a network: Muon for the dense convolutions, SGD for the rest.
 
 Over a few epochs Muon brought full networks much further than SGD alone did. Source:
-K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024;
-`torch.optim.Muon` implements it for matrices, as which convolution weights are seen
-here.
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+It is of matrices, as which convolution weights are seen here.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.elastic import ElasticConv
 from ofa_deploy.nn.memory_format import as_matrix
+from ofa_deploy.train.muon import new_muon
 from ofa_deploy.train.recipe import Recipe
 
 
@@ -48,11 +48,10 @@ class HybridOptimizer:
         self._rate_ratio = recipe.muon_rate_ratio
         # Of no parameters there is no optimiser.
         self._muon = (
-            torch.optim.Muon(
+            new_muon(
                 self._matrices.values(),
-                lr=1.0,
-                weight_decay=recipe.muon_weight_decay,
                 momentum=recipe.muon_momentum,
+                weight_decay=recipe.muon_weight_decay,
             )
             if self._matrices
             else None

@@ -66,7 +66,7 @@ def test_a_dense_weight_moves_by_a_nearly_orthogonal_matrix() -> None:
     rows, columns = matrix.shape
     rate = RATE * RECIPE.muon_rate_ratio * max(1.0, rows / columns) ** 0.5
     singular = torch.linalg.svdvals(matrix / rate)
-    # Newton-Schulz in bfloat16 brings every singular value near 1, not to it;
+    # Newton and Schulz's few steps bring every singular value near 1, not to it;
     # directions that the gradient lacks stay at 0.
     assert float(singular.max()) < 1.4
     assert float(singular[: len(singular) // 2].min()) > 0.4
