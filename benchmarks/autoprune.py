@@ -4,16 +4,19 @@ Both of a VGG-like network. Trainings take hours, so each stage is a command of 
 which goes on where it was stopped and leaves its weights (float16) and log in the
 repository; the last one measures and publishes. In this order:
 
-    dense      the network that both are made from
-    filters    half of its MACs
-    weights    one in fifty of its weights
-    report     everything measured, and the section of RESULTS.md
+    dense             the network that both are made from
+    filters-search    half of its MACs; beside it may run, or after it,
+    weights-search    one in fifty of its weights
+    filters           what was found, fine-tuned; beside it may run, or after it,
+    weights           likewise
+    report            everything measured, and the section of RESULTS.md
 """
 
 from __future__ import annotations
 
 import argparse
 import lzma
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -55,7 +58,7 @@ from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.finetuning import finetune
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.recipe import ShrinkRecipe
-from ofa_deploy.shrink.sparse import finetune_weights, search_weights
+from ofa_deploy.shrink.sparse import SparsityPull, finetune_weights, search_weights
 from ofa_deploy.shrink.weight_masks import weights_of
 from ofa_deploy.train.images import TrainingImages
 
@@ -64,12 +67,14 @@ DENSE_EPOCHS, SEARCH_EPOCHS, FINETUNE_EPOCHS = 60, 24, 60
 # are as large as the last one's.
 MACS_SHARE, WEIGHTS_SHARE = 0.5, 0.0192
 STEP = 8
+Form = Literal["filters", "weights"]
+FORMS: tuple[Form, ...] = ("filters", "weights")
 DENSE = one_cycle("dense", epochs=DENSE_EPOCHS, peak_learning_rate=0.1)
 # Bars.
 MOST_LOST, LEAST_FEWER = 0.005, 50
 
 
-def shrink_recipe(form: Literal["filters", "weights"]) -> ShrinkRecipe:
+def shrink_recipe(form: Form) -> ShrinkRecipe:
     """Of a form: few single weights have to find their places anew."""
     return ShrinkRecipe(
         search=one_cycle("search", epochs=SEARCH_EPOCHS, peak_learning_rate=0.02),
@@ -83,14 +88,17 @@ def shrink_recipe(form: Literal["filters", "weights"]) -> ShrinkRecipe:
     )
 
 
-def filters_origin() -> str:
-    """Digest of all that decides what the stage `filters` leaves."""
-    return digest(kept("vgg-dense"), shrink_recipe("filters"), MACS_SHARE, STEP)
+def search_origin(form: Form) -> str:
+    """Digest of all that decides what a search leaves."""
+    wanted = (MACS_SHARE, STEP) if form == "filters" else (WEIGHTS_SHARE,)
+    settings = replace(shrink_recipe(form), finetune=DENSE)  # of no matter there
+    return digest(kept("vgg-dense"), settings, *wanted)
 
 
-def weights_origin() -> str:
-    """Likewise."""
-    return digest(kept("vgg-dense"), shrink_recipe("weights"), WEIGHTS_SHARE)
+def tuned_origin(form: Form) -> str:
+    """Likewise of fine-tuning."""
+    found = kept(f"vgg-{form}-search")
+    return digest(found, shrink_recipe(form).finetune, kept("vgg-dense"))
 
 
 def dense_network() -> nn.Module:
@@ -113,14 +121,14 @@ def train_dense(args: argparse.Namespace) -> None:
     keep("vgg-dense", arrays_of(module), {"": log_of(folder)}, origin=origin)
 
 
-def prune_filters(args: argparse.Namespace) -> None:
+def search_filters(args: argparse.Namespace) -> None:
     """Half of the MACs."""
-    settings, origin = shrink_recipe("filters"), filters_origin()
-    if is_kept("vgg-filters", origin):
+    settings, origin = shrink_recipe("filters"), search_origin("filters")
+    if is_kept("vgg-filters-search", origin):
         return
     images = TrainingImages(training_set(args), settings.search)
     own = owned(dense_network(), images)
-    folder = args.work / "autoprune" / f"filters-{origin}"
+    folder = args.work / "autoprune" / f"filters-search-{origin}"
     price = MacPrice(own.graph)
     with StageBar(console) as bar:
         found = Search(
@@ -131,39 +139,50 @@ def prune_filters(args: argparse.Namespace) -> None:
             recipe=settings,
             images=images,
             held_out=images.validation,
-            folder=folder / "search",
+            folder=folder,
             on_progress=Lines(bar),
         ).run("autoprune")
-        full = float(price(full_counts(own.graph)))
-        indices = found.order.kept(found.order.within(price, MACS_SHARE * full))
-        narrow = extract_module(own.module, own.graph, indices)
-        tuning = folder / f"finetune-{'-'.join(str(len(one)) for one in indices)}"
+    full = float(price(full_counts(own.graph)))
+    indices = found.order.kept(found.order.within(price, MACS_SHARE * full))
+    arrays = arrays_of(extract_module(own.module, own.graph, indices))
+    arrays |= {f"kept.{index}": one.numpy() for index, one in enumerate(indices)}
+    keep("vgg-filters-search", arrays, {"": log_of(folder)}, origin=origin)
+
+
+def tune_filters(args: argparse.Namespace) -> None:
+    """What the search left."""
+    recipe, origin = shrink_recipe("filters").finetune, tuned_origin("filters")
+    if is_kept("vgg-filters", origin):
+        return
+    images = TrainingImages(training_set(args), recipe)
+    found = kept("vgg-filters-search")
+    narrow = narrowed(owned(dense_network(), images), found)
+    folder = args.work / "autoprune" / f"filters-{origin}"
+    with StageBar(console) as bar:
         finetune(
             narrow,
             resolution=RESOLUTION,
-            recipe=settings.finetune,
+            recipe=recipe,
             images=images,
-            folder=tuning,
+            folder=folder,
             teacher=dense_network(),
             on_progress=Lines(bar),
         )
     arrays = arrays_of(narrow)
-    arrays |= {f"kept.{index}": one.numpy() for index, one in enumerate(indices)}
-    logs = {"-search": log_of(folder / "search"), "-finetune": log_of(tuning)}
-    keep("vgg-filters", arrays, logs, origin=origin)
+    arrays |= {name: one for name, one in found.items() if name.startswith("kept.")}
+    keep("vgg-filters", arrays, {"-finetune": log_of(folder)}, origin=origin)
 
 
-def prune_weights(args: argparse.Namespace) -> None:
+def find_weights(args: argparse.Namespace) -> None:
     """One weight in fifty."""
-    settings, origin = shrink_recipe("weights"), weights_origin()
-    if is_kept("vgg-weights", origin):
+    settings, origin = shrink_recipe("weights"), search_origin("weights")
+    if is_kept("vgg-weights-search", origin):
         return
     images = TrainingImages(training_set(args), settings.search)
-    own = owned(dense_network(), images)
-    folder = args.work / "autoprune" / f"weights-{origin}"
+    folder = args.work / "autoprune" / f"weights-search-{origin}"
     with StageBar(console) as bar:
         pull = search_weights(
-            own.module,
+            owned(dense_network(), images).module,
             target_share=WEIGHTS_SHARE,
             settings=settings.sparsity,
             estimator=settings.estimator,
@@ -171,22 +190,38 @@ def prune_weights(args: argparse.Namespace) -> None:
             resolution=RESOLUTION,
             images=images,
             recipe=settings.search,
-            folder=folder / "search",
+            folder=folder,
             on_progress=Lines(bar),
         )
-        pull.freeze(int(WEIGHTS_SHARE * pull.weight_count))
+    sparse = pull.narrowed_to(int(WEIGHTS_SHARE * pull.weight_count))
+    keep("vgg-weights-search", arrays_of(sparse), {"": log_of(folder)}, origin=origin)
+
+
+def tune_weights(args: argparse.Namespace) -> None:
+    """What the search left."""
+    settings, origin = shrink_recipe("weights"), tuned_origin("weights")
+    if is_kept("vgg-weights", origin):
+        return
+    images = TrainingImages(training_set(args), settings.finetune)
+    sparse = loaded(Vgg(), kept("vgg-weights-search"))
+    nonzero, _ = counted(sparse)
+    # Masks of what is there: weights of zero are the first to go.
+    pull = SparsityPull(
+        sparse, target_share=WEIGHTS_SHARE, steps=1, settings=settings.sparsity
+    )
+    pull.freeze(nonzero)
+    folder = args.work / "autoprune" / f"weights-{origin}"
+    with StageBar(console) as bar:
         sparse = finetune_weights(
             pull,
             resolution=RESOLUTION,
             images=images,
             recipe=settings.finetune,
-            folder=folder / "finetune",
+            folder=folder,
             teacher=dense_network(),
             on_progress=Lines(bar),
         )
-    logs = {"-search": log_of(folder / "search")}
-    logs["-finetune"] = log_of(folder / "finetune")
-    keep("vgg-weights", arrays_of(sparse), logs, origin=origin)
+    keep("vgg-weights", arrays_of(sparse), {"-finetune": log_of(folder)}, origin=origin)
 
 
 # -- the report ------------------------------------------------------------------------
@@ -203,10 +238,9 @@ def counted(module: nn.Module) -> tuple[int, int]:
 
 def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
-    origins = {"vgg-filters": filters_origin(), "vgg-weights": weights_origin()}
-    for name, origin in origins.items():
-        if not is_kept(name, origin):
-            raise SystemExit(f"{name} is of another network or recipe; run its stage")
+    for form in FORMS:
+        if not is_kept(f"vgg-{form}", tuned_origin(form)):
+            raise SystemExit(f"vgg-{form} is of another recipe; run the stage {form}")
     images = TrainingImages(training_set(args), shrink_recipe("filters").search)
     test = test_set(args)
     own = owned(dense_network(), images)
@@ -252,10 +286,7 @@ def publish(args: argparse.Namespace) -> None:
         ],
     )
     section.table(["training", "epochs", "minutes"], trainings_of("vgg-"))
-    lost = {
-        name: round(found["dense"] - found[name], DIGITS)
-        for name in ("filters", "weights")
-    }
+    lost = {name: round(found["dense"] - found[name], DIGITS) for name in FORMS}
     section.bar(
         f"filters: {lost['filters']:+.2%} lost (at most {MOST_LOST:.1%}) with "
         f"{left / full:.1%} of the MACs",
@@ -276,8 +307,10 @@ def publish(args: argparse.Namespace) -> None:
 
 STAGES = {
     "dense": train_dense,
-    "filters": prune_filters,
-    "weights": prune_weights,
+    "filters-search": search_filters,
+    "weights-search": find_weights,
+    "filters": tune_filters,
+    "weights": tune_weights,
     "report": publish,
 }
 
