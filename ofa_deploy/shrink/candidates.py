@@ -30,6 +30,7 @@ from ofa_deploy.dataset import ImageSet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input
 from ofa_deploy.train.images import TrainingImages, evaluation_batch
+from ofa_deploy.train.logits import called_as_in_training
 from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import write_atomically
 
@@ -166,7 +167,7 @@ def validation_loss(job: CandidateJob) -> float:
         torch.set_num_threads(1)  # the others have the other cores
     torch.manual_seed(job.seed)
     module = job.module
-    with ViewsInAnyOrder():
+    with called_as_in_training(bf16=False):
         _tune(module, job.images, steps=job.tuning_steps, rate=job.learning_rate)
         update_bn((inputs for inputs, _ in job.images.batches("training")), module)
         return float(_losses(module, job.images).mean())

@@ -9,19 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
+from ofa_deploy.train.pointwise import PointwiseOfFewerPixels
 from ofa_deploy.train.small_maps import SmallMapConvolutions
 from ofa_deploy.train.views import ViewsInAnyOrder
 
 
 @contextmanager
 def called_as_in_training(*, bf16: bool) -> Iterator[None]:
-    """Call networks in here with all that is to make their training fast.
+    """Call networks in here with all that is to make their training fast, and safe.
 
     Args:
         bf16: Use bfloat16 autocast; worth it where the CPU has it.
     """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with LineAlignedBatchNorm(), SmallMapConvolutions(), ViewsInAnyOrder(), autocast:
+    with (
+        LineAlignedBatchNorm(),
+        SmallMapConvolutions(),
+        PointwiseOfFewerPixels(),
+        ViewsInAnyOrder(),
+        autocast,
+    ):
         yield
 
 

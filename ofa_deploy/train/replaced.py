@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,3 +42,11 @@ def saves_elsewhere() -> bool:
     what those save is not what ours did. There is no public way to ask.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Of rows and of columns, as torch takes them: a number, or a row of one or two."""
+    if not isinstance(value, Sequence):
+        return int(value), int(value)
+    first, *rest = value
+    return first, rest[0] if rest else first

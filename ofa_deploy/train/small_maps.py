@@ -7,7 +7,6 @@ with its weights (measured by `benchmarks/small_maps.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ofa_deploy.nn.memory_format import as_matrix
-from ofa_deploy.train.replaced import Replaced, saves_elsewhere
+from ofa_deploy.train.replaced import Replaced, pair, saves_elsewhere
 
 # Over more pixels oneDNN is as fast, and so it is with fewer weights; larger kernels'
 # windows, which stay until the backward pass, are mostly zeros around such a map.
@@ -50,10 +49,10 @@ def _conv2d(
         and _is_one(stride)
         and _is_one(dilation)
         and not isinstance(padding, str)
-        and _covers(input, weight, _pair(padding))
+        and _covers(input, weight, pair(padding))
         and not saves_elsewhere()
     ):
-        return product(input, weight, bias, padding=_pair(padding))
+        return product(input, weight, bias, padding=pair(padding))
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -114,12 +113,4 @@ def product(
 
 
 def _is_one(value: Any) -> bool:
-    return _pair(value) == (1, 1)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    """Of rows and of columns, as torch takes them: a number, or a row of one or two."""
-    if not isinstance(value, Sequence):
-        return int(value), int(value)
-    first, *rest = value
-    return first, rest[0] if rest else first
+    return pair(value) == (1, 1)
