@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -286,9 +287,15 @@ class LikeliestOrder:
         counts = self.likeliest
         while cost(counts) > most:
             counts = _with_less(counts, self.choices, self.probabilities, cost)
-        if cost(counts) >= (1 - FIT_TOLERANCE) * most:
-            return counts
-        return self._widened(counts, cost, most)
+        if cost(counts) < (1 - FIT_TOLERANCE) * most:
+            counts = self._widened(counts, cost, most)
+        while cost(counts) < (1 - FIT_TOLERANCE) * most:
+            # Where another channel needs a projection, both may be too dear.
+            nearer = max(self._exchanged(counts, cost, most), key=cost, default=counts)
+            if cost(nearer) <= cost(counts):
+                return counts
+            counts = self._widened(nearer, cost, most)
+        return counts
 
     def kept(self, counts: Sequence[int]) -> tuple[Tensor, ...]:
         """See `ChannelOrder`: the first ones."""
@@ -313,6 +320,21 @@ class LikeliestOrder:
             if not moves:
                 return found
             *_, found = min(moves)
+
+    def _exchanged(
+        self, found: Sequence[int], cost: _RememberedPrice, most: float
+    ) -> Iterator[list[int]]:
+        """With a step more in one group, and as many less in another as pay for it."""
+        for index, other in permutations(range(len(found)), 2):
+            moved = self._wider(found, index)
+            if moved == found:
+                continue
+            while cost(moved) > most and moved[other] > self.choices[other][0]:
+                fewer = self._wider(moved, other, steps=-1)
+                fewer[other] = max(fewer[other], self.choices[other][0])
+                moved = fewer
+            if cost(moved) <= most:
+                yield moved
 
     def _leaps(
         self,

@@ -1033,15 +1033,7 @@ def test_what_is_left_is_near_the_price_and_keeps_it(seed: int, share: float) ->
     counts = order.within(price, most)
     cost = float(price(torch.tensor(counts, dtype=torch.float64)))
     most *= 1 + 1e-8  # sums in another order differ in the last digits
-    assert cost <= most
-    # In a small network a channel and the projection that it needs may cost so much.
-    wider = [order._wider(counts, index) for index in range(len(counts))]
-    costs = [float(price(torch.tensor(one, dtype=torch.float64))) for one in wider]
-    assert cost >= 0.95 * most or all(
-        one > most
-        for one, changed in zip(costs, wider, strict=True)
-        if changed != counts
-    )
+    assert 0.95 * most <= cost <= most
     for count, one in zip(counts, net.width_distributions, strict=True):
         assert one.choices[0] <= count <= one.choices[-1]
 
