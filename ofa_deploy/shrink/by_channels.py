@@ -28,7 +28,7 @@ from ofa_deploy.shrink.resume_store import remembered
 from ofa_deploy.shrink.shrinking import BROUGHT, SEARCH_FOLDER, Shrinking, Shrunk
 from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.shrink.tas_network import reset_parameters
-from ofa_deploy.shrink.tas_price import ROUNDING
+from ofa_deploy.shrink.tas_order import ROUNDING
 
 # Fine-tuned networks certified: one that misses gives up channels and is tuned again.
 MAX_FINISHED = 3

@@ -48,7 +48,7 @@ from ofa_deploy.shrink.tas import (
     preflight,
 )
 from ofa_deploy.shrink.tas_network import SearchedNetwork, insert_distributions
-from ofa_deploy.shrink.tas_price import LikeliestOrder
+from ofa_deploy.shrink.tas_order import LikeliestOrder
 from ofa_deploy.train.images import TrainingImages, evaluation_batch
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16

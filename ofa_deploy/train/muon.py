@@ -1,8 +1,8 @@
-"""Muon in float32, for CPUs that have no fast product of bfloat16 matrices.
+"""Muon in float32, for CPUs that have no instructions for bfloat16.
 
-`torch.optim.Muon` makes updates orthogonal in bfloat16 whatever the CPU. Without
-instructions for it torch multiplies in a plain loop, which took most of a training's
-time there (measured by `benchmarks/muon.py`).
+`torch.optim.Muon` makes updates orthogonal in bfloat16 whatever the CPU. Where torch
+has no fast product for it (x86 without AVX-512), a plain loop does it: most of a
+VGG-like network's training went there (`benchmarks/muon.py` times the steps).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ofa_deploy.train.precision import prefers_bf16
 def new_muon(
     matrices: Iterable[nn.Parameter], *, momentum: float, weight_decay: float
 ) -> torch.optim.Muon:
-    """The faster one here, with a rate of 1.
+    """The one for this CPU, with a rate of 1.
 
     Args:
         matrices: To be stepped.
@@ -31,11 +31,27 @@ def new_muon(
 
 
 class Float32Muon(torch.optim.Muon):
-    """The same steps as `torch.optim.Muon` up to rounding, in the gradients' format.
+    """Steps as `torch.optim.Muon` does by default, in the gradients' number format.
 
     Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
     2024. Rates are adjusted as there: by the root of rows over columns, where above 1.
+
+    Args:
+        matrices: To be stepped.
+        lr: The rate.
+        momentum: Nesterov's, in [0, 1).
+        weight_decay: Decoupled, so times the rate.
     """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

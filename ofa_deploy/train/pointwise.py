@@ -1,9 +1,10 @@
-"""1×1 convolutions that skip pixels, as such that skip none of fewer pixels.
+"""1×1 convolutions that skip pixels, computed from the pixels that they read alone.
 
 oneDNN's gradient of such a layer's weights writes past the memory that it has, where
 maps are stored channels-last and a pixel has fewer channels than a vector register: the
-gradient may be wrong, and the process may crash (uxlfoundation/oneDNN, issue 6035; seen
-with oneDNN 3.12 in torch 2.13). Shortcuts of narrowed networks are such layers.
+gradient may be wrong, and the process may crash or hang (uxlfoundation/oneDNN, issue
+6035; seen with oneDNN 3.12 in torch 2.13). Shortcuts of narrowed networks are such
+layers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class PointwiseOfFewerPixels(Replaced):
     """While entered, such convolutions are given the pixels that they read, alone.
 
     What they compute is the same. What the backward pass computes again
-    (`torch.utils.checkpoint`) is left to torch.
+    (`torch.utils.checkpoint`) is left to torch, with the danger that is in it.
     """
 
     def __init__(self) -> None:
@@ -46,15 +47,16 @@ def _conv2d(
         and min(rows, columns) > 0
         and weight.shape[1] < ENOUGH_CHANNELS
         and tuple(weight.shape[2:]) == (1, 1)
-        and _is_none(padding)
+        and _pads_nothing(padding)
         and not saves_elsewhere()
     ):
-        read = input[..., ::rows, ::columns]
+        # As slices do, but their gradients lose how maps are stored.
+        read = F.avg_pool2d(input, 1, (rows, columns))
         return F.conv2d(read, weight, bias, 1, 0, dilation, groups)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_none(padding: Any) -> bool:
+def _pads_nothing(padding: Any) -> bool:
     if isinstance(padding, str):
         return padding == "valid"
     return pair(padding) == (0, 0)

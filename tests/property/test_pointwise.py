@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.train.pointwise import ENOUGH_CHANNELS, PointwiseOfFewerPixels
+from ofa_deploy.train.precision import prefers_bf16
 
 FEW = 4
 
@@ -141,8 +142,10 @@ def test_what_a_checkpoint_computes_again_is_left_to_torch() -> None:
     assert found.equal(right)
 
 
-# In a process of its own, as torch's may crash it.
+# In a process of its own, as torch's may crash it, or never end. On CPUs without
+# AVX-512 the narrower half is in danger; a map of one channel never lies channels-last.
 TRAINED = """
+import sys
 import torch
 import torch.nn.functional as F
 from ofa_deploy.train.logits import called_as_in_training
@@ -151,20 +154,27 @@ def noise(*shape):
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     return x.requires_grad_()
 
-for channels in (1, 3, 4, 7, 12, 15):
+bf16 = sys.argv[1] == "True"
+for channels in (2, 3, 4, 7, 12, 15):
     for size in (8, 32):
         x, weight = noise(16, channels, size, size), noise(8, channels, 1, 1)
         right = F.conv2d(x[:, :, ::2, ::2].contiguous(), weight.contiguous())
         (right,) = torch.autograd.grad(right.square().sum(), weight)
-        with called_as_in_training(bf16=False):
+        with called_as_in_training(bf16=bf16):
             found = F.conv2d(x, weight, stride=2)
-        (found,) = torch.autograd.grad(found.square().sum(), weight)
-        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
+        (found,) = torch.autograd.grad(found.float().square().sum(), weight)
+        distance = (found - right).norm() / right.norm()
+        assert distance < (0.02 if bf16 else 1e-4), (channels, size, distance)
 """
 
 
-def test_trainings_survive_shortcuts_of_few_channels() -> None:
+@pytest.mark.parametrize("bf16", sorted({False, prefers_bf16()}))
+def test_trainings_survive_shortcuts_of_few_channels(bf16: bool) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", TRAINED], capture_output=True, text=True, check=False
+        [sys.executable, "-c", TRAINED, str(bf16)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert ended.returncode == 0, ended.stderr

@@ -36,7 +36,8 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe, default_shrink_recipe
 from ofa_deploy.shrink.tas import PREFLIGHT_PASSES, Preflight, TasSettings, preflight
 from ofa_deploy.shrink.tas_choices import searched_by_tas
-from ofa_deploy.shrink.tas_price import ExpectedPrice, LikeliestOrder
+from ofa_deploy.shrink.tas_order import LikeliestOrder
+from ofa_deploy.shrink.tas_price import ExpectedPrice
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LoopProgress

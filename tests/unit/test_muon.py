@@ -47,7 +47,7 @@ def test_in_float64_it_is_exact_where_torch_rounds() -> None:
     torch.manual_seed(0)
     matrix = nn.Parameter(torch.zeros(16, 32, dtype=torch.float64))
     matrix.grad = torch.randn(16, 32, dtype=torch.float64)
-    Float32Muon([matrix], lr=1.0, weight_decay=0.0).step()
+    Float32Muon([matrix], lr=1.0, momentum=0.9, weight_decay=0.0).step()
     left, _, right = torch.linalg.svd(matrix.grad, full_matrices=False)
     inner = left.T @ -matrix.detach() @ right.T
     # Neither singular vector is turned.
@@ -58,7 +58,7 @@ def test_in_float64_it_is_exact_where_torch_rounds() -> None:
 def test_a_matrix_without_a_gradient_stays() -> None:
     still, moved = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     moved.grad = torch.eye(4)
-    optimizer = Float32Muon([still, moved], lr=0.1, weight_decay=0.5)
+    optimizer = Float32Muon([still, moved], lr=0.1, momentum=0.9, weight_decay=0.5)
     optimizer.step()
     assert torch.equal(still, torch.ones(4, 4))
     assert not torch.equal(moved, torch.ones(4, 4))
@@ -67,7 +67,7 @@ def test_a_matrix_without_a_gradient_stays() -> None:
 
 def test_a_closure_is_called_with_gradients() -> None:
     matrix = nn.Parameter(torch.ones(2, 2))
-    optimizer = Float32Muon([matrix], lr=0.1)
+    optimizer = Float32Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.0)
 
     def loss() -> float:
         found = (matrix**2).sum()
