@@ -5,10 +5,10 @@ which goes on where it was stopped and leaves its weights (float16) and log in t
 repository; the last one measures and publishes. In this order:
 
     dense             the network that both are made from
-    filters-search    half of its MACs; beside it may run, or after it,
-    weights-search    one in fifty of its weights
-    filters           what was found, fine-tuned; beside it may run, or after it,
-    weights           likewise
+    filters-search    half of its MACs
+    weights-search    one in fifty of its weights, beside it or after it
+    filters           what was found, fine-tuned
+    weights           likewise, beside it or after it
     report            everything measured, and the section of RESULTS.md
 """
 
@@ -96,9 +96,14 @@ def search_origin(form: Form) -> str:
 
 
 def tuned_origin(form: Form) -> str:
-    """Likewise of fine-tuning."""
-    found = kept(f"vgg-{form}-search")
-    return digest(found, shrink_recipe(form).finetune, kept("vgg-dense"))
+    """Likewise of fine-tuning; of what the search of today's settings left."""
+    name, origin = f"vgg-{form}-search", search_origin(form)
+    found = kept(name)
+    if not is_kept(name, origin):
+        raise SystemExit(
+            f"{name} is of another network or recipe; run the stage {form}-search"
+        )
+    return digest(found, origin, shrink_recipe(form))
 
 
 def dense_network() -> nn.Module:
@@ -121,7 +126,7 @@ def train_dense(args: argparse.Namespace) -> None:
     keep("vgg-dense", arrays_of(module), {"": log_of(folder)}, origin=origin)
 
 
-def search_filters(args: argparse.Namespace) -> None:
+def search_for_filters(args: argparse.Namespace) -> None:
     """Half of the MACs."""
     settings, origin = shrink_recipe("filters"), search_origin("filters")
     if is_kept("vgg-filters-search", origin):
@@ -173,7 +178,7 @@ def tune_filters(args: argparse.Namespace) -> None:
     keep("vgg-filters", arrays, {"-finetune": log_of(folder)}, origin=origin)
 
 
-def find_weights(args: argparse.Namespace) -> None:
+def search_for_weights(args: argparse.Namespace) -> None:
     """One weight in fifty."""
     settings, origin = shrink_recipe("weights"), search_origin("weights")
     if is_kept("vgg-weights-search", origin):
@@ -240,7 +245,9 @@ def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     for form in FORMS:
         if not is_kept(f"vgg-{form}", tuned_origin(form)):
-            raise SystemExit(f"vgg-{form} is of another recipe; run the stage {form}")
+            raise SystemExit(
+                f"vgg-{form} is of another search or recipe; run the stage {form}"
+            )
     images = TrainingImages(training_set(args), shrink_recipe("filters").search)
     test = test_set(args)
     own = owned(dense_network(), images)
@@ -307,8 +314,8 @@ def publish(args: argparse.Namespace) -> None:
 
 STAGES = {
     "dense": train_dense,
-    "filters-search": search_filters,
-    "weights-search": find_weights,
+    "filters-search": search_for_filters,
+    "weights-search": search_for_weights,
     "filters": tune_filters,
     "weights": tune_weights,
     "report": publish,

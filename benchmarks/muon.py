@@ -91,7 +91,10 @@ def matrices_of(module: nn.Module) -> list[nn.Parameter]:
 
 def step_times_ms(matrices: list[nn.Parameter]) -> tuple[float, float]:
     """Of a step by torch's, and by ours."""
-    optimizers = [kind(matrices) for kind in (torch.optim.Muon, Float32Muon)]
+    optimizers = [
+        kind(matrices, lr=0.01, momentum=0.95, weight_decay=0.05)
+        for kind in (torch.optim.Muon, Float32Muon)
+    ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(WARMUP + TURNS):
         # Neither is always the first.

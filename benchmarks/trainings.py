@@ -24,6 +24,7 @@ from report import RESULTS_FILE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
+from under_way import fetch, forget
 
 from ofa_deploy.cli.progress import StageBar, load_with_progress
 from ofa_deploy.dataset import ImageSet
@@ -120,6 +121,7 @@ def run_stage(
         args.results = Path(DRY_RUN) / RESULTS_FILE.name
         args.results.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RESULTS_FILE, args.results)
+    fetch(args.work)
     keep_freed_memory()
     stages[args.stage](args)
 
@@ -177,9 +179,10 @@ def keep(
 
 
 def keep_log(name: str, log: Path) -> None:
-    """Put a training's log where it is committed."""
+    """Put the log of a training that is finished where it is committed."""
     LOGS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(log, LOGS / f"{name}.jsonl")
+    forget(log.parent)
 
 
 def kept(name: str) -> Weights:
