@@ -61,7 +61,7 @@ types: $(DEV_STAMP)
 	$(DEV)/bin/mypy
 
 pytest: $(DEV_STAMP)
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile $(COMPUTE_TESTS)
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile --durations=15 $(COMPUTE_TESTS)
 	$(DEV)/bin/python -m pytest --durations=15 $(MEASURE_TESTS)
 
 # Updated in place, as torch is large: `make distclean` first for a new one.
