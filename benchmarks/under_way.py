@@ -39,7 +39,7 @@ def put(folder: Path, *, work: Path) -> None:
 
 
 def fetch(work: Path) -> None:
-    """Put what is kept where trainings look for it, unless they are further there."""
+    """Put what is kept where trainings look for it, unless there is something."""
     for checkpoint in UNDER_WAY.glob(f"**/{CHECKPOINT_FILE}"):
         kept = checkpoint.parent
         folder = work / kept.relative_to(UNDER_WAY)

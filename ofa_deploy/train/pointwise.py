@@ -9,8 +9,10 @@ layers.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class PointwiseOfFewerPixels(Replaced):
     """While entered, such convolutions are given the pixels that they read, alone.
 
     What they compute is the same. What the backward pass computes again
-    (`torch.utils.checkpoint`) is left to torch, with the danger that is in it.
+    (`torch.utils.checkpoint`) is left to torch; a warning tells of the danger.
     """
 
     def __init__(self) -> None:
@@ -41,19 +43,29 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """In place of `torch.nn.functional.conv2d`, whose names these are."""
-    rows, columns = pair(stride)
-    if (
-        max(rows, columns) > 1
-        and min(rows, columns) > 0
+    is_in_danger = _skips_pixels(weight, pair(stride)) and _pads_nothing(padding)
+    if is_in_danger and not saves_elsewhere():
+        # As slices do, but their gradients lose how maps are stored.
+        input, stride, padding = F.avg_pool2d(input, 1, pair(stride)), 1, 0
+    elif is_in_danger and torch.is_grad_enabled():
+        warnings.warn(
+            f"torch.utils.checkpoint calls a 1×1 convolution of {weight.shape[1]} "
+            "channels that skips pixels; by an error of oneDNN the gradient of its "
+            "weights may be wrong, and the process may crash or hang. Call it outside "
+            "of the checkpoint",
+            stacklevel=2,
+        )
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _skips_pixels(weight: Tensor, stride: tuple[int, int]) -> bool:
+    """Whether it is 1×1 with fewer channels than are safe, and leaves pixels out."""
+    return (
+        max(stride) > 1
+        and min(stride) > 0
         and weight.shape[1] < ENOUGH_CHANNELS
         and tuple(weight.shape[2:]) == (1, 1)
-        and _pads_nothing(padding)
-        and not saves_elsewhere()
-    ):
-        # As slices do, but their gradients lose how maps are stored.
-        read = F.avg_pool2d(input, 1, (rows, columns))
-        return F.conv2d(read, weight, bias, 1, 0, dilation, groups)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    )
 
 
 def _pads_nothing(padding: Any) -> bool:

@@ -190,7 +190,8 @@ def test_a_budget_that_binds_leaves_a_verified_chain_of_fewer_channels(
             # The dozen that is held out tells one accuracy from another by chance.
             eval_data=tiny.images(per_class=40, seed=12),
             out=tmp_path / f"out-{number}",
-            latency_ms=0.85 * priced_ms(own_network(dense), caches, backend=backend),
+            # Of so small a network much is the call itself, which nothing narrows.
+            latency_ms=0.9 * priced_ms(own_network(dense), caches, backend=backend),
             method=method,
             recipe=recipe(),
             on_training_progress=lambda stage, progress: seen.append(progress),

@@ -131,9 +131,12 @@ def test_strides_that_are_none_are_refused_as_torch_refuses_them(stride: int) ->
         F.conv2d(stored(2, FEW, 5, 5), stored(3, FEW, 1, 1), stride=stride)
 
 
-def test_what_a_checkpoint_computes_again_is_left_to_torch() -> None:
+def test_what_a_checkpoint_computes_again_is_left_to_torch_and_warned_of() -> None:
     x, weight = stored(1, FEW, 5, 5), stored(3, FEW, 1, 1)
-    with PointwiseOfFewerPixels():
+    with (
+        PointwiseOfFewerPixels(),
+        pytest.warns(UserWarning, match="of 4 channels that skips pixels"),
+    ):
         output = checkpoint(
             lambda one: F.conv2d(one, weight, stride=2), x, use_reentrant=False
         )
