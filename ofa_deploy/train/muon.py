@@ -88,12 +88,21 @@ class Float32Muon(torch.optim.Muon):
 def _orthogonal(
     matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Singular values near 1 in place of a matrix's own: Newton and Schulz's steps."""
+    """Singular values near 1 in place of a matrix's own: Newton and Schulz's steps.
+
+    Each step multiplies by a polynomial in `x @ x.T`. These are multiplied with each
+    other first: they are square, and convolutions' matrices several times as wide.
+    """
     a, b, c = coefficients
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / x.norm().clamp(min=eps)  # no singular value is above 1
+    gram = x @ x.T
+    product = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial  # of x after the step
+    found: Tensor = product @ x
+    return found.T if is_tall else found
