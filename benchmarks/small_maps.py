@@ -18,7 +18,8 @@ from training_steps import TURNS, number_format, step_times_ms
 from ofa_deploy.families.cifar_resnet import ResNetShape
 from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.train.allocator import keep_freed_memory
-from ofa_deploy.train.small_maps import SmallMapConvolutions
+from ofa_deploy.train.convolutions import ConvolutionsBy
+from ofa_deploy.train.small_maps import as_product
 
 BATCH = 256
 NETWORKS = ("VGG-like", "ResNet-20")
@@ -43,7 +44,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         times_ms[name, threads] = step_times_ms(
-            network(name), SmallMapConvolutions(), batch=BATCH
+            network(name), ConvolutionsBy(as_product), batch=BATCH
         )
     section.text(
         f"{number_format()}: milliseconds of a step of {BATCH} images, the median of "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
-from ofa_deploy.train.pointwise import PointwiseOfFewerPixels
-from ofa_deploy.train.small_maps import SmallMapConvolutions
+from ofa_deploy.train.convolutions import ConvolutionsBy
+from ofa_deploy.train.pointwise import of_read_pixels
+from ofa_deploy.train.small_maps import as_product
 from ofa_deploy.train.views import ViewsInAnyOrder
 
 
@@ -24,8 +25,7 @@ def called_as_in_training(*, bf16: bool) -> Iterator[None]:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     with (
         LineAlignedBatchNorm(),
-        SmallMapConvolutions(),
-        PointwiseOfFewerPixels(),
+        ConvolutionsBy(as_product, of_read_pixels),
         ViewsInAnyOrder(),
         autocast,
     ):

@@ -16,46 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ofa_deploy.train.replaced import Replaced, pair, saves_elsewhere
+from ofa_deploy.train.convolutions import ConvolutionCall
+from ofa_deploy.train.replaced import pair, saves_elsewhere
 
 # Channels that fill the widest vector register in float32; with so many all is well.
 ENOUGH_CHANNELS = 16
 
 
-class PointwiseOfFewerPixels(Replaced):
-    """While entered, such convolutions are given the pixels that they read, alone.
+def of_read_pixels(call: ConvolutionCall) -> Tensor | None:
+    """The same of the pixels that are read, alone; None for other convolutions.
 
-    What they compute is the same. What the backward pass computes again
-    (`torch.utils.checkpoint`) is left to torch; a warning tells of the danger.
+    What the backward pass computes again (`torch.utils.checkpoint`) is left to torch; a
+    warning tells of the danger.
     """
-
-    def __init__(self) -> None:
-        super().__init__({F.conv2d: _conv2d})
-
-
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """In place of `torch.nn.functional.conv2d`, whose names these are."""
-    is_in_danger = _skips_pixels(weight, pair(stride)) and _pads_nothing(padding)
-    if is_in_danger and not saves_elsewhere():
+    stride = pair(call.stride)
+    if not (_skips_pixels(call.weight, stride) and _pads_nothing(call.padding)):
+        return None
+    if not saves_elsewhere():
         # As slices do, but their gradients lose how maps are stored.
-        input, stride, padding = F.avg_pool2d(input, 1, pair(stride)), 1, 0
-    elif is_in_danger and torch.is_grad_enabled():
+        read = F.avg_pool2d(call.input, 1, stride)
+        return F.conv2d(*call._replace(input=read, stride=1, padding=0))
+    if torch.is_grad_enabled():
         warnings.warn(
-            f"torch.utils.checkpoint calls a 1×1 convolution of {weight.shape[1]} "
-            "channels that skips pixels; by an error of oneDNN the gradient of its "
-            "weights may be wrong, and the process may crash or hang. Call it outside "
-            "of the checkpoint",
+            "torch.utils.checkpoint calls a 1×1 convolution of "
+            f"{call.weight.shape[1]} channels that skips pixels; by an error of oneDNN "
+            "the gradient of its weights may be wrong, and the process may crash or "
+            "hang. Call it outside of the checkpoint",
             stacklevel=2,
         )
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return None
 
 
 def _skips_pixels(weight: Tensor, stride: tuple[int, int]) -> bool:

@@ -14,46 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ofa_deploy.nn.memory_format import as_matrix
-from ofa_deploy.train.replaced import Replaced, pair, saves_elsewhere
+from ofa_deploy.train.convolutions import ConvolutionCall
+from ofa_deploy.train.replaced import pair, saves_elsewhere
 
 # Over more pixels oneDNN is as fast, and so it is with fewer weights; larger kernels'
 # windows, which stay until the backward pass, are mostly zeros around such a map.
 MOST_PIXELS, LEAST_WEIGHTS, MOST_OF_WINDOW = 9, 2**18, 9
 
 
-class SmallMapConvolutions(Replaced):
-    """While entered, such convolutions are products: the same up to rounding.
+def as_product(call: ConvolutionCall) -> Tensor | None:
+    """The product, where it is faster; None for other convolutions.
 
     Only of maps and weights in channels-last memory, with nothing or zeros around the
     map and windows at every pixel; what else there is, is left to torch, as is what the
     backward pass computes again (`torch.utils.checkpoint`).
     """
-
-    def __init__(self) -> None:
-        super().__init__({F.conv2d: _conv2d})
-
-
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """In place of `torch.nn.functional.conv2d`, whose names these are."""
     if (
-        _is_small(input, weight)
-        and groups == 1
-        and _is_one(stride)
-        and _is_one(dilation)
-        and not isinstance(padding, str)
-        and _covers(input, weight, pair(padding))
+        _is_small(call.input, call.weight)
+        and call.groups == 1
+        and _is_one(call.stride)
+        and _is_one(call.dilation)
+        and not isinstance(call.padding, str)
+        and _covers(call.input, call.weight, pair(call.padding))
         and not saves_elsewhere()
     ):
-        return product(input, weight, bias, padding=pair(padding))
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return product(call.input, call.weight, call.bias, padding=pair(call.padding))
+    return None
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:

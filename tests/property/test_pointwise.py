@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ofa_deploy.train.pointwise import ENOUGH_CHANNELS, PointwiseOfFewerPixels
+from ofa_deploy.train.convolutions import ConvolutionsBy
+from ofa_deploy.train.pointwise import ENOUGH_CHANNELS, of_read_pixels
 from ofa_deploy.train.precision import prefers_bf16
 
 FEW = 4
@@ -74,7 +75,7 @@ def test_they_compute_the_same(
     options: dict[str, Any] = {"stride": stride, "groups": groups}
     # A map that is stored plainly is in no danger.
     right = trained(x.contiguous(), *parameters, **options)
-    with PointwiseOfFewerPixels():
+    with ConvolutionsBy(of_read_pixels):
         found = trained(x, *parameters, **options)
     assert not skips_pixels(found[0])
     for one, expected in zip(found, right, strict=True):
@@ -96,7 +97,7 @@ def test_they_compute_the_same(
 )
 def test_a_layer_may_be_told_of_in_any_way(options: dict[str, Any]) -> None:
     x, weight = stored(2, FEW, 5, 5), stored(3, FEW, 1, 1)
-    with PointwiseOfFewerPixels():
+    with ConvolutionsBy(of_read_pixels):
         output = F.conv2d(x, weight, **options)
         one = F.conv2d(x[0], weight, **options)
     assert not skips_pixels(output)
@@ -116,7 +117,7 @@ def test_all_else_is_left_to_torch(
     channels: int, kernel: int, options: dict[str, Any]
 ) -> None:
     x, weight = stored(2, channels, 6, 6), stored(3, channels, kernel, kernel)
-    with PointwiseOfFewerPixels():
+    with ConvolutionsBy(of_read_pixels):
         output = F.conv2d(x, weight, **options)
     assert skips_pixels(output)
     assert output.equal(F.conv2d(x, weight, **options))
@@ -125,7 +126,7 @@ def test_all_else_is_left_to_torch(
 @pytest.mark.parametrize("stride", [0, -1])
 def test_strides_that_are_none_are_refused_as_torch_refuses_them(stride: int) -> None:
     with (
-        PointwiseOfFewerPixels(),
+        ConvolutionsBy(of_read_pixels),
         pytest.raises(RuntimeError, match="non-positive stride"),
     ):
         F.conv2d(stored(2, FEW, 5, 5), stored(3, FEW, 1, 1), stride=stride)
@@ -134,7 +135,7 @@ def test_strides_that_are_none_are_refused_as_torch_refuses_them(stride: int) ->
 def test_what_a_checkpoint_computes_again_is_left_to_torch_and_warned_of() -> None:
     x, weight = stored(1, FEW, 5, 5), stored(3, FEW, 1, 1)
     with (
-        PointwiseOfFewerPixels(),
+        ConvolutionsBy(of_read_pixels),
         pytest.warns(UserWarning, match="of 4 channels that skips pixels"),
     ):
         output = checkpoint(

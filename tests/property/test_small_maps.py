@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.nn.memory_format import store_channels_last
-from ofa_deploy.train.small_maps import SmallMapConvolutions, product
+from ofa_deploy.train.convolutions import ConvolutionsBy
+from ofa_deploy.train.small_maps import as_product, product
 
 MANY = 256
 
@@ -108,7 +109,7 @@ def test_a_layer_of_many_channels_is_trained_as_torch_trains_it(
     torch.manual_seed(0)
     layer, x = conv(bias=not bf16), stored(4, MANY, size, size)
     results = []
-    for mode in (None, SmallMapConvolutions()):
+    for mode in (None, ConvolutionsBy(as_product)):
         layer.zero_grad()
         inputs = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -155,7 +156,7 @@ def test_a_layer_of_many_channels_is_trained_as_torch_trains_it(
     ],
 )
 def test_all_else_is_left_to_torch(layer: nn.Conv2d, x: Tensor) -> None:
-    with SmallMapConvolutions():
+    with ConvolutionsBy(as_product):
         output = layer(x)
     assert not is_product(output)
     assert output.equal(layer(x))
@@ -180,14 +181,14 @@ def test_a_layer_may_be_told_of_in_other_ways(options: dict[str, Any]) -> None:
             return F.conv2d(x, weight, **options)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight)
 
-    with SmallMapConvolutions():
+    with ConvolutionsBy(as_product):
         output = call(x)
     torch.testing.assert_close(output, call(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_that_does_not_fit_is_refused_as_torch_refuses_it() -> None:
     with (
-        SmallMapConvolutions(),
+        ConvolutionsBy(as_product),
         pytest.raises(RuntimeError, match="Kernel size can't be greater"),
     ):
         conv(padding=0)(stored(2, MANY, 2, 2))
@@ -195,7 +196,7 @@ def test_a_window_that_does_not_fit_is_refused_as_torch_refuses_it() -> None:
 
 def test_what_a_checkpoint_computes_again_is_left_to_torch() -> None:
     layer, x = conv(), stored(2, MANY, 2, 2).requires_grad_()
-    with SmallMapConvolutions():
+    with ConvolutionsBy(as_product):
         output = checkpoint(layer, x, use_reentrant=False)
     output.sum().backward()
     ours = gradient_of(x)
