@@ -14,10 +14,8 @@ DEMO_STAMP := $(DEMO)/ofa-deploy.stamp
 DEV_STAMP := $(DEV)/ofa-deploy.stamp
 ORACLE_STAMP := $(ORACLE)/ofa-deploy.stamp
 
-# What only computes is tested on all cores, a thread each: more would wait for each other.
-# What measures has the machine for itself.
-COMPUTE_TESTS := tests/unit tests/property tests/packaging tests/training
-MEASURE_TESTS := tests/contract tests/integration
+# All but those of litert-torch, which are `make oracle`'s.
+TESTS := $(addprefix tests/,unit property packaging training contract integration)
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -61,8 +59,10 @@ types: $(DEV_STAMP)
 	$(DEV)/bin/mypy
 
 pytest: $(DEV_STAMP)
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile --durations=15 $(COMPUTE_TESTS)
-	$(DEV)/bin/python -m pytest --durations=15 $(MEASURE_TESTS)
+	# On all cores, a thread each: more would wait for each other.
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n auto --dist loadfile --durations=15 -m "not quiet" $(TESTS)
+	# What compares times has the machine for itself.
+	$(DEV)/bin/python -m pytest --durations=15 -m quiet $(TESTS)
 
 # Updated in place, as torch is large: `make distclean` first for a new one.
 $(DEV_STAMP): pyproject.toml constraints.txt

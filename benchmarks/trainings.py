@@ -118,7 +118,9 @@ def run_stage(
         )
     args = parser.parse_args()
     if DRY_RUN:
-        args.results = Path(DRY_RUN) / RESULTS_FILE.name
+        args.results, args.work = (
+            Path(DRY_RUN) / name for name in (RESULTS_FILE.name, "work")
+        )
         args.results.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RESULTS_FILE, args.results)
     fetch(args.work)

@@ -99,7 +99,7 @@ class Specializer:
         table: str | Path | None = None,
         reprofile: bool = False,
         on_drift: OnDrift = "refuse",
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         self.target: Target = parse_target(device, threads=threads)
@@ -113,7 +113,7 @@ class Specializer:
         if accuracy is None:  # before the profiling, not after it
             raise DeployError(NO_PREDICTOR)
         self._accuracy = accuracy
-        self._cache = cache or cache_folder()
+        self._cache = cache_folder() if cache is None else Path(cache)
         self._table_file = table
         self.on_drift: OnDrift = on_drift
         self._measured_s = -FRESH_S  # long ago
@@ -180,16 +180,20 @@ class Specializer:
         """The latencies that the space can reach here, as predicted."""
         return reachable_range(self.predictor)
 
-    def feasibility(self, constraints: Constraints) -> tuple[CostRange, ...]:
+    def feasibility(self, constraints: Constraints | float) -> tuple[CostRange, ...]:
         """What the space can reach of everything that can be asked for.
+
+        Args:
+            constraints: What is asked for, or a latency in milliseconds alone.
 
         Raises:
             SpaceError: A limit that no network of a supernet differs in.
         """
-        _require_of_supernets(constraints)
+        asked = _asked(constraints)
+        _require_of_supernets(asked)
         predictors = self.predictors
         return feasibility(
-            constraints,
+            asked,
             latency=predictors.latency,
             accuracy=predictors.accuracy,
             sizes=predictors.sizes,

@@ -80,7 +80,8 @@ def main(
         "--limit",
         type=_seconds,
         metavar="SECONDS",
-        help="after which a process that gives no sign of life is stopped",
+        help="after which a process that gives no sign of life is stopped; of the "
+        "tier certify: any process",
     )
     timing.add_argument("--json", action="store_true", help="with the raw samples")
     layers = commands.add_parser("layers", help="time a model's layers, show a table")

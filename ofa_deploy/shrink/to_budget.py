@@ -160,9 +160,9 @@ def shrink(
         warn_if_by_chance(own, images.validation)
     if target.backend == "litert-cpu" and not own.is_chain:
         raise DeviceError(
-            f"{own.family} on litert-cpu: only chains of branched convolutions (the "
-            "RepVGG family) are written for LiteRT so far. Take another device, or "
-            "convert the model.onnx of a bundle for one"
+            f"{own.family} on litert-cpu: only networks that were built from this "
+            "library's RepVGG space (a StaticNet) are written for LiteRT so far. Take "
+            "another device, or convert the model.onnx of a bundle for one"
         )
     call = Shrinking(
         own=own,

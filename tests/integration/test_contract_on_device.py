@@ -246,6 +246,8 @@ def test_the_table_of_what_can_be_reached_has_a_row_for_each(
         assert row.best < row.median < row.worst
     accuracy = by_name["accuracy"]
     assert accuracy.best > accuracy.median > accuracy.worst
+    latency = Constraints(latency_ms=1e-9)  # a number is that alone
+    assert session.feasibility(1e-9) == session.feasibility(latency)
 
 
 def test_threads_may_be_named_once(supernet: Path, table: Path, tmp_path: Path) -> None:
@@ -465,6 +467,7 @@ def test_a_bundle_is_timed_again_where_it_was_made(everything: Bundle) -> None:
         )
 
 
+@pytest.mark.quiet
 def test_a_bundle_that_was_certified_beside_an_anchor_model_is_timed_beside_it(
     everything: Bundle, supernet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_every_example_is_run_here() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 @needs_zoo
 def test_a_bundle_is_made_and_used(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
@@ -72,6 +73,7 @@ def test_a_bundle_is_made_and_used(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 @needs_zoo
 def test_many_budgets_gives_a_row_for_each(cache: Path) -> None:
     shown = run("many_budgets.py", "--count", "4", cache=cache)
@@ -79,6 +81,7 @@ def test_many_budgets_gives_a_row_for_each(cache: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_supernet_is_trained_and_specialised(cache: Path, tmp_path: Path) -> None:
     words = ("--out", tmp_path / "mine", "--epochs-scale", "0.1")
     shown = run("train_your_own.py", *words, cache=cache)

@@ -28,6 +28,8 @@ from profilers.worker import Assignment, Began, Visited, decode_report
 from tests.support.faulty_worker import COMMAND, NAME, write_model
 from tests.support.processes import is_running, waited_for
 
+pytestmark = pytest.mark.quiet
+
 SUBJECT: dict[str, Json] = {"order": "test"}
 SETTINGS = MeasureSettings(
     visits=4,

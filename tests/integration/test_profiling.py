@@ -46,7 +46,7 @@ SETTINGS = MeasureSettings(
     target_relative_error=1e9,  # no extra visits
     max_seconds=1e-3,
 )
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.quiet]
 
 Progress = Callable[[int, int], None]
 

@@ -166,6 +166,7 @@ def at_a_steady_time(attempt: Callable[[int], Bundle], caches: Path) -> Bundle:
 
 
 # On OpenVINO so small a network takes as long with a third of its channels.
+@pytest.mark.quiet
 @pytest.mark.parametrize(
     ("backend", "method"),
     [
@@ -255,6 +256,7 @@ def test_a_network_with_skips_keeps_them(
     assert bundle.manifest.space_name == "ResidualNet"
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("method", ["pas", "legr", "autoprune", "tas"])
 def test_what_is_left_of_a_network_with_skips_is_narrow_while_it_is_trained(
     method: Method, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -320,6 +322,7 @@ def copied_prices(own: OwnNetwork, caches: Path, folder: Path) -> Path:
     return Path(shutil.copy(table, folder))
 
 
+@pytest.mark.quiet
 def test_a_call_goes_on_by_its_own_prices_once_the_cache_is_gone(
     caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +466,7 @@ def test_folders_in_each_others_way_are_refused_before_anything_is_read(
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
+@pytest.mark.quiet
 def test_a_full_disk_is_told_with_where_and_what_next(
     caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +524,7 @@ class RowOfBlocks(nn.Module):
         return cast(Tensor, self.head(x.mean((2, 3))))
 
 
+@pytest.mark.quiet
 def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     caches: Path, tmp_path: Path
 ) -> None:
@@ -562,6 +567,7 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     assert projected == [a != b for a, b in zip(read, written, strict=True)]
 
 
+@pytest.mark.quiet
 def test_budgets_above_the_lowest_are_cut_from_one_search(
     caches: Path, tmp_path: Path
 ) -> None:
@@ -605,7 +611,7 @@ def test_budgets_above_the_lowest_are_cut_from_one_search(
 def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(DeployError, match="RepVGG family"):
+    with pytest.raises(DeployError, match="this library's RepVGG space"):
         specialize(
             "litert-cpu",
             model=ResidualNet(),
@@ -1152,6 +1158,7 @@ class Ended(Executor):
         raise BrokenExecutor("A process was terminated abruptly")
 
 
+@pytest.mark.quiet
 def test_processes_that_end_are_told_of(caches: Path, tmp_path: Path) -> None:
     network = ResidualNet()
     with pytest.raises(TrainingError, match="judges candidates ended: A process was"):

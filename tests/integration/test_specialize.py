@@ -297,6 +297,7 @@ def test_the_same_seed_gives_the_same_bundle_but_for_its_timing(
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_machine_is_profiled_once(
     supernet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +305,7 @@ def test_a_machine_is_profiled_once(
     first = Specializer("onnxruntime-cpu", supernet=supernet, cache=cache)
     name = table_name(tiny.SPACE, first.device, first.runtime)
     content = (cache / name).read_bytes()
-    again = Specializer("onnxruntime-cpu", supernet=supernet, cache=cache)
+    again = Specializer("onnxruntime-cpu", supernet=supernet, cache=str(cache))
     assert again.table == first.table
     assert (cache / name).read_bytes() == content
 
@@ -673,6 +674,7 @@ def test_evaluation_data_of_other_classes_leaves_nothing_behind(
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 @pytest.mark.skipif(
     ZOO_SUPERNET not in zoo_names(), reason=f"no {ZOO_SUPERNET} in the zoo yet"
 )
