@@ -57,6 +57,8 @@ class TrainingImages:
         )
         self.sha256 = data.sha256
         self._recipe = recipe
+        # Of parts whose order is to be another one: what their seeds end with.
+        self._stream: tuple[int, ...] = ()
 
     def for_recipe(self, recipe: Recipe) -> TrainingImages:
         """The same images, augmented and batched as another recipe says.
@@ -100,6 +102,9 @@ class TrainingImages:
     ) -> tuple[TrainingImages, TrainingImages]:
         """The training images in two parts; both keep those that are held out.
 
+        Their batches are drawn apart: of one order, parts of equal size whose images
+        are sorted by class would show the same classes at every step.
+
         Args:
             share: Of the second part, of each class; 0..1.
             setting: That says so, for people.
@@ -111,11 +116,14 @@ class TrainingImages:
         first, second = split_validation(
             self.training, fraction=share, purpose=f"by {setting}"
         )
-        return self._with(first), self._with(second)
+        return self._with(first), self._with(second, stream=(1,))
 
-    def _with(self, training: ImageSet) -> TrainingImages:
+    def _with(
+        self, training: ImageSet, *, stream: tuple[int, ...] = ()
+    ) -> TrainingImages:
         other = copy.copy(self)
         other.training = training
+        other._stream = stream
         other._require_batch(self._recipe)
         return other
 
@@ -137,7 +145,7 @@ class TrainingImages:
         """
         epoch, place = divmod(step, self.batches_per_epoch)
         order = np.random.default_rng(
-            [self._recipe.seed, phase, epoch, len(self.training)]
+            [self._recipe.seed, phase, epoch, len(self.training), *self._stream]
         ).permutation(len(self.training))
         size = self._recipe.batch_size
         images, labels = _tensors(

@@ -42,6 +42,22 @@ def test_parts_hold_their_images_once(data: ImageSet) -> None:
     assert parted < 2.1 * whole
 
 
+def test_parts_of_sorted_images_show_classes_drawn_apart(data: ImageSet) -> None:
+    """As folders are sorted; by one order, both would show the same at every step."""
+    order = np.argsort(data.labels, kind="stable")
+    images = TrainingImages(data.take(order), RECIPE)
+    shown = [
+        [
+            part.batch(0, step, resolution=SIDE, rng=np.random.default_rng(0))[1]
+            for step in range(4)
+        ]
+        for part in images.parted(0.5)
+    ]
+    for first, second in zip(*shown, strict=True):
+        # By chance one in ten is of the same class.
+        assert float((first * second).sum(1).mean()) < 0.4
+
+
 @pytest.mark.parametrize("step", [0, 7])
 def test_a_batch_has_its_images_labels_mirrored_or_not(
     data: ImageSet, step: int
