@@ -87,7 +87,6 @@ from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.extract import FusedNetwork, extract_plan
 from ofa_deploy.shrink.finetuning import finetune, freeze
-from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe
@@ -346,19 +345,16 @@ def static(own: OwnNetwork) -> StaticNet:
     return own.module
 
 
-def pruned_by_macs(training: TrainingImages) -> tuple[FusedNetwork, MaskedNetwork]:
-    """What the stage `macs` left: fused, and with its masks.
+def pruned_by_macs(training: TrainingImages) -> FusedNetwork:
+    """What the stage `macs` left, fused.
 
     Its groups are the dense network's: of channels that are gone, weights say nothing.
     """
     arrays = kept("pas-macs")
     graph = own_network(kept("pas-dense"), training).graph
+    channels = [torch.from_numpy(arrays[f"kept.{k}"]) for k in range(len(graph.groups))]
     module = StaticNet(dense_plan(), arrays)
-    masked = insert_masks(module, graph)
-    count = len(masked.masks)
-    freeze(masked, [torch.from_numpy(arrays[f"kept.{k}"]) for k in range(count)])
-    fused = extract_plan(module, graph, masked.kept(), name="pas-macs")
-    return fused, masked
+    return extract_plan(module, graph, channels, name="pas-macs")
 
 
 def scaled_plan(widths: Sequence[int]) -> NetworkPlan:
@@ -397,7 +393,7 @@ def choose_scale(args: argparse.Namespace) -> None:
     Nothing else may run meanwhile.
     """
     training = TrainingImages(training_set(args), shrink_recipe().search)
-    fused, _ = pruned_by_macs(training)
+    fused = pruned_by_macs(training)
     models = {"pruned": emit_network(fused.plan, fused.weights, form="fused")}
     plans = {}
     for widths in uniform_widths():
@@ -469,7 +465,7 @@ def prune_by_milliseconds(args: argparse.Namespace) -> None:
     Nothing else may run meanwhile.
     """
     data = training_set(args)
-    fused, _ = pruned_by_macs(TrainingImages(data, shrink_recipe().search))
+    fused = pruned_by_macs(TrainingImages(data, shrink_recipe().search))
     shrink_to_latency_of(
         emit_network(fused.plan, fused.weights, form="fused"),
         came_from="pas-macs",
@@ -489,7 +485,7 @@ def publish(args: argparse.Namespace) -> None:
     """Measure everything, and write the section."""
     training = TrainingImages(training_set(args), shrink_recipe().search)
     test = test_set(args)
-    fused, _ = pruned_by_macs(training)
+    fused = pruned_by_macs(training)
     dense, scaled = dense_plan(), uniform_plan()
     require_this_device(kept_facts("pas-scale")["device"], "pas-scale")
     require_found_here("pas-milliseconds")

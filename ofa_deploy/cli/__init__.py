@@ -334,6 +334,7 @@ def shrink(
             normalisation=shrinking.normalisation(mean, std),
             recipe=replace(
                 shrinking.recipe(
+                    method,
                     search_epochs,
                     finetune_epochs,
                     batch_size,

@@ -143,6 +143,7 @@ def _three(name: str, given: str | None, *, least: float) -> tuple[float, float,
 
 
 def recipe(
+    method: str,
     search_epochs: int,
     finetune_epochs: int,
     batch_size: int,
@@ -154,6 +155,7 @@ def recipe(
     from ofa_deploy.shrink.recipe import default_shrink_recipe
 
     found = default_shrink_recipe(
+        method=method,
         search_epochs=search_epochs,
         finetune_epochs=finetune_epochs,
         batch_size=batch_size,

@@ -149,7 +149,7 @@ class CandidateJob:
         module: Without the removed channels; belongs to whoever runs the job.
         images: To judge it on.
         tuning_steps: Of SGD before it is judged, each of `evaluation_batch` images at
-            most; 0 for none.
+            most, which are not augmented; 0 for none.
         learning_rate: Of these.
         seed: Of what is random in the network itself, such as dropout.
     """
@@ -169,8 +169,34 @@ def validation_loss(job: CandidateJob) -> float:
     module = job.module
     with called_as_in_training(bf16=False):
         _tune(module, job.images, steps=job.tuning_steps, rate=job.learning_rate)
-        update_bn((inputs for inputs, _ in job.images.batches("training")), module)
+        inputs = (inputs for inputs, _ in job.images.batches("training"))
+        update_bn(inputs, _OnlyNormsTrain(module))
         return float(_losses(module, job.images).mean())
+
+
+class _OnlyNormsTrain(nn.Module):
+    """A network whose batch norms alone are trained with it.
+
+    Statistics are of what is deployed: dropout, which all threads of a process would
+    draw from one generator, has no say in them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def train(self, mode: bool = True) -> _OnlyNormsTrain:
+        """See `torch.nn.Module`."""
+        self.training = mode
+        self.network.eval()
+        for module in self.network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        """What the network makes of a batch."""
+        return self.network(x)
 
 
 @torch.no_grad()

@@ -206,16 +206,6 @@ class LatencyPrice:
             constant_ms=self.constant_ms,
         )
 
-    def scaled(self, ratio: float) -> LatencyPrice:
-        """The same with everything that many times as long."""
-        return LatencyPrice(
-            self._graph,
-            latency_ms=self._latency_ms,
-            step=self._step,
-            scale=self.scale * ratio,
-            constant_ms=self.constant_ms * ratio,
-        )
-
     def calibrated(self, counts: Sequence[Tensor], measured_ms: Floats) -> LatencyPrice:
         """Scale and constant that fit whole networks best, by relative squares.
 

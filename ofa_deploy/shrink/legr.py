@@ -5,8 +5,9 @@ Compression via Learned Global Ranking", CVPR 2020, and its code. Filters are ra
 `alpha_l · ||filter||² + kappa_l`; the two numbers of each layer are evolved so that the
 network pruned to the lowest budget of interest has the least loss. One order then
 serves every budget. What is other than there: a group has one quota (see
-`quota_floors`); at least one layer is mutated, however few there are; several children
-are bred at once, so that they can be judged side by side.
+`quota_floors`), and where channels go several at a time their mean score decides; at
+least one layer is mutated, however few there are; a budget may be met exactly; several
+children are bred at once, so that they can be judged side by side.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class LegrSettings:
             only.
         learning_rate: Of these steps.
         together: Children bred from one population, which can be judged side by side.
-        training_count: Images to re-estimate batch norms on; what tunes sees others.
+        training_count: Images to re-estimate batch norms on.
         validation_count: Held-out images to judge on.
         seed: Of everything random.
     """

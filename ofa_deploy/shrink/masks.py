@@ -91,6 +91,7 @@ class _SignRule(torch.autograd.Function):
         """Of the values as usual; of the masks by the values' signs."""
         x, kept = ctx.saved_tensors
         (gradient,) = gradients
+        # Of 0 none: a channel that a ReLU has silenced is worth nothing to the task.
         by_sign = (gradient * torch.sign(x)).sum_to_size(kept.shape)
         return gradient * kept, by_sign
 

@@ -2,7 +2,8 @@
 
 Source: Y. Li et al., "Pruning-as-Search: Efficient Neural Architecture Search via
 Channel Pruning and Structural Reparameterization", IJCAI 2022. What is other than
-there: the price can be the device's milliseconds; latents have no decay, and those of
+there: the price can be the device's milliseconds; weights are trained as all networks
+here are (see `train.optimizer`), on mixed images; latents have no decay, and those of
 each layer a rate of their own, as what the task tells them differs from layer to layer
 (at one for all, many channels over small maps hardly move while a search lasts, however
 little they are worth); the strength of the regulariser follows from the steps that a

@@ -122,6 +122,7 @@ class ShrinkRecipe:
 
 def default_shrink_recipe(
     *,
+    method: str = "pas",
     search_epochs: int = 10,
     finetune_epochs: int = 30,
     batch_size: int = 256,
@@ -130,6 +131,7 @@ def default_shrink_recipe(
     """Search at a low rate, then fine-tune at a higher one.
 
     Args:
+        method: Whose: what `tas` finds is trained from nothing, at twice the rate.
         search_epochs: Passes over the data while widths are searched.
         finetune_epochs: Passes afterwards.
         batch_size: Images per step.
@@ -156,5 +158,5 @@ def default_shrink_recipe(
 
     return ShrinkRecipe(
         search=recipe("search", search_epochs, 0.02),
-        finetune=recipe("finetune", finetune_epochs, 0.05),
+        finetune=recipe("finetune", finetune_epochs, 0.1 if method == "tas" else 0.05),
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
+import torch
 from torch import nn
 
 from ofa_deploy.assembly import assemble_bundle, require_classes
@@ -127,7 +128,8 @@ def shrink(
     _require_apart(out, work, data=(data, eval_data))
     target = parse_target(device, threads=threads)
     get_backend(target.backend).runtime(threads=target.threads)
-    recipe, reporter = recipe or default_shrink_recipe(), reporter or Silent()
+    recipe = recipe or default_shrink_recipe(method=known)
+    reporter = reporter or Silent()
     read = _read(data, reporter)
     images = TrainingImages(read, recipe.search, normalisation=normalisation)
     images.for_recipe(recipe.finetune)
@@ -178,7 +180,11 @@ def shrink(
         on_progress=on_progress,
         executor=executor,
     )
-    with _writing(out, work, cache := cache_folder()):
+    with (
+        _writing(out, work, cache := cache_folder()),
+        # What is drawn has seeds of its own; the caller's generator stays as it was.
+        torch.random.fork_rng(devices=[]),
+    ):
         return _bundle(call, out=out, prices_folder=cache)
 
 

@@ -36,6 +36,8 @@ from profilers.files import remove_leftovers, write_atomically
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
+# In checkpoints, beside the regulariser's state.
+LOSSES = "epoch_losses"
 
 
 class Regulariser(Protocol):
@@ -111,7 +113,7 @@ class LoopProgress:
         epochs: In all.
         step: Steps done.
         steps: In all.
-        loss: Mean of the epoch so far, this sitting.
+        loss: Mean of the epoch so far.
         images_per_s: Training images per second, this sitting.
         eta_s: Until the end.
         accuracy: On the held-out images after the last epoch, 0..1; None before.
@@ -188,6 +190,8 @@ class TrainingLoop:
         self._started_s = clock()
         self._elapsed_before_s = 0.0
         self._step = 0
+        # Of the epoch's steps so far.
+        self._loss_sum, self._loss_count = 0.0, 0
         self._accuracy: float | None = None
         self._optimizer = HybridOptimizer(
             self.network, recipe, rates=self.regulariser.rates
@@ -217,23 +221,27 @@ class TrainingLoop:
             TrainingError: The loss is no number; the last checkpoint is kept.
         """
         try:
-            return self._run(progress)
+            # Every step seeds torch's generator; whoever calls has it as it was.
+            with torch.random.fork_rng(devices=[]):
+                return self._run(progress)
         finally:
             for module in self._modules:
                 store_plainly(module)
 
     def _run(self, progress: Callable[[LoopProgress], None] | None) -> float:
         saved_s = told_s = began_s = self._clock()
-        began_step, loss_sum, loss_count = self._step, 0.0, 0
+        began_step = self._step
         per_epoch = self.images.batches_per_epoch
         for step in range(self._step, self.steps):
-            loss_sum += self._train_step(step)
-            loss_count += 1
+            self._loss_sum += self._train_step(step)
+            self._loss_count += 1
+            loss = self._loss_sum / self._loss_count
             self._step = step + 1
             ends_epoch = self._step % per_epoch == 0
             if ends_epoch:
                 self._accuracy = self.validate()
-                self._log(loss_sum / loss_count)
+                self._log(loss)
+                self._loss_sum, self._loss_count = 0.0, 0
             if ends_epoch or self._clock() - saved_s >= self._checkpoint_seconds:
                 self._save()
                 saved_s = self._clock()
@@ -241,9 +249,7 @@ class TrainingLoop:
             if progress and (ends_epoch or step % 10 == 0 or now_s - told_s > 1):
                 told_s = now_s
                 rate = (self._step - began_step) / (now_s - began_s)
-                progress(self._report(loss_sum / loss_count, rate))
-            if ends_epoch:
-                loss_sum, loss_count = 0.0, 0
+                progress(self._report(loss, rate))
         if self._accuracy is None:
             self._accuracy = self.validate()
         return self._accuracy
@@ -336,7 +342,10 @@ class TrainingLoop:
         self._step = position.step
         self._elapsed_before_s = position.elapsed_s
         self._optimizer.restore_momentum(checkpoint.momentum)
-        self.regulariser.restore(checkpoint.extra)
+        extra = dict(checkpoint.extra)
+        if (losses := extra.pop(LOSSES, None)) is not None:
+            self._loss_sum, self._loss_count = float(losses[0]), int(losses[1])
+        self.regulariser.restore(extra)
 
     def _cut_log(self, epochs: int) -> None:
         """Leave out what the log says of epochs that will be trained again."""
@@ -366,9 +375,13 @@ class TrainingLoop:
             position=position,
             weights=state,
             momentum=self._optimizer.momentum(),
-            extra=self.regulariser.state(),
+            extra={**self.regulariser.state(), LOSSES: self._losses()},
         )
         write_checkpoint(self.folder / CHECKPOINT_FILE, checkpoint)
+
+    def _losses(self) -> Tensor:
+        """Sum and count of the epoch's losses so far."""
+        return torch.tensor([self._loss_sum, self._loss_count], dtype=torch.float64)
 
     def _log(self, loss: float) -> None:
         if self.folder is None or self._accuracy is None:

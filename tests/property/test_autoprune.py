@@ -112,7 +112,7 @@ def of_channels(rule: Rule, seed: int, estimator: Estimator) -> tuple[Tensor, ..
     every = np.arange(4)
     cut = Cut(module="", side="in", group=0, positions=every, channels=every)
     reads = MaskedInput(layer, width=4, cuts=[cut], masks=[mask], rule=rule)
-    x = drawn(seed + 1, 2, 4, 5, 5)
+    x = drawn(seed + 1, 2, 4, 5, 5).relu()
     torch.autograd.backward(reads(x).square().sum())
     plain = (x * mask.binary.detach().view(-1, 1, 1)).requires_grad_()
     torch.autograd.backward(layer(plain).square().sum())
@@ -159,6 +159,7 @@ def test_a_channel_adds_up_the_signs_of_all_its_pixels(
     seed: int, estimator: Estimator
 ) -> None:
     found, x, upstream, slope = of_channels("sign", seed, estimator)
+    assert (x == 0).any()  # what is silent has no sign
     wanted = (upstream * x.sign()).sum((0, 2, 3)) * slope
     torch.testing.assert_close(found, wanted)
     # As others do it, large values make masks restless.

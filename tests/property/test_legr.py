@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -537,6 +538,32 @@ def test_whoever_judges_the_ranking_is_the_same(images: CandidateImages) -> None
         side_by_side = search(images).run(threads)
     in_turn = search(images).run(InTurn())
     assert np.array_equal(side_by_side.alpha, in_turn.alpha)
+
+
+class Dropping(nn.Module):
+    """Drops channels before a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.drop = nn.Conv2d(3, 8, 3), nn.Dropout2d(0.5)
+        self.conv, self.norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.drop(self.stem(x))))
+        return cast(Tensor, self.head(x.relu().mean((2, 3))))
+
+
+def test_candidates_are_judged_without_dropout(images: CandidateImages) -> None:
+    """Threads would draw it from one generator, in whichever order they come to it."""
+    network = Dropping()
+    losses = {
+        validation_loss(
+            CandidateJob(module=copy.deepcopy(network), images=images, seed=seed)
+        )
+        for seed in range(3)
+    }
+    assert len(losses) == 1
 
 
 def test_few_candidates_wait_at_a_time(images: CandidateImages) -> None:

@@ -503,6 +503,14 @@ def test_a_rate_that_is_none_is_refused(rate: float) -> None:
         default_shrink_recipe(rate=rate)
 
 
+def test_what_is_trained_from_nothing_learns_at_twice_the_rate() -> None:
+    (tuned,), (fresh,) = (
+        default_shrink_recipe(method=method).finetune.phases
+        for method in ("legr", "tas")
+    )
+    assert fresh.peak_learning_rate == 2 * tuned.peak_learning_rate
+
+
 def test_a_rate_scales_both_trainings() -> None:
     whole, tenth = default_shrink_recipe(), default_shrink_recipe(rate=0.1)
     for part in ("search", "finetune"):

@@ -62,7 +62,13 @@ class Checkpointed(Net):
         return found
 
 
-def loop_of(network: nn.Module, folder: Path, *, momentum: float = 0.9) -> TrainingLoop:
+def loop_of(
+    network: nn.Module,
+    folder: Path,
+    *,
+    momentum: float = 0.9,
+    checkpoint_seconds: float = 60.0,
+) -> TrainingLoop:
     phase = Phase(name="dense", epochs=EPOCHS, peak_learning_rate=0.01, distill=False)
     recipe = Recipe(phases=(phase,), batch_size=18, crop_padding=1, momentum=momentum)
     return TrainingLoop(
@@ -72,6 +78,7 @@ def loop_of(network: nn.Module, folder: Path, *, momentum: float = 0.9) -> Train
         resolution=tiny.IMAGE_SIZE,
         folder=folder,
         bf16=False,
+        checkpoint_seconds=checkpoint_seconds,
     )
 
 
@@ -83,6 +90,36 @@ def stop(progress: LoopProgress) -> None:
 def epochs_logged(folder: Path) -> list[int]:
     lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["epoch"] for line in lines]
+
+
+def test_an_epochs_loss_is_of_all_its_steps_whatever_came_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop_of(Net(), tmp_path / "whole").run()
+    cut = loop_of(Net(), tmp_path / "cut", checkpoint_seconds=0)
+    train_step = cut._train_step
+
+    def interrupted(step: int) -> float:
+        if step == 4:  # of three in an epoch
+            raise KeyboardInterrupt
+        return train_step(step)
+
+    monkeypatch.setattr(cut, "_train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    loop_of(Net(), tmp_path / "cut").run()
+    whole, resumed = (
+        [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        for log in (tmp_path / name / LOG_FILE for name in ("whole", "cut"))
+    )
+    assert resumed == whole
+
+
+def test_a_training_leaves_the_callers_generator_as_it_was(tmp_path: Path) -> None:
+    loop = loop_of(Net(), tmp_path)
+    before = torch.get_rng_state()
+    loop.run()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
