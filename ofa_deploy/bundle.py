@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -33,10 +32,7 @@ from ofa_deploy.verify import (
 )
 from profilers.backends import get_backend
 from profilers.backends.base import Session
-from profilers.files import sync_folder, write_atomically
-
-# After which nobody is at work on a bundle any more.
-ABANDONED_S = 24 * 3600.0
+from profilers.files import ABANDONED_S, sha256_of, sync_folder, write_atomically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +115,7 @@ class Bundle:
                 f"{self.path} lacks {file.name}, which its manifest lists; the bundle "
                 "is not complete. Copy it again, or make it anew"
             )
-        # Before it is read: a file that has grown could be larger than the memory.
+        # Before it is read: a file that has grown takes long.
         size_bytes = file.stat().st_size
         if size_bytes != record.size_bytes:
             raise BundleError(
@@ -127,7 +123,13 @@ class Bundle:
                 f"{record.size_bytes}; the file was changed or damaged. Restore it "
                 "from where it came from; do not use it"
             )
-        actual = hashlib.sha256(file.read_bytes()).hexdigest()
+        try:
+            actual = sha256_of(file)
+        except OSError as error:
+            raise BundleError(
+                f"{file} cannot be read: {error}. See that you may read it, or copy "
+                "the bundle again"
+            ) from error
         if actual != record.sha256:
             raise DigestMismatch(file, expected=record.sha256, actual=actual)
 
@@ -260,9 +262,9 @@ def _as_pixels(
                 f"{image.dtype} of shape {image.shape}"
             )
         return image
-    if isinstance(image, Image.Image):
-        return as_rgb(image)
     try:
+        if isinstance(image, Image.Image):
+            return as_rgb(image)
         with Image.open(image) as opened:
             return as_rgb(opened)
     except Exception as error:  # Pillow raises many classes for a damaged file
@@ -373,7 +375,7 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     """Digest and size of every file in a bundle's folder but the manifest."""
     return {
         file.name: FileRecord(
-            sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+            sha256=sha256_of(file),
             size_bytes=file.stat().st_size,
         )
         for file in sorted(folder.iterdir())

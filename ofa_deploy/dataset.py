@@ -81,6 +81,11 @@ class ImageSet:
             )
         if len(self.images) == 0:
             raise DataError("there are no images; give at least one of each class")
+        if "" in self.class_names:
+            raise DataError(
+                f"class {self.class_names.index('')} has an empty name; give every "
+                "class one of at least one character"
+            )
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if twice:
             raise DataError(
@@ -198,15 +203,23 @@ def read_image(archive: zipfile.ZipFile, name: str) -> bytes:
     """A member's content.
 
     Raises:
-        DataError: It unpacks to more than any image has.
+        DataError: It unpacks to more than any image has, or in a way that cannot be
+            stopped there.
     """
-    size_bytes = archive.getinfo(name).file_size
-    if size_bytes > MAX_IMAGE_BYTES:
+    member = archive.getinfo(name)
+    if member.file_size > MAX_IMAGE_BYTES:
         raise DataError(
-            f"{name} unpacks to {size_bytes} bytes; give images of at most "
+            f"{name} unpacks to {member.file_size} bytes; give images of at most "
             f"{MAX_IMAGE_BYTES}"
         )
-    return archive.read(name)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"{name} is packed by bzip2, LZMA or another method; pack the images anew, "
+            "as zip does by itself"
+        )
+    # All of it, and no more: what is said of its size may be untrue.
+    with archive.open(member) as file:
+        return file.read(member.file_size)
 
 
 # (class name, file name, read) of every file in a class folder; None marks a class

@@ -6,7 +6,6 @@ beside the predictor's error.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import collect, execute
-from profilers.files import write_atomically
+from profilers.files import sha256_of, write_atomically
 from profilers.journal import Journal, remove_journal
 from profilers.json_reader import Json
 from profilers.measurement import MeasureSettings
@@ -94,7 +93,7 @@ def measure_and_judge(
     made = judging / "table"
     try:
         judging.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and made.is_file() and made.read_text() == _sha256(path):
+        if path.is_file() and made.is_file() and made.read_text() == sha256_of(path):
             table = open_table(path, space, device, runtime)
         else:
             table = measure_table(
@@ -104,7 +103,7 @@ def measure_and_judge(
                 folder=folder,
                 network_count=network_count,
                 reporter=reporter,
-                saved=lambda file: write_atomically(made, _sha256(file).encode()),
+                saved=lambda file: write_atomically(made, sha256_of(file).encode()),
             )
         remove_journal(journal_of(path, network_count))
         quality = evaluate_predictor(
@@ -123,10 +122,6 @@ def measure_and_judge(
             "goes on from here"
         ) from error
     return table, quality
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def evaluate_predictor(

@@ -28,6 +28,7 @@ from profilers.codec import (
     decode_runtime,
 )
 from profilers.device import Conditions, DeviceSpec, RuntimeSpec
+from profilers.files import MAX_FILE_BYTES
 from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 4
@@ -244,7 +245,7 @@ def _decode_file(node: JsonNode) -> FileRecord:
     entries = node.fields("sha256", "size_bytes")
     return FileRecord(
         sha256=entries["sha256"].text(),
-        size_bytes=entries["size_bytes"].integer(minimum=0),
+        size_bytes=entries["size_bytes"].integer(minimum=0, maximum=MAX_FILE_BYTES),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,7 @@ from ofa_deploy.search.pareto import Front, Nsga2
 from ofa_deploy.stored import StoredSupernet
 from ofa_deploy.table_files import cache_folder, find_table, open_table, table_folders
 from ofa_deploy.target import Target, parse_target
-from ofa_deploy.verify import ParityReport, require_memory_gauge
+from ofa_deploy.verify import ParityReport, require_memory_gauge, require_time_for
 from ofa_deploy.zoo import open_supernet
 from profilers.backends import get_backend
 from profilers.device import this_device
@@ -275,6 +275,7 @@ class Specializer:
         require_seed(seed)
         if constraints.peak_memory_mb is not None:
             require_memory_gauge()
+        require_time_for(constraints)
         try:
             return self._fulfil(constraints, images, evaluation, stack, seed)
         except StaleTable:
@@ -405,6 +406,11 @@ class Specializer:
         )
         try:
             for row in self.feasibility(constraints):
+                if row.constraint == "latency" and not row.satisfiable:
+                    # Where drift is accepted, prices are of a machine slower by this.
+                    accepted = self.on_drift == "accept"
+                    ratio = bench.drift.ratio_now() if accepted else 1.0
+                    row = replace(row, best=ratio * row.best)
                 require_satisfiable(row, self.predictor, where=self.target.backend)
             return fulfil(
                 constraints,

@@ -38,6 +38,7 @@ from profilers.backends.base import Backend
 from profilers.codec import encode_flat
 from profilers.device import this_device
 from profilers.execute import OrderResult, collect, execute
+from profilers.files import ABANDONED_S, remove_leftovers
 from profilers.journal import Journal, remove_journal
 from profilers.json_reader import Json
 from profilers.measurement import Measurement, MeasureSettings
@@ -210,6 +211,7 @@ def measure_table(
             network_count=network_count,
             progress=reporter.advance,
         )
+        remove_leftovers(path, older_than_s=ABANDONED_S)
         table.save(path)
         saved(path)
         remove_journal(journal_path)

@@ -13,7 +13,7 @@ from ofa_deploy.drift import MAX_DRIFT_RATIO, write_anchor_model
 from ofa_deploy.manifest import Manifest
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.target import Target
-from ofa_deploy.verify import enough_runs, judge_latency
+from ofa_deploy.verify import enough_runs, judge_latency, require_time_for
 from ofa_deploy.zoo import find_in_zoo
 from profilers.backends import get_backend
 from profilers.device import differing_fields, read_conditions, this_device
@@ -96,6 +96,7 @@ def rebench(
     """
     manifest, reporter = bundle.manifest, reporter or Silent()
     asked = _asked(manifest.constraints, latency_ms, percentile)
+    require_time_for(asked)
     elsewhere = differences(bundle)
     known = manifest.measured if not elsewhere else None
     reporter.begin("timing the bundle's model")

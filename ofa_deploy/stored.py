@@ -27,7 +27,7 @@ from ofa_deploy.predict.accuracy import AccuracyPredictor, AccuracySample
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space, encode_space
-from profilers.files import write_atomically
+from profilers.files import MAX_FILE_BYTES, write_atomically
 from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 1
@@ -169,6 +169,12 @@ def _decode(folder: Path, node: JsonNode) -> StoredSupernet:
 
 def _read(path: Path, expected: str) -> Arrays:
     try:
+        if (size_bytes := path.stat().st_size) > MAX_FILE_BYTES:
+            raise FormatError(
+                f"{path.name} has {size_bytes} bytes, and a supernet's files at most "
+                f"{MAX_FILE_BYTES}; copy or train it again",
+                path="",
+            )
         content = path.read_bytes()
     except OSError as error:
         raise FormatError(f"{path.name} cannot be read: {error}", path="") from error

@@ -10,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofa_deploy.constraints import ConstraintName, Constraints, Evidence, Verdict
-from ofa_deploy.errors import DeviceUnfit, ParityError, UnstableMeasurement
+from ofa_deploy.errors import (
+    DeviceUnfit,
+    ParityError,
+    SpaceError,
+    UnstableMeasurement,
+)
 from ofa_deploy.inference import infer
 from ofa_deploy.predict.latency import ONE_SIDED_95, TWO_SIDED_95
 from profilers.backends.base import Session
@@ -18,6 +23,7 @@ from profilers.fresh import FreshMeasurement
 from profilers.measurement import MeasureSettings
 from profilers.memory import MemoryGauge
 from profilers.stats import percentile_floor
+from profilers.timing import CERTIFY_PROCESSES
 
 MAX_RELATIVE_ERROR = 1e-4
 # Runs at a rate where only their quiet latency matters.
@@ -284,6 +290,27 @@ def _exact(constraint: ConstraintName, limit: float, found: float) -> Verdict:
         bound=found,
         evidence="measured",
     )
+
+
+def require_time_for(constraints: Constraints) -> None:
+    """Refuse a percentile at a rate that is too slow for its runs.
+
+    Raises:
+        SpaceError: Certifying would take more than `MAX_PACED_S` in each process.
+    """
+    if constraints.percentile == 50 or constraints.rate_hz is None:
+        return
+    needed = 2 * percentile_floor(constraints.percentile)
+    runs = math.ceil(needed / CERTIFY_PROCESSES / PACED_VISITS)
+    made = PACED_VISITS * (runs + 1)
+    if made / constraints.rate_hz > MAX_PACED_S:
+        least_hz = math.ceil(1e4 * made / MAX_PACED_S) / 1e4
+        raise SpaceError(
+            f"p{constraints.percentile} stands on {needed} runs, which at "
+            f"rate_hz={constraints.rate_hz:g} take more than {MAX_PACED_S / 3600:g} "
+            f"hours in each of {CERTIFY_PROCESSES} processes. Ask for a lower "
+            f"percentile, or a rate of at least {least_hz:g} Hz"
+        )
 
 
 def enough_runs(

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -353,10 +354,25 @@ def _cpu_model() -> str:
         _cpuinfo_value("model name")
         or _cpuinfo_value("Model")
         or tree
+        or _apple_chip()
         or platform.processor()
         or "unknown"
     )
     return " ".join((name, *_microarchitecture()))
+
+
+def _apple_chip() -> str:
+    """Of a Mac, whose processors all call themselves the same; empty elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip()
 
 
 def _microarchitecture() -> tuple[str, ...]:

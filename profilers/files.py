@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["remove_leftovers", "sync_folder", "write_atomically"]
+__all__ = [
+    "ABANDONED_S",
+    "MAX_FILE_BYTES",
+    "remove_leftovers",
+    "sha256_of",
+    "sync_folder",
+    "write_atomically",
+]
+
+# After which nobody is at work on a file, or a folder, any more.
+ABANDONED_S = 24 * 3600.0
+# Larger than any model that a runtime here loads.
+MAX_FILE_BYTES = 2**31
+_BLOCK_BYTES = 2**20
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file, in hexadecimal digits; the file is never whole in memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -32,14 +56,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path, *, older_than_s: float = 0.0) -> None:
     """Remove what kills left of a file that was being written.
 
-    Only for whoever has the folder for himself: others may be writing it.
+    Args:
+        path: The file.
+        older_than_s: Age of what goes. 0 is for whoever has the folder for himself:
+            others may be writing it.
     """
-    prefix = f".{path.name}."
+    prefix, latest_s = f".{path.name}.", time.time() - older_than_s
     for file in path.parent.iterdir():
-        if file.name.startswith(prefix):
+        if file.name.startswith(prefix) and file.stat().st_mtime <= latest_s:
             file.unlink(missing_ok=True)
 
 

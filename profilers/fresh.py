@@ -498,10 +498,14 @@ def pool_reports(
         visits,
         effect_log=effect_log,
         standard_error_log=error_log,
-        settings=(
-            settings
-            if settings.target_relative_error < NO_TARGET
-            else replace(settings, target_relative_error=MOST_ERROR_RATIO)
+        settings=replace(
+            settings,
+            visits=settings.visits * len(reports),
+            target_relative_error=(
+                settings.target_relative_error
+                if settings.target_relative_error < NO_TARGET
+                else MOST_ERROR_RATIO
+            ),
         ),
     )
     reasons = summary.stability.reasons
@@ -547,6 +551,7 @@ def _fit_processes(
         by_process,
         beta=pooled.beta,
         anchor_reference_ns=math.exp(pooled.reference_log_anchor),
+        drift=False,  # one process alone in a stretch of time cannot tell of it
     )
 
 

@@ -66,6 +66,9 @@ class MeasureSettings:
     pass_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in ("target_relative_error", "max_seconds", "pass_seconds"):
+            # As they are read again: digests are of their digits.
+            object.__setattr__(self, field, float(getattr(self, field)))
         least = {
             "visits": 2,
             "runs_per_visit": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import site
 import subprocess
 import sys
 import sysconfig
@@ -185,7 +186,12 @@ def package_environment() -> dict[str, str]:
     home = str(Path(__file__).resolve().parent.parent)
     # The installed packages' directory is searched anyway; named in PYTHONPATH it
     # would come before the standard library.
-    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+    installed = (
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        site.getusersitepackages(),
+    )
+    if home not in (str(Path(folder).resolve()) for folder in installed):
         given = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{home}{os.pathsep}{given}" if given else home
     return environment

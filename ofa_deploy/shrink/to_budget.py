@@ -51,7 +51,7 @@ from ofa_deploy.table_files import cache_folder
 from ofa_deploy.target import parse_target
 from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE
-from ofa_deploy.verify import require_memory_gauge
+from ofa_deploy.verify import require_memory_gauge, require_time_for
 from ofa_deploy.work_folder import require_outside
 from profilers.backends import get_backend
 
@@ -117,6 +117,7 @@ def shrink(
     known: Method = method
     if constraints.peak_memory_mb is not None:
         require_memory_gauge()
+    require_time_for(constraints)
     _require_limit(known, constraints)
     if normalisation is not None:
         require_pixel_scale(normalisation)

@@ -71,14 +71,19 @@ def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_up_table(
-    backend: str, *, anchor_ms: float | None = None, **changes: Any
+    backend: str,
+    *,
+    anchor_ms: float | None = None,
+    scale: float = 1.0,
+    **changes: Any,
 ) -> LatencyTable:
     """A table for this machine; with an anchor model of that latency, if any."""
 
     def network_ms(config: SubnetConfig) -> float:
         if anchor_ms is not None and config == tiny.SPACE.middle():
             return anchor_ms
-        return sum(tiny.work_ms(block) for block in lower(tiny.SPACE, config).blocks)
+        blocks = lower(tiny.SPACE, config).blocks
+        return scale * sum(tiny.work_ms(block) for block in blocks)
 
     runner = get_backend(backend)
     networks = tiny.random_configs(tiny.SPACE, 20)
@@ -88,6 +93,7 @@ def made_up_table(
         tiny.SPACE,
         networks=networks,
         network_ms=network_ms,
+        block_ms=lambda block: scale * tiny.work_ms(block),
         device=this_device(accelerator=runner.accelerator()),
         runtime=runner.runtime(threads=1),
         origin="measured",
@@ -431,6 +437,18 @@ def test_a_stale_table_has_no_say_in_what_is_impossible(
     accepting = Specializer(BACKEND, supernet=supernet, table=stale, on_drift="accept")
     with pytest.raises(InfeasibleBudget):
         accepting.specialize(1e-6, out=tmp_path / "bundle")
+
+
+def test_a_machine_that_has_become_faster_keeps_what_its_table_calls_impossible(
+    supernet: Path, tmp_path: Path
+) -> None:
+    slow = tmp_path / "slow.json"
+    made_up_table(BACKEND, scale=1e4).save(slow)
+    session = Specializer(BACKEND, supernet=supernet, table=slow, on_drift="accept")
+    budget_ms = 0.5 * session.reachable().fastest_ms / session.predictor.upper_ratio
+    bundle = session.specialize(budget_ms, out=tmp_path / "bundle")
+    assert bundle.manifest.binding.met
+    assert bundle.manifest.binding.limit == budget_ms
 
 
 def test_drift_that_is_accepted_leads_to_a_bundle(

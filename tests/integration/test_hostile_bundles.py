@@ -299,6 +299,10 @@ def test_a_manifest_that_is_too_large_is_not_read(bundle: Path) -> None:
         (put("normalisation", "mean", value=[1, 2]), "normalisation"),
         (put("files", value=[]), "files"),
         (
+            put("files", "model.onnx", "size_bytes", value=10**12),
+            'files["model.onnx"].size_bytes',
+        ),
+        (
             put("files", "model.onnx", "size_bytes", value=-1),
             'files["model.onnx"].size_bytes',
         ),

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from ofa_deploy import device_bench, exporting, pipeline, profiling
-from ofa_deploy.bundle import ABANDONED_S, Bundle, new_bundle_folder
+from ofa_deploy.bundle import Bundle, new_bundle_folder
 from ofa_deploy.drift import DriftCheck
 from ofa_deploy.errors import DeployError
 from ofa_deploy.export.openvino import write_ir
@@ -28,7 +28,7 @@ from ofa_deploy.pipeline import Specializer
 from ofa_deploy.profiling import NETWORK_COUNT
 from ofa_deploy.table_files import table_name
 from profilers import LatencyTable
-from profilers.files import write_atomically
+from profilers.files import ABANDONED_S, write_atomically
 from tests.support import tiny
 from tests.support.tiny_session import fresh, open_session, table_here, write_inputs
 

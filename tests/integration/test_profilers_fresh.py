@@ -543,6 +543,24 @@ def test_the_spread_between_processes_makes_a_figure_unstable() -> None:
     assert apart.stability.reasons == ("processes differ by 10.0%, more than 3%",)
 
 
+def test_processes_that_made_fewer_visits_than_planned_say_so() -> None:
+    made = len(report(100_000).run.measurements[0].visits)
+    settings = replace(SETTINGS, visits=made + 1)
+    found = pool_reports([report(100_000)] * 3, settings=settings)
+    assert found.stability.reasons == (
+        f"only {3 * made} of {3 * made + 3} planned visits fitted into "
+        f"{SETTINGS.max_seconds:g} s",
+    )
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_however_many_processes_are_held_against_the_anchor(count: int) -> None:
+    """A window of drift would be one process alone, and take its slow phase along."""
+    slow = [report(100_000, slowdown=1.5), report(100_000)]
+    pooled = pool_reports(slow * (count // 2), settings=SETTINGS)
+    assert pooled.process_spread_ratio == pytest.approx(0.0, abs=1e-3)
+
+
 def test_two_processes_bound_a_latency_as_students_distribution_does() -> None:
     """A normal distribution's quantile would be three quarters too low."""
     pooled = pool_reports([report(100_000), report(102_000)], settings=SETTINGS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -251,6 +252,15 @@ def test_a_file_that_is_no_image_is_refused(bundle: Bundle, tmp_path: Path) -> N
     with Bundle.open(bundle.path) as opened, pytest.raises(DataError) as caught:
         opened.predict(file)
     assert str(caught.value).startswith(f"{file} cannot be read as an image: ")
+
+
+def test_an_opened_image_that_ends_too_soon_is_refused(bundle: Bundle) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 40), 80).save(buffer, format="PNG")
+    half = Image.open(io.BytesIO(buffer.getvalue()[: buffer.tell() // 2]))
+    with Bundle.open(bundle.path) as opened, pytest.raises(DataError) as caught:
+        opened.predict(half)
+    assert "cannot be read as an image: " in str(caught.value)
 
 
 # -- repeating -------------------------------------------------------------------------

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from ofa_deploy.constraints import Constraints, Verdict, binding
 from ofa_deploy.errors import DeviceUnfit, SpaceError, UnstableMeasurement
-from ofa_deploy.verify import AccuracyClaim, enough_runs, judge, judge_latency
+from ofa_deploy.verify import (
+    AccuracyClaim,
+    enough_runs,
+    judge,
+    judge_latency,
+    require_time_for,
+)
 from profilers import Visit
 from profilers.measurement import MeasureSettings
 from profilers.pace import Pace
@@ -299,6 +305,23 @@ def test_enough_runs_stay_as_they_are() -> None:
     settings = MeasureSettings.certify()
     asked = Constraints(latency_ms=1.0, percentile=99)
     assert enough_runs(settings, asked, processes=5) == settings
+
+
+@pytest.mark.parametrize("percentile", [90, 95, 99])
+def test_a_percentile_that_would_take_days_is_refused_with_the_least_rate(
+    percentile: int,
+) -> None:
+    with pytest.raises(SpaceError, match=r"a rate of at least [\d.]+ Hz$") as caught:
+        require_time_for(Constraints(percentile=percentile, rate_hz=0.001))
+    least_hz = float(str(caught.value).split()[-2])
+    allowed = Constraints(percentile=percentile, rate_hz=least_hz)
+    require_time_for(allowed)
+    settings = enough_runs(MeasureSettings.certify(), allowed, processes=5)
+    # All planned visits, each with a run that is not timed, have the time they take.
+    made = settings.visits * (settings.runs_per_visit + 1)
+    assert settings.max_seconds >= made / least_hz
+    require_time_for(Constraints(rate_hz=0.001))  # a median needs few
+    require_time_for(Constraints(latency_ms=1.0, percentile=percentile))
 
 
 def test_a_slow_pace_gets_the_time_that_it_takes() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -256,6 +257,43 @@ def test_a_member_that_unpacks_to_more_than_an_image_is_not_read(
         "data.zip: 1 of 10 images cannot be read (red/bomb.png); repair or remove them"
     )
     assert load_images(path, skip_bad=True)[1] == ("red/bomb.png",)
+
+
+def test_a_member_that_says_less_than_it_unpacks_to_is_not_unpacked_whole(
+    tmp_path: Path,
+) -> None:
+    whole = 64_000_000
+    path = write_zip(tmp_path / "data.zip", class_files(DATA))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("red/bomb.png", bytes(whole))
+    # Its size is in the archive's directory, and before its content.
+    content = path.read_bytes()
+    assert content.count(whole.to_bytes(4, "little")) == 2
+    forged = content.replace(whole.to_bytes(4, "little"), (900).to_bytes(4, "little"))
+    path.write_bytes(forged)
+    tracemalloc.start()
+    assert "(red/bomb.png)" in refusal(path)
+    assert tracemalloc.get_traced_memory()[1] < whole / 10
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_whose_unpacking_cannot_be_stopped_is_not_read(
+    packing: int, tmp_path: Path
+) -> None:
+    path = write_zip(tmp_path / "data.zip", class_files(DATA))
+    with zipfile.ZipFile(path, "a", packing) as archive:
+        archive.writestr("red/more.png", GREY)
+        with pytest.raises(DataError, match="pack the images anew"):
+            dataset.read_image(archive, "red/more.png")
+    assert "(red/more.png)" in refusal(path)
+
+
+def test_a_class_without_a_name_is_refused() -> None:
+    """Nothing that is written could be read again."""
+    names = ("red", "", "blue")
+    with pytest.raises(DataError, match="class 1 has an empty name; give every class"):
+        replace(DATA, class_names=names)
 
 
 def test_of_many_unreadable_images_the_first_five_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 import profilers.measure as measuring
 from profilers.anchor import PRODUCTS_PER_READING, MatrixAnchor
 from profilers.backends.fake import FakeAnchor, FakeBackend, FakeClock, FakeDevice
+from profilers.codec import decode_settings, encode_flat
 from profilers.errors import DeviceUnfit, MeasurementError
+from profilers.json_reader import JsonNode
 from profilers.measure import WARMUP_S, measure_models
 from profilers.measurement import (
     NO_TARGET,
@@ -458,6 +461,15 @@ def test_settings_out_of_range_are_refused(field: str, value: float) -> None:
     given = {name: getattr(SETTINGS, name) for name in SETTINGS.__slots__}
     with pytest.raises(ValueError, match=f"{field}={value}"):
         MeasureSettings(**{**given, field: value})
+
+
+def test_settings_are_read_back_as_they_were_given() -> None:
+    """Digests are of their digits: 10 and 10.0 are two."""
+    given = replace(SETTINGS, max_seconds=10, pass_seconds=1)
+    kept = json.dumps(encode_flat(given))
+    assert decode_settings(JsonNode(json.loads(kept), "")) == given
+    again = encode_flat(decode_settings(JsonNode(json.loads(kept), "")))
+    assert json.dumps(again) == kept
 
 
 def test_certified_runs_are_enough_for_a_99th_percentile() -> None:
