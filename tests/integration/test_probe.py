@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from ofa_deploy.families.mbv3 import squeeze_excite
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.probe import (
+    OperatorFact,
     OperatorProbe,
     Prober,
     WidthFact,
@@ -38,9 +40,15 @@ def prober(name: str) -> Prober:
     return Prober(backend=get_backend(name), threads=1, settings=QUICK)
 
 
+@lru_cache
+def operator_facts(name: str) -> list[OperatorFact]:
+    """Of all operators; a runtime is asked once."""
+    return prober(name).probe_operators()
+
+
 @pytest.mark.parametrize("name", every_backend())
 def test_every_operator_of_the_spaces_runs_everywhere(name: str) -> None:
-    facts = prober(name).probe_operators()
+    facts = operator_facts(name)
     assert [fact.name for fact in facts] == [p.name for p in operator_probes()]
     assert {fact.problem for fact in facts} == {""}
     dense = next(fact for fact in facts if fact.name == "dense 3x3")
@@ -48,7 +56,7 @@ def test_every_operator_of_the_spaces_runs_everywhere(name: str) -> None:
 
 
 def test_what_a_runtime_fuses_is_seen() -> None:
-    facts = {fact.name: fact.fused for fact in prober("openvino-cpu").probe_operators()}
+    facts = {fact.name: fact.fused for fact in operator_facts("openvino-cpu")}
     assert facts["ReLU"] is True
     assert facts["hard-swish"] is True
     assert facts["dense 3x3"] is False
