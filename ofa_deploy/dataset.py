@@ -106,7 +106,7 @@ class ImageSet:
     @property
     def sha256(self) -> str:
         """Digest of pixels, labels and names."""
-        digest = hashlib.sha256(self.images.tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.tobytes())
         digest.update("\n".join(self.class_names).encode(errors="surrogateescape"))
         return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ofa_deploy.batches import evaluation_batch
 from ofa_deploy.dataset import ImageSet, Progress
 from ofa_deploy.export.onnx import emit_network
 from ofa_deploy.fuse import fuse
@@ -16,7 +17,6 @@ from ofa_deploy.recalibrate import recalibrate
 from ofa_deploy.stored import StoredSupernet
 from profilers.backends.base import Backend, Session
 
-EVALUATION_BATCH = 250
 # Of prepared inputs; one resolution may have more.
 MOST_KEPT_BYTES = 2**31
 
@@ -66,7 +66,12 @@ class Evaluator:
         model = emit_network(plan, fuse(weights, plan), form="fused", batch=None)
         inputs = self._inputs("data", self._data.images, plan.resolution)
         with self._backend.load(model, threads=self._threads) as session:
-            return top1_accuracy(session, inputs, self._data.labels)
+            return top1_accuracy(
+                session,
+                inputs,
+                self._data.labels,
+                batch_size=evaluation_batch(plan.resolution),
+            )
 
     def _inputs(
         self, name: str, images: NDArray[np.uint8], resolution: int
@@ -100,7 +105,7 @@ def top1_accuracy(
     inputs: NDArray[np.float32] | PreparedImages,
     labels: NDArray[np.int64],
     *,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int,
     progress: Progress | None = None,
 ) -> float:
     """Share of right top-1 predictions, 0..1.

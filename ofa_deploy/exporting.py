@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from ofa_deploy.batches import evaluation_batch, in_batches
 from ofa_deploy.export import litert
 from ofa_deploy.export.model_files import (
     IR_FILE,
@@ -186,7 +187,8 @@ def compare_exported(
             normalisation=normalisation,
         )
     )
-    expected = exported.reference(inputs)
+    parts = in_batches(len(inputs), evaluation_batch(exported.facts.resolution))
+    expected = np.concatenate([exported.reference(inputs[part]) for part in parts])
     with get_backend(target.backend).load(
         folder / exported.model_file, threads=target.threads
     ) as session:

@@ -8,19 +8,16 @@ averaged.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ofa_deploy.batches import in_batches, statistics_batch
 from ofa_deploy.calibration import require_enough
 from ofa_deploy.export.onnx import INPUT_NAME, emit_network
 from ofa_deploy.layers import ConvLayer, Layer, RepConvLayer
 from ofa_deploy.materialise import Weights
 from ofa_deploy.plan import NetworkPlan
 from profilers.backends.base import Backend
-
-CALIBRATION_BATCH = 200
 
 
 def recalibrate(
@@ -30,7 +27,7 @@ def recalibrate(
     *,
     backend: Backend,
     threads: int,
-    batch_size: int = CALIBRATION_BATCH,
+    batch_size: int | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """The same weights with statistics that fit this network.
 
@@ -41,6 +38,7 @@ def recalibrate(
         backend: Runs the statistics graph.
         threads: Of the runtime.
         batch_size: Images per pass; a last batch of one image joins the one before.
+            None takes what fits into memory at the network's resolution.
 
     Raises:
         DataError: Fewer than two images.
@@ -55,7 +53,9 @@ def recalibrate(
     model = emit_network(plan, weights, form="statistics", batch=None)
     sums = {name: np.zeros(0) for name in names}
     with backend.load(model, threads=threads) as session:
-        for batch in _batches(mixed(inputs), batch_size):
+        shuffled = mixed(inputs)
+        size = batch_size or statistics_batch(plan.resolution)
+        for batch in (shuffled[part] for part in in_batches(len(shuffled), size)):
             outputs = session.run({INPUT_NAME: batch})
             for name in names:
                 value = outputs[name].astype(np.float64) * len(batch)
@@ -81,11 +81,3 @@ def norm_names(layer: Layer) -> list[str]:
     if isinstance(layer, RepConvLayer):
         return list(layer.norms)
     return [layer.name] if isinstance(layer, ConvLayer) and layer.batch_norm else []
-
-
-def _batches(inputs: NDArray[np.float32], batch_size: int) -> list[NDArray[np.float32]]:
-    bounds = [*range(0, len(inputs), batch_size), len(inputs)]
-    # One image alone has no spread at 1×1 feature maps.
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
-        del bounds[-2]
-    return [inputs[low:high] for low, high in pairwise(bounds)]

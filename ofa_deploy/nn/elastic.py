@@ -6,6 +6,7 @@ Source: Once-for-All (ICLR 2020), section 3.3, and the authors' code.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import torch
@@ -59,6 +60,11 @@ class ElasticBatchNorm(nn.Module):
 def transform_name(larger: int, smaller: int) -> str:
     """Name of the matrix that makes the smaller kernel from the larger one."""
     return f"transform_{larger}to{smaller}"
+
+
+def is_transform(name: str) -> bool:
+    """Whether a parameter is such a matrix, by its name in a network."""
+    return re.fullmatch(r"transform_\d+to\d+", name.rpartition(".")[2]) is not None
 
 
 class ElasticConv(nn.Module):

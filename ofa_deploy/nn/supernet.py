@@ -112,20 +112,23 @@ def sort_channels(supernet: Supernet, *, supported_expands: int) -> None:
         stage = supernet.space.stages[block.stage - 1]
         if stage.block == "repvgg":
             continue
-        widths = [
-            middle_channels(block.in_channels, expand)
-            for expand in stage.expands[::-1][:supported_expands]
-        ]
-        _sort_block(supernet, block.name, widths)
+        expands = stage.expands[::-1][:supported_expands]
+        widths = [middle_channels(block.in_channels, expand) for expand in expands]
+        # Nothing expands these: they are the input's, whose order others read, too.
+        fixed = block.in_channels if 1 in expands and stage.block == "mbconv" else 0
+        _sort_block(supernet, block.name, widths, fixed=fixed)
 
 
-def _sort_block(supernet: Supernet, block: str, widths: list[int]) -> None:
+def _sort_block(
+    supernet: Supernet, block: str, widths: list[int], *, fixed: int
+) -> None:
     if not hasattr(supernet.get_submodule(block), "expand"):
         return  # its middle channels are the input's, whose order others read, too
     project = supernet.get_submodule(f"{block}.project")
     assert isinstance(project, ElasticConv)
     importance = project.weight.abs().sum((0, 2, 3))
     order = _segment_order(importance, widths)
+    order[:fixed] = torch.arange(fixed)
     project.weight.copy_(project.weight[:, order])
     for name in ("expand", "depthwise"):
         if hasattr(supernet.get_submodule(block), name):

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ofa_deploy.batches import evaluation_batch
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.preprocess import Normalisation
 from ofa_deploy.train.augment import network_input
-from ofa_deploy.train.images import TrainingImages, evaluation_batch
+from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.logits import called_as_in_training
 from ofa_deploy.train.views import ViewsInAnyOrder
 from profilers.files import write_atomically

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from ofa_deploy.batches import evaluation_batch
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import MissingDependency, TrainingError
 from ofa_deploy.shrink.autoprune import (
@@ -49,7 +50,7 @@ from ofa_deploy.shrink.tas import (
 )
 from ofa_deploy.shrink.tas_network import SearchedNetwork, insert_distributions
 from ofa_deploy.shrink.tas_order import LikeliestOrder
-from ofa_deploy.train.images import TrainingImages, evaluation_batch
+from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE, Regulariser, TrainingLoop
 from ofa_deploy.train.precision import prefers_bf16
 from profilers.device import available_cores

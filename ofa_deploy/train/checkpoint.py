@@ -7,6 +7,7 @@ the position are the whole state.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Position:
         recipe_sha256: Of the recipe up to the phase's end.
         data_sha256: Of the training images and labels.
         elapsed_s: Time spent so far, over all sittings.
+        space_sha256: Of the supernet's space; empty of other networks, and of what an
+            earlier version wrote.
     """
 
     phase: int
@@ -39,15 +42,23 @@ class Position:
     recipe_sha256: str
     data_sha256: str
     elapsed_s: float
+    space_sha256: str = ""
 
     def require(
-        self, *, recipe_sha256: str, data_sha256: str, folder: Path | None, cure: str
+        self,
+        *,
+        recipe_sha256: str,
+        data_sha256: str,
+        space_sha256: str = "",
+        folder: Path | None,
+        cure: str,
     ) -> None:
-        """Refuse to go on with another recipe, or other data.
+        """Refuse to go on with another recipe, other data or another space.
 
         Args:
             recipe_sha256: Of the recipe that is to go on, up to this phase's end.
             data_sha256: Of its data.
+            space_sha256: Of its space.
             folder: Where the run is.
             cure: What to do instead.
 
@@ -57,6 +68,7 @@ class Position:
         for label, saved, current in (
             ("recipe", self.recipe_sha256, recipe_sha256),
             ("training data", self.data_sha256, data_sha256),
+            ("space", self.space_sha256 or space_sha256, space_sha256),
         ):
             if saved != current:
                 raise TrainingError(
@@ -75,6 +87,23 @@ class Checkpoint:
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+def require_finite(weights: Mapping[str, Tensor], *, when: str) -> None:
+    """Refuse weights that nothing could go on from.
+
+    Args:
+        weights: By name.
+        when: For people.
+
+    Raises:
+        TrainingError: Some are no numbers.
+    """
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise TrainingError(
+            f"the weights are no numbers any more {when}; lower the learning rate and "
+            "start again. The last good checkpoint is kept"
+        )
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

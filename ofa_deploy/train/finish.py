@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ofa_deploy.batches import in_batches, statistics_batch
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.evaluation import Evaluator
 from ofa_deploy.nn.supernet import Supernet, new_supernet
@@ -39,7 +40,6 @@ CALIBRATION_COUNT = 500
 SAMPLE_COUNT = 500
 SAMPLES_JOURNAL = "accuracy-samples.jsonl"
 _STATISTICS_IMAGES = 2_000
-_BATCH = 200
 Progress = Callable[[str, int, int], None]
 
 
@@ -130,9 +130,9 @@ def _synthesise(
     picked = rng.permutation(len(training))[:_STATISTICS_IMAGES]
 
     def batches(resolution: int) -> Iterator[torch.Tensor]:
-        for start in range(0, len(picked), _BATCH):
-            part = training.images[picked[start : start + _BATCH]]
-            pixels = torch.from_numpy(part.transpose(0, 3, 1, 2).copy())
+        for part in in_batches(len(picked), statistics_batch(resolution)):
+            images = training.images[picked[part]]
+            pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
             yield network_input(
                 pixels,
                 resolution=resolution,

@@ -11,19 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ofa_deploy.batches import evaluation_batch, in_batches
 from ofa_deploy.dataset import ImageSet, split_validation
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.preprocess import Normalisation, measure_normalisation
 from ofa_deploy.train.augment import crop_and_flip, cut_and_mix, distort, network_input
 from ofa_deploy.train.recipe import Recipe
-
-# Images of up to 64 pixels that networks see at a time, where nothing is trained.
-_EVALUATION_BATCH = 250
-
-
-def evaluation_batch(resolution: int) -> int:
-    """Images that a network sees at a time: the fewer, the larger they are."""
-    return max(16, min(_EVALUATION_BATCH, _EVALUATION_BATCH * 64**2 // resolution**2))
 
 
 class TrainingImages:
@@ -170,9 +163,8 @@ class TrainingImages:
         # Evenly spaced, so that every class is in it however the set is ordered.
         picked = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
         picked = np.random.default_rng(0).permutation(picked)
-        size = evaluation_batch(resolution)
-        for start in range(0, len(picked), size):
-            images, labels = _tensors(data, picked[start : start + size])
+        for part in in_batches(len(picked), evaluation_batch(resolution)):
+            images, labels = _tensors(data, picked[part])
             inputs = network_input(
                 images, resolution=resolution, normalisation=self.normalisation
             )

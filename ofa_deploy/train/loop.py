@@ -25,6 +25,7 @@ from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
     read_checkpoint,
+    require_finite,
     write_checkpoint,
 )
 from ofa_deploy.train.distill import knowledge_loss, supernet_loss
@@ -175,8 +176,6 @@ class TrainingLoop:
                 f"the recipe has {len(recipe.phases)} phases; a network is trained in 1"
             )
         self._modules = [one for one in (network, teacher) if one is not None]
-        for module in self._modules:
-            store_channels_last(module)
         self.network = network
         self.images = images
         self.recipe = recipe
@@ -193,9 +192,7 @@ class TrainingLoop:
         # Of the epoch's steps so far.
         self._loss_sum, self._loss_count = 0.0, 0
         self._accuracy: float | None = None
-        self._optimizer = HybridOptimizer(
-            self.network, recipe, rates=self.regulariser.rates
-        )
+        self._optimizer = self._begin()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder / CHECKPOINT_FILE)
@@ -220,6 +217,9 @@ class TrainingLoop:
         Raises:
             TrainingError: The loss is no number; the last checkpoint is kept.
         """
+        momentum = self._optimizer.momentum()
+        self._optimizer = self._begin()  # of weights where they are now
+        self._optimizer.restore_momentum(momentum)
         try:
             # Every step seeds torch's generator; whoever calls has it as it was.
             with torch.random.fork_rng(devices=[]):
@@ -227,6 +227,12 @@ class TrainingLoop:
         finally:
             for module in self._modules:
                 store_plainly(module)
+
+    def _begin(self) -> HybridOptimizer:
+        """Store the weights as they are trained, and make what steps them there."""
+        for module in self._modules:
+            store_channels_last(module)
+        return HybridOptimizer(self.network, self.recipe, rates=self.regulariser.rates)
 
     def _run(self, progress: Callable[[LoopProgress], None] | None) -> float:
         saved_s = told_s = began_s = self._clock()
@@ -359,11 +365,7 @@ class TrainingLoop:
         if self.folder is None:
             return
         state = self.network.state_dict()
-        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-            raise TrainingError(
-                f"the weights are no numbers any more after step {self._step}; lower "
-                "the learning rate and start again. The last good checkpoint is kept"
-            )
+        require_finite(state, when=f"after step {self._step}")
         position = Position(
             phase=0,
             step=self._step,

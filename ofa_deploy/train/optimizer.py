@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
-from ofa_deploy.nn.elastic import ElasticConv
+from ofa_deploy.nn.elastic import ElasticConv, is_transform
 from ofa_deploy.nn.memory_format import as_matrix
 from ofa_deploy.train.muon import new_muon
 from ofa_deploy.train.recipe import Recipe
@@ -152,7 +152,7 @@ def _sgd(
             continue
         # Decay would pull the kernel transforms from identity towards zero, and weights
         # that are masked from what they were; whoever masks them decays the others.
-        exempt = parameter.ndim == 1 or "transform" in name or _is_masked(name)
+        exempt = parameter.ndim == 1 or is_transform(name) or _is_masked(name)
         (plain if exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay, "fixed": False},

@@ -27,7 +27,8 @@ def of_read_pixels(call: ConvolutionCall) -> Tensor | None:
     """The same of the pixels that are read, alone; None for other convolutions.
 
     What the backward pass computes again (`torch.utils.checkpoint`) is left to torch; a
-    warning tells of the danger.
+    warning tells of the danger. Reentrant checkpoints are not seen: they save nothing
+    that would tell, and no mode is entered where they call again.
     """
     stride = pair(call.stride)
     if not (_skips_pixels(call.weight, stride) and _pads_nothing(call.padding)):

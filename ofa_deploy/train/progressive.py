@@ -25,14 +25,15 @@ from torch import Tensor
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DeployError, TrainingError, few_of
 from ofa_deploy.nn.supernet import Supernet, new_supernet, sort_channels
-from ofa_deploy.plan import NetworkPlan, lower
+from ofa_deploy.plan import NetworkPlan, all_blocks, lower
 from ofa_deploy.space import SearchSpace, SubnetConfig
-from ofa_deploy.space_file import decode_space, encode_space
+from ofa_deploy.space_file import decode_space, encode_space, space_sha256
 from ofa_deploy.stored import StoredSupernet, read_supernet, write_supernet
 from ofa_deploy.train.checkpoint import (
     Checkpoint,
     Position,
     read_checkpoint,
+    require_finite,
     write_checkpoint,
 )
 from ofa_deploy.train.distill import supernet_loss
@@ -168,6 +169,7 @@ class ProgressiveTraining:
                 f"{len(data.class_names)}; write the data's number as head.class_count "
                 "of the space's file"
             )
+        all_blocks(space)  # or one that cannot be built would be met after many epochs
         settings.require_startable(recipe)
         self.space = space
         self.recipe = recipe
@@ -177,8 +179,9 @@ class ProgressiveTraining:
         self._clock = clock
         self._elapsed_before_s = 0.0
         self._started_s = clock()
-        torch.manual_seed(recipe.seed)
-        self.supernet = new_supernet(space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.supernet = new_supernet(space)
         self._teachers: tuple[Supernet, ...] = ()
         self._phase_index = 0
         self._step = 0
@@ -266,6 +269,7 @@ class ProgressiveTraining:
         position.require(
             recipe_sha256=recipe_sha256,
             data_sha256=self.images.sha256,
+            space_sha256=space_sha256(self.space),
             folder=self.settings.folder,
             cure=f"resume with the same{told}, or start a new folder",
         )
@@ -289,17 +293,25 @@ class ProgressiveTraining:
             recipe_sha256=self.recipe.sha256(self._phase_index),
             data_sha256=self.images.sha256,
             elapsed_s=self.elapsed_s,
+            space_sha256=space_sha256(self.space),
         )
 
     def _save(self) -> None:
+        weights = self.supernet.state_dict()
+        require_finite(weights, when=self._when)
         write_checkpoint(
             self.settings.folder / CHECKPOINT_FILE,
             Checkpoint(
                 position=self._position(),
-                weights=self.supernet.state_dict(),
+                weights=weights,
                 momentum=self._optimizer.momentum(),
             ),
         )
+
+    @property
+    def _when(self) -> str:
+        phase = self.recipe.phases[: self._phase_index + 1][-1]
+        return f"after step {self._step} of phase {phase.name}"
 
     def _load_teachers(self) -> tuple[Supernet, ...]:
         """Of the current phase; once all are done, of the last."""
@@ -375,6 +387,7 @@ class ProgressiveTraining:
 
     def _write_phase_result(self, phase: Phase) -> None:
         weights = {k: v.detach().half() for k, v in self.supernet.state_dict().items()}
+        require_finite(weights, when=f"{self._when}, in float16")
         # So that this run and one that starts from the file stay equal.
         self.supernet.load_state_dict(weights)
         result = Checkpoint(position=self._position(), weights=weights, momentum={})

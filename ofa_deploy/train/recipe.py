@@ -85,6 +85,11 @@ class Phase:
         require(COUNT, *choices, "sorted_expands", optional=True)
         require(COUNT, "subnet_count")
         require(NOT_NEGATIVE, "warmup_epochs")
+        if 0 < self.epochs <= self.warmup_epochs:
+            raise TrainingError(
+                f"phase {self.name}: warmup_epochs={self.warmup_epochs:g} of "
+                f"epochs={self.epochs}; its rate would never fall. Give fewer"
+            )
         require(POSITIVE, "peak_learning_rate")
         require(SHARE, "cutmix_share", "distortion")
         if self.sandwich and self.subnet_count < 2:
@@ -158,6 +163,12 @@ class Recipe:
         if not self.phases or self.phases[0].distill:
             raise TrainingError(
                 "the first phase trains the teacher and cannot have one itself"
+            )
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise TrainingError(
+                f"phases {', '.join(names)}: two have one name, by which their results "
+                "are kept; give each its own"
             )
         for index, phase in enumerate(self.phases):
             earlier = [other.name for other in self.phases[:index]]

@@ -176,13 +176,27 @@ def test_sorting_does_not_change_networks_of_trained_widths(supported: int) -> N
     space = replace(THREE_RATIOS, stages=plain)
     network = tiny_torch.supernet(space)
     gene = space.encode(space.largest())
-    gene[space.first_slot_gene + 1 :: 2] = space.choice_counts[
-        space.first_slot_gene + 1 :: 2
-    ] - min(supported, 2)
+    expands = slice(space.first_slot_gene + 1, None, 2)
+    counts = space.choice_counts[expands]
+    gene[expands] = counts - np.minimum(supported, counts)
     plan = lower(space, space.decode(gene))
     before = logits(network, plan)
     sort_channels(network, supported_expands=supported)
     assert relative_error(logits(network, plan), before) <= 1e-5
+
+
+def test_sorting_keeps_networks_that_expand_nothing() -> None:
+    """Their middle channels are the input's, as which they were trained."""
+    stage = replace(
+        tiny.SPACE.stages[-1], block="mbconv", expands=(1, 2), squeeze_excite=False
+    )
+    space = replace(tiny.SPACE, stages=(stage, stage))
+    network = tiny_torch.supernet(space)
+    plans = [lower(space, config) for config in (space.largest(), space.smallest())]
+    before = [logits(network, plan) for plan in plans]
+    sort_channels(network, supported_expands=2)
+    for plan, expected in zip(plans, before, strict=True):
+        assert relative_error(logits(network, plan), expected) <= 1e-5
 
 
 def test_sorting_puts_important_units_of_a_gate_first() -> None:

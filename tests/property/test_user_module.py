@@ -23,6 +23,7 @@ from torch.nn.utils import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from ofa_deploy.batches import evaluation_batch
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.errors import (
     DataError,
@@ -42,7 +43,7 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import Method, default_shrink_recipe
 from ofa_deploy.shrink.user_module import plain_copy, run
 from ofa_deploy.target import Target
-from ofa_deploy.train.images import TrainingImages, evaluation_batch
+from ofa_deploy.train.images import TrainingImages
 from ofa_deploy.train.loop import LOG_FILE
 from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.train.views import ViewsInAnyOrder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ofa_deploy.dataset import ImageSet
-from ofa_deploy.errors import TrainingError
+from ofa_deploy.errors import SpaceError, TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet
 from ofa_deploy.plan import NetworkPlan, lower
 from ofa_deploy.space import SubnetConfig
@@ -251,6 +251,73 @@ def test_resuming_with_other_labels_is_refused(trained: Path) -> None:
     assert "the training data is not the one" in refusal(
         trained, resume=True, images=other
     )
+
+
+def test_a_space_that_cannot_be_built_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    """Its smallest network would be met once the widths are trained."""
+    first = replace(tiny.SPACE.stages[0], out_channels=20)
+    second = replace(tiny.SPACE.stages[-1], block="mbconv", expands=(1, 2, 4))
+    space = replace(tiny.SPACE, stages=(first, second))
+    lower(space, space.largest())
+    with pytest.raises(SpaceError, match="expand 1 of 20 channels"):
+        ProgressiveTraining(
+            space=space,
+            data=train_tiny.data(),
+            recipe=RECIPE,
+            settings=progressive.RunSettings(folder=tmp_path / "run"),
+            bf16=False,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    before = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    with torch.no_grad():
+        next(run.supernet.parameters())[0] = float("nan")
+    with pytest.raises(TrainingError, match="no numbers any more after step 0"):
+        run._save()
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_a_state_alone_tells_of_which_space_it_is(tmp_path: Path) -> None:
+    """Of equal tensors are spaces that differ in a stride, too."""
+    training(tmp_path)
+    (tmp_path / SPACE_FILE).unlink()
+    stages = tiny.SPACE.stages
+    other = replace(stages[0], stride=3 - stages[0].stride)
+    with pytest.raises(TrainingError, match="the space is not the one that"):
+        ProgressiveTraining(
+            space=replace(tiny.SPACE, stages=(other, *stages[1:])),
+            data=train_tiny.data(),
+            recipe=RECIPE,
+            settings=progressive.RunSettings(folder=tmp_path, resume=True),
+            bf16=False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"warmup_epochs": 1.0, "epochs": 1}, "warmup_epochs=1 of epochs=1"),
+        ({"warmup_epochs": 5.0, "epochs": 3}, "warmup_epochs=5 of epochs=3"),
+    ],
+)
+def test_a_phase_whose_rate_never_falls_is_refused(
+    changes: dict[str, float], told: str
+) -> None:
+    with pytest.raises(TrainingError, match=told):
+        replace(RECIPE.phases[0], **changes)  # type: ignore[arg-type]
+
+
+def test_phases_of_one_name_are_refused() -> None:
+    """Each would replace the other's result, which later ones may learn from."""
+    first, second, *others = RECIPE.phases
+    same = (first, replace(second, name=first.name), *others)
+    with pytest.raises(TrainingError, match="two have one name"):
+        replace(RECIPE, phases=same)
 
 
 def test_resuming_with_another_space_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -289,6 +289,21 @@ def test_a_member_whose_unpacking_cannot_be_stopped_is_not_read(
     assert "(red/more.png)" in refusal(path)
 
 
+def test_a_digest_needs_no_copy_of_the_images() -> None:
+    images = np.zeros((4000, 20, 20, 3), np.uint8)
+    data = ImageSet(images=images, labels=np.zeros(4000, int), class_names=("one",))
+    tracemalloc.start()
+    plain, strided = data.sha256, replace(data, images=images[:, :, ::-1]).sha256
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert plain == strided
+    assert peak < 1.1 * images.nbytes  # of those that do not lie in order
+    tracemalloc.start()
+    assert data.sha256 == plain
+    assert tracemalloc.get_traced_memory()[1] < 0.1 * images.nbytes
+    tracemalloc.stop()
+
+
 def test_a_class_without_a_name_is_refused() -> None:
     """Nothing that is written could be read again."""
     names = ("red", "", "blue")

@@ -24,7 +24,7 @@ from ofa_deploy.train.loop import (
     LoopProgress,
     TrainingLoop,
 )
-from ofa_deploy.train.recipe import Phase, Recipe
+from ofa_deploy.train.recipe import Phase, Recipe, learning_rate
 from tests.support import tiny
 
 EPOCHS, FORMAT = 3, torch.channels_last
@@ -123,6 +123,21 @@ def test_a_training_leaves_the_callers_generator_as_it_was(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_loop_that_was_interrupted_goes_on_by_itself(
+    momentum: float, tmp_path: Path
+) -> None:
+    """As in a notebook; where the weights lie has changed in between."""
+    whole, cut = Net(), Net()
+    loop_of(whole, tmp_path / "whole", momentum=momentum).run()
+    loop = loop_of(cut, tmp_path / "cut", momentum=momentum)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(stop)
+    loop.run()
+    for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_network_with_a_layer_under_two_names_goes_on(
     momentum: float, tmp_path: Path
 ) -> None:
@@ -216,6 +231,42 @@ def test_modules_are_stored_as_others_expect_them_whatever_happens(
     with pytest.raises(KeyboardInterrupt):
         loop_of(network, tmp_path).run(stop)
     assert all(parameter.is_contiguous() for parameter in network.parameters())
+
+
+def test_a_label_and_a_teacher_pull_as_their_cross_entropies() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    targets = F.one_hot(torch.tensor([0, 3, 1, 1, 2]), 4).double()
+    told = torch.randn(5, 4, dtype=torch.float64).softmax(1)
+    chances = logits.exp() / logits.exp().sum(1, keepdim=True)
+    smooth = 0.9 * targets + 0.1 / 4
+    hard, soft = (-(one * chances.log()).sum(1).mean() for one in (smooth, told))
+    found = supernet_loss(
+        logits,
+        targets,
+        soft_targets=told,
+        label_smoothing=0.1,
+        distillation_ratio=0.7,
+    )
+    torch.testing.assert_close(found, hard + 0.7 * soft)
+    alone = supernet_loss(
+        logits, targets, soft_targets=None, label_smoothing=0.1, distillation_ratio=0.7
+    )
+    torch.testing.assert_close(alone, hard)
+
+
+def test_a_rate_rises_and_falls_to_nothing() -> None:
+    phase = Phase(
+        name="one", epochs=10, warmup_epochs=2, peak_learning_rate=0.5, distill=False
+    )
+    rates = [learning_rate(phase, epoch) for epoch in np.linspace(0, 10, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[20] == pytest.approx(0.5)
+    assert rates[60] == pytest.approx(0.25)  # half way down
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert max(rates) == rates[20]
+    assert np.all(np.diff(rates[:21]) > 0)
+    assert np.all(np.diff(rates[20:]) < 0)
 
 
 @pytest.mark.parametrize("temperature", [None, 4.0])

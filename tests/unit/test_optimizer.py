@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ofa_deploy.errors import TrainingError
 from ofa_deploy.nn.supernet import Supernet, new_supernet
@@ -47,6 +47,37 @@ def test_a_step_on_the_full_network_reaches_every_parameter_it_uses() -> None:
     assert {n for n in before if n.endswith("expand.weight") and "se." not in n} <= (
         stepped
     )
+
+
+class Named(nn.Module):
+    """Of a user's own names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.transformer(x))
+        return found
+
+
+def test_weights_decay_and_norms_biases_and_kernel_transforms_do_not() -> None:
+    for network in (new_supernet(tiny.SPACE), Named()):
+        optimizer = HybridOptimizer(network, replace(RECIPE, weight_decay=0.1))
+        optimizer.set_learning_rate(RATE)
+        before = {k: v.detach().clone() for k, v in network.named_parameters()}
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        decayed = {
+            name
+            for name, parameter in network.named_parameters()
+            if not torch.equal(parameter, before[name])
+        }
+        vectors = {name for name, parameter in before.items() if parameter.ndim == 1}
+        matrices = {name for name in before if ".transform_" in name}
+        assert bool(matrices) == isinstance(network, Supernet)
+        assert decayed == set(before) - vectors - matrices
 
 
 def test_parameters_outside_the_network_stay_as_they_are() -> None:
