@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ofa_deploy.errors import MissingDependency
+from ofa_deploy.errors import MissingDependency, ModelRejected
 from ofa_deploy.export.model_files import IR_FILE, ONNX_FILE
 from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
 from ofa_deploy.export.openvino import write_ir
@@ -35,6 +35,7 @@ def write_module(
 
     Raises:
         MissingDependency: torch's exporter lacks a package.
+        ModelRejected: It does not convert this network.
     """
     path = folder / ONNX_FILE
     _export(module, resolution, path)
@@ -64,6 +65,12 @@ def _export(module: nn.Module, resolution: int, path: Path) -> None:
             )
     except ImportError as error:
         raise MissingDependency("onnxscript", extra="shrink") from error
+    except Exception as error:  # whatever its operators are not ready for
+        told = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ModelRejected(
+            f"torch's exporter cannot write {type(module).__name__} as ONNX: {told}. "
+            "Write that part of its forward in other operators"
+        ) from error
     finally:
         logging.disable(disabled)
     assert program is not None  # as it is where no path is given

@@ -65,7 +65,7 @@ def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
         name=layer.name,
         in_channels=read,
         out_channels=written,
-        in_size=layer.in_size,
+        in_size=layer.padded_size,
         layers=(_timed_operation(layer, read=read, written=written),),
         residual=False,
     )
@@ -84,7 +84,7 @@ def _timed_operation(layer: TracedLayer, *, read: int, written: int) -> Layer:
         depthwise=layer.depthwise,
         batch_norm=True,
         activation="relu",
-        in_size=layer.in_size,
+        in_size=layer.padded_size,
     )
 
 

@@ -45,7 +45,7 @@ def trace_channels(
         TraceError: Names the module that cannot be traced.
         MissingDependency: torch-pruning is not installed.
     """
-    probe = copy.deepcopy(network).eval().requires_grad_(True)
+    probe = _probe(network)
     image = torch.zeros(1, *input_shape)
     with _telling_module(probe, image, cure="Give a network that takes such images"):
         layers = called_layers(probe, image)
@@ -66,12 +66,21 @@ def operations_of(network: nn.Module, *, input_shape: tuple[int, int, int]) -> s
     Raises:
         TraceError: Names the module whose operations depend on values.
     """
-    probe = copy.deepcopy(network).eval().requires_grad_(True)
+    probe = _probe(network)
     image = torch.zeros(1, *input_shape)
     cure = "Its forward must not branch on the values of tensors"
     with torch.no_grad(), _quiet(), _telling_module(probe, image, cure=cure):
         exported = torch.export.export(probe, (image,), strict=False)
     return str(exported.graph_module.code)
+
+
+def _probe(network: nn.Module) -> nn.Module:
+    """A copy in eval mode, all of which has gradients: they are what is followed."""
+    probe = copy.deepcopy(network)
+    probe.eval()
+    for parameter in probe.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return probe
 
 
 @contextmanager
@@ -168,8 +177,9 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
 def _traced_layer(
     name: str, module: nn.Module, read: Tensor, written: Tensor
 ) -> TracedLayer:
+    # Of one image is all that is read, parts of it that are in the batch's place, too.
     if isinstance(module, nn.Linear):
-        places = written[0].numel() // module.out_features
+        places = written.numel() // module.out_features
         return TracedLayer(
             name=name,
             is_linear=True,
@@ -203,7 +213,7 @@ def _traced_layer(
         in_channels=module.in_channels,
         out_channels=module.out_channels,
         in_size=int(read.shape[2]),
-        call_places=(written[0, 0].numel(),),
+        call_places=(written[0, 0].numel(),) * len(written),
     )
 
 
@@ -395,7 +405,7 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
     except ImportError as error:
         raise MissingDependency("torch-pruning", extra="shrink") from error
     try:
-        with _quiet(), torch.enable_grad():
+        with _quiet(), _widths_unknown_not_zero(), torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
                 network, image, verbose=False
             )
@@ -408,6 +418,26 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
     for node in graph.module2node.values():
         _map_padding(node)
     return graph
+
+
+@contextmanager
+def _widths_unknown_not_zero() -> Iterator[None]:
+    """torch-pruning divides by widths of 0, which it finds where channels are shuffled.
+
+    (In 1.6, of ShuffleNetV2.) What is unknown, it leaves alone.
+    """
+    from torch_pruning.dependency import shape_infer
+
+    inferred = shape_infer.infer_in_channels_recursively
+
+    def unknown_not_zero(*args: Any, **kwargs: Any) -> int | None:
+        return inferred(*args, **kwargs) or None
+
+    shape_infer.infer_in_channels_recursively = unknown_not_zero
+    try:
+        yield
+    finally:
+        shape_infer.infer_in_channels_recursively = inferred
 
 
 def _map_padding(node: Any) -> None:

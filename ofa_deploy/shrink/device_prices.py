@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -318,6 +319,8 @@ def _measure(
         group_size=BLOCK_GROUP_SIZE,
         anchor_name=anchor,
     )
+    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
+        write(anchor, Path(folder))  # what cannot be written is told before the timing
     device, runtime = _device_and_runtime(target, backend)
     reporter.begin(f"timing {len(blocks)} layers and {len(networks)} networks")
     journal_path = path.with_suffix(".journal")
@@ -329,6 +332,7 @@ def _measure(
             "runtime": encode_flat(runtime),
             "settings": encode_flat(PROFILE_SETTINGS),
             "order": order.digest,
+            "network": digest,
         },
     ) as journal:
         forget_if_old(journal, journal_path)
@@ -373,8 +377,12 @@ def _digest(own: OwnNetwork, *, step: int) -> str:
     """Of everything that decides what is timed."""
     names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
     cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
-    # Activations, pools and skips cost, too.
-    text = json.dumps([names, cuts, own.resolution, own.operations()])
+    # Activations, pools and skips cost, too; and so do layers that nothing narrows.
+    layers = [str(layer) for layer in own.graph.layers]
+    shapes = {name: list(t.shape) for name, t in own.module.state_dict().items()}
+    text = json.dumps(
+        [names, cuts, layers, shapes, own.resolution, own.operations()], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

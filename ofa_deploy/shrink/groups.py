@@ -83,6 +83,18 @@ class TracedLayer:
         return 1 < self.groups == self.in_channels == self.out_channels
 
     @property
+    def padded_size(self) -> int:
+        """Height and width of an input from which a padded one computes as many places.
+
+        Those that are timed are padded by half their kernel.
+        """
+        if self.is_linear:
+            return self.in_size
+        written = round(max(self.call_places) ** 0.5)
+        fits = self.kernel % 2 == 1 and -(-self.in_size // self.stride) == written
+        return self.in_size if fits else (written - 1) * self.stride + 1
+
+    @property
     def places(self) -> int:
         """Places of its output at which it computes, all calls together."""
         return sum(self.call_places)

@@ -24,7 +24,6 @@ from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
-from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import (
     called_layers,
     operations_of,
@@ -35,6 +34,8 @@ from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.user_module import (
     are_equal,
+    mac_count,
+    parameter_count,
     plain_copy,
     require_numbers,
     require_trainable,
@@ -103,8 +104,8 @@ class OwnNetwork:
         if _is_chain(module):
             graph = planned_channels(module)
         else:
-            operations_of(module, input_shape=shape)  # or says where it branches
             graph = trace_channels(module, input_shape=shape)
+            operations_of(module, input_shape=shape)  # or says where it branches
         outputs = run(module, np.zeros((1, *shape), dtype=np.float32)).shape
         require_numbers(module)
         if outputs != (1, len(class_names)):
@@ -346,7 +347,7 @@ class OwnNetwork:
                 name=f"{method}-{_digest(kept)}",
                 family=self.family,
                 resolution=self.resolution,
-                cost=self._cost(narrow, kept),
+                cost=self._cost(narrow),
             ),
             reference=_frozen(trained),
             target=target,
@@ -380,23 +381,18 @@ class OwnNetwork:
             narrow, resolution=self.resolution, target=target, folder=folder
         )
 
-    def _cost(
-        self, narrow: FusedNetwork | nn.Module, kept: Sequence[Tensor]
-    ) -> NetworkCost:
+    def _cost(self, narrow: FusedNetwork | nn.Module) -> NetworkCost:
         if isinstance(narrow, FusedNetwork):
             return narrow.plan.cost
-        counts = torch.tensor([float(len(indices)) for indices in kept])
-        macs = 1e6 * float(MacPrice(self.graph)(counts.double()))
-        parameters = sum(parameter.numel() for parameter in narrow.parameters())
-        shape = (IMAGE_CHANNELS, self.resolution, self.resolution)
+        image = torch.zeros(1, IMAGE_CHANNELS, self.resolution, self.resolution)
         peak = max(
             layer.in_channels * layer.in_size**2
             + layer.out_channels * max(layer.call_places)
-            for layer in called_layers(narrow, torch.zeros(1, *shape))
+            for layer in called_layers(narrow, image)
         )
         return NetworkCost(
-            mac_count=round(macs),
-            parameter_count=parameters,
+            mac_count=mac_count(narrow, image),
+            parameter_count=parameter_count(narrow, image),
             peak_activation_bytes=peak * BYTES_PER_FLOAT,
         )
 

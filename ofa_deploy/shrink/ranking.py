@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ofa_deploy.errors import SpaceError
 from ofa_deploy.fuse import fuse
 from ofa_deploy.layers import RepConvLayer
-from ofa_deploy.nn.static import PlannedNet
+from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.shrink.cost import LayerPrices, Price
 from ofa_deploy.shrink.groups import ChannelGraph, Indices
 
@@ -87,7 +87,7 @@ def _filter_norms(
 
 def _merged_kernels(network: nn.Module) -> dict[str, NDArray[np.float32]]:
     """What branches make together, by the path of their layer."""
-    if not isinstance(network, PlannedNet):
+    if not isinstance(network, StaticNet):
         return {}
     fused = fuse(network.weights(), network.plan)
     return {

@@ -15,6 +15,7 @@ the task's own gradient.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -352,10 +353,14 @@ class SparsityPull:
 
     def _plainly(self, kept: Sequence[Tensor]) -> nn.Module:
         state = self.module.state_dict()
-        for name, mine in zip(self.masks, kept, strict=True):
-            del state[f"{name}.parametrizations.weight.0.latent"]
-            weight = state.pop(f"{name}.parametrizations.weight.original")
-            state[f"{name}.weight"] = weight * mine
+        names: dict[nn.Module, list[str]] = defaultdict(list)
+        for name, layer in self.module.named_modules(remove_duplicate=False):
+            names[layer].append(name)
+        for masked, mine in zip(self.masks, kept, strict=True):
+            for name in names[self.module.get_submodule(masked)]:
+                del state[f"{name}.parametrizations.weight.0.latent"]
+                weight = state.pop(f"{name}.parametrizations.weight.original")
+                state[f"{name}.weight"] = weight * mine
         network = copy.deepcopy(self._plain)
         network.load_state_dict(state)
         return network.eval()

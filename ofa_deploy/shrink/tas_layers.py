@@ -387,6 +387,8 @@ class SearchedStage(nn.Module):
             if count in weights:
                 mixed = _stretched(x, widths[count], widest, times=weights[count])
                 total = mixed if total is None else total + mixed
+                if count < max(weights):
+                    x = x.clone()  # the next one may write into what was just mixed
         assert total is not None
         return total
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -165,12 +166,21 @@ def _is_within(cut: Cut, paths: Sequence[str]) -> bool:
 def reset_parameters(network: nn.Module) -> None:
     """Draw all weights anew, as their modules do when they are made.
 
-    Parameters of modules without a `reset_parameters` stay what they are.
+    Parameters of modules without a `reset_parameters` that takes nothing stay what they
+    are.
     """
     for module in network.modules():
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
+        if callable(reset) and _takes_nothing(reset):
             reset()
+
+
+def _takes_nothing(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _join_blocks(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import (
@@ -18,6 +20,7 @@ from torch.nn.utils import (
 )
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.nn.memory_format import store_channels_last
@@ -43,7 +46,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
         module: Not changed.
 
     Raises:
-        TraceError: It cannot be copied.
+        TraceError: It cannot be copied, or its `train` returns nothing.
     """
     copied = _copy(module)
     for layer in list(copied.modules()):
@@ -56,6 +59,11 @@ def plain_copy(module: nn.Module) -> nn.Module:
     _untie(copied)
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    if copied.train(copied.training) is not copied:
+        raise TraceError(
+            f"{type(module).__name__}.train gives something else than the network; let "
+            "it end with `return self`, as torch's own does"
+        )
     return copied
 
 
@@ -128,9 +136,16 @@ def run(module: nn.Module, inputs: Floats) -> Floats:
     """Outputs of a module in eval mode; its mode is left as it was.
 
     Raises:
-        TraceError: It gives no tensor.
+        TraceError: It gives no tensor, or writes into its input.
     """
-    return _run(module, torch.from_numpy(inputs))
+    images = torch.from_numpy(inputs.copy())
+    outputs = _run(module, images)
+    if not np.array_equal(images.numpy(), inputs, equal_nan=True):
+        raise TraceError(
+            f"{type(module).__name__} writes into its input, which others read, too; "
+            "write what it computes elsewhere, as `x = x - mean` does for `x -= mean`"
+        )
+    return outputs
 
 
 def _run(module: nn.Module, images: Tensor) -> Floats:
@@ -152,6 +167,47 @@ def are_equal(found: Floats, expected: Floats) -> bool:
     # Of outputs that are all zero there is no scale.
     scale = float(np.abs(expected).max()) or 1.0
     return bool(np.abs(found - expected).max() <= MOST_DIFFERENCE * scale)
+
+
+def mac_count(module: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of all convolutions and matrix products for an image.
+
+    Args:
+        module: In eval mode.
+        image: `(1, 3, H, W)`.
+    """
+    counter = FlopCounterMode(display=False)
+    # Attention as products: of its faster forms for CPUs nothing is counted.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        module(image)
+    return int(counter.get_total_flops()) // 2
+
+
+def parameter_count(module: nn.Module, image: Tensor) -> int:
+    """Of those that its outputs depend on, once batch norms are folded.
+
+    Args:
+        module: In eval mode.
+        image: `(1, 3, H, W)`.
+    """
+    # Factors of batch norms are in the weights before them, then.
+    counted = [
+        parameter
+        for layer in module.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.requires_grad
+        and not (isinstance(layer, nn.BatchNorm2d) and name == "weight")
+    ]
+    with torch.enable_grad():
+        outputs = _logits(module, module(image))
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        outputs.sum(), counted, allow_unused=True
+    )
+    return sum(
+        parameter.numel()
+        for parameter, gradient in zip(counted, found, strict=True)
+        if gradient is not None
+    )
 
 
 def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
