@@ -154,8 +154,10 @@ def _unfused_outputs(
 ) -> Floats:
     """Logits of the graph as it was trained, run as it is written."""
     unfused = emit_network(plan, weights, form="unfused", batch=None)
+    parts = in_batches(len(inputs), evaluation_batch(plan.resolution))
     with OnnxRuntimeCpu(optimize=False).load(unfused, threads=threads) as session:
-        return session.run({INPUT_NAME: inputs})[OUTPUT_NAME]
+        outputs = [session.run({INPUT_NAME: inputs[part]}) for part in parts]
+    return np.concatenate([one[OUTPUT_NAME] for one in outputs])
 
 
 def compare_exported(
@@ -187,8 +189,7 @@ def compare_exported(
             normalisation=normalisation,
         )
     )
-    parts = in_batches(len(inputs), evaluation_batch(exported.facts.resolution))
-    expected = np.concatenate([exported.reference(inputs[part]) for part in parts])
+    expected = exported.reference(inputs)
     with get_backend(target.backend).load(
         folder / exported.model_file, threads=target.threads
     ) as session:

@@ -407,10 +407,10 @@ class Specializer:
         try:
             for row in self.feasibility(constraints):
                 if row.constraint == "latency" and not row.satisfiable:
-                    # Where drift is accepted, prices are of a machine slower by this.
+                    # Of a machine that has become faster, if that is accepted.
                     accepted = self.on_drift == "accept"
                     ratio = bench.drift.ratio_now() if accepted else 1.0
-                    row = replace(row, best=ratio * row.best)
+                    row = replace(row, best=min(1.0, ratio) * row.best)
                 require_satisfiable(row, self.predictor, where=self.target.backend)
             return fulfil(
                 constraints,

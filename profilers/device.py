@@ -126,8 +126,8 @@ class Conditions:
     """The state of the device while something was timed; None where unreadable.
 
     Attributes:
-        governor: Frequency policy of the first core.
-        frequency_mhz: Present frequency of the first core.
+        governor: Frequency policy of the first core that may be used.
+        frequency_mhz: Present frequency of that core.
         temperature_c: The hottest thermal zone.
         load_average: Runnable processes, averaged over the last minute.
         affinity_core_count: Cores that this process may run on.
@@ -189,7 +189,8 @@ def available_cores() -> int:
 
 def read_conditions() -> Conditions:
     """Read the present conditions; takes a few milliseconds."""
-    frequency_directory = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    core = min(_affinity() or {0})  # of those that may be used: clusters differ
+    frequency_directory = Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq")
     quota_cores = cgroup_quota_cores()
     return Conditions(
         governor=_read_text(frequency_directory / "scaling_governor") or None,
@@ -310,11 +311,14 @@ def _ratio(quota_us: str | None, period_us: str | None) -> float | None:
     return quota / period if quota > 0 and period > 0 else None
 
 
-def _affinity_core_count() -> int | None:
+def _affinity() -> set[int] | None:
     # Not on macOS and Windows.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return None
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
+def _affinity_core_count() -> int | None:
+    cores = _affinity()
+    return None if cores is None else len(cores)
 
 
 def _load_average() -> float | None:

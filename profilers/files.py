@@ -66,8 +66,11 @@ def remove_leftovers(path: Path, *, older_than_s: float = 0.0) -> None:
     """
     prefix, latest_s = f".{path.name}.", time.time() - older_than_s
     for file in path.parent.iterdir():
-        if file.name.startswith(prefix) and file.stat().st_mtime <= latest_s:
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # whoever was writing it has ended
+            if file.name.startswith(prefix) and (
+                older_than_s == 0 or file.stat().st_mtime <= latest_s
+            ):
+                file.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -69,7 +69,7 @@ def operations_of(network: nn.Module, *, input_shape: tuple[int, int, int]) -> s
     probe = _probe(network)
     image = torch.zeros(1, *input_shape)
     cure = "Its forward must not branch on the values of tensors"
-    with torch.no_grad(), _quiet(), _telling_module(probe, image, cure=cure):
+    with torch.no_grad(), quiet(), _telling_module(probe, image, cure=cure):
         exported = torch.export.export(probe, (image,), strict=False)
     return str(exported.graph_module.code)
 
@@ -118,7 +118,7 @@ def _drop_last(entered: list[str]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the warnings and pages of logs of whoever traces."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -405,7 +405,7 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
     except ImportError as error:
         raise MissingDependency("torch-pruning", extra="shrink") from error
     try:
-        with _quiet(), _widths_unknown_not_zero(), torch.enable_grad():
+        with quiet(), _widths_unknown_not_zero(), torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
                 network, image, verbose=False
             )

@@ -86,7 +86,8 @@ class TracedLayer:
     def padded_size(self) -> int:
         """Height and width of an input from which a padded one computes as many places.
 
-        Those that are timed are padded by half their kernel.
+        Those that are timed are padded by half their kernel. Where that moves by half a
+        pixel, as of an even kernel at stride 1, they compute a row and a column more.
         """
         if self.is_linear:
             return self.in_size

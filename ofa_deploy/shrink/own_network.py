@@ -24,6 +24,7 @@ from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
+from ofa_deploy.shrink.counts import mac_count, parameter_count
 from ofa_deploy.shrink.coupling import (
     called_layers,
     operations_of,
@@ -34,8 +35,6 @@ from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
 from ofa_deploy.shrink.user_module import (
     are_equal,
-    mac_count,
-    parameter_count,
     plain_copy,
     require_numbers,
     require_trainable,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import (
@@ -20,7 +18,6 @@ from torch.nn.utils import (
 )
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from ofa_deploy.errors import DataError, TraceError
 from ofa_deploy.nn.memory_format import store_channels_last
@@ -167,47 +164,6 @@ def are_equal(found: Floats, expected: Floats) -> bool:
     # Of outputs that are all zero there is no scale.
     scale = float(np.abs(expected).max()) or 1.0
     return bool(np.abs(found - expected).max() <= MOST_DIFFERENCE * scale)
-
-
-def mac_count(module: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates of all convolutions and matrix products for an image.
-
-    Args:
-        module: In eval mode.
-        image: `(1, 3, H, W)`.
-    """
-    counter = FlopCounterMode(display=False)
-    # Attention as products: of its faster forms for CPUs nothing is counted.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        module(image)
-    return int(counter.get_total_flops()) // 2
-
-
-def parameter_count(module: nn.Module, image: Tensor) -> int:
-    """Of those that its outputs depend on, once batch norms are folded.
-
-    Args:
-        module: In eval mode.
-        image: `(1, 3, H, W)`.
-    """
-    # Factors of batch norms are in the weights before them, then.
-    counted = [
-        parameter
-        for layer in module.modules()
-        for name, parameter in layer.named_parameters(recurse=False)
-        if parameter.requires_grad
-        and not (isinstance(layer, nn.BatchNorm2d) and name == "weight")
-    ]
-    with torch.enable_grad():
-        outputs = _logits(module, module(image))
-    found: Sequence[Tensor | None] = torch.autograd.grad(
-        outputs.sum(), counted, allow_unused=True
-    )
-    return sum(
-        parameter.numel()
-        for parameter, gradient in zip(counted, found, strict=True)
-        if gradient is not None
-    )
 
 
 def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:

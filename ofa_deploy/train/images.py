@@ -95,8 +95,9 @@ class TrainingImages:
     ) -> tuple[TrainingImages, TrainingImages]:
         """The training images in two parts; both keep those that are held out.
 
-        Their batches are drawn apart: of one order, parts of equal size whose images
-        are sorted by class would show the same classes at every step.
+        Their batches are drawn apart: parts of equal size, whose images are sorted by
+        class, would show the same classes at every step. Others have orders of their
+        own by their size.
 
         Args:
             share: Of the second part, of each class; 0..1.
@@ -109,7 +110,8 @@ class TrainingImages:
         first, second = split_validation(
             self.training, fraction=share, purpose=f"by {setting}"
         )
-        return self._with(first), self._with(second, stream=(1,))
+        stream = (1,) if len(first) == len(second) else ()
+        return self._with(first), self._with(second, stream=stream)
 
     def _with(
         self, training: ImageSet, *, stream: tuple[int, ...] = ()

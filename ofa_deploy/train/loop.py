@@ -238,6 +238,8 @@ class TrainingLoop:
         saved_s = told_s = began_s = self._clock()
         began_step = self._step
         per_epoch = self.images.batches_per_epoch
+        if self._loss_count and self._step % per_epoch == 0:
+            self._end_epoch()  # which was interrupted
         for step in range(self._step, self.steps):
             self._loss_sum += self._train_step(step)
             self._loss_count += 1
@@ -245,9 +247,7 @@ class TrainingLoop:
             self._step = step + 1
             ends_epoch = self._step % per_epoch == 0
             if ends_epoch:
-                self._accuracy = self.validate()
-                self._log(loss)
-                self._loss_sum, self._loss_count = 0.0, 0
+                self._end_epoch()
             if ends_epoch or self._clock() - saved_s >= self._checkpoint_seconds:
                 self._save()
                 saved_s = self._clock()
@@ -259,6 +259,11 @@ class TrainingLoop:
         if self._accuracy is None:
             self._accuracy = self.validate()
         return self._accuracy
+
+    def _end_epoch(self) -> None:
+        self._accuracy = self.validate()
+        self._log(self._loss_sum / self._loss_count)
+        self._loss_sum, self._loss_count = 0.0, 0
 
     @torch.no_grad()
     def validate(self) -> float:

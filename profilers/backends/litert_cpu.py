@@ -103,22 +103,47 @@ class LiteRtSession(Closing):
             name: np.dtype(detail["dtype"]) for name, detail in entered.items()
         }
         # Asked once: it lists all operators.
-        count = self.partition_count
-        self.fallback = (
-            None
-            if count in (None, 1)
-            else f"runs in {count} partitions of the {_PROVIDER} delegate instead of "
-            "1: operators that it lacks run on slow reference kernels between them"
-        )
+        self.fallback = self._told_fallback()
 
     @property
     def partition_count(self) -> int | None:
         """Pieces that the delegate runs the model in; None where not known."""
+        pieces = self._pieces()
+        return None if pieces is None else len(pieces)
+
+    def _pieces(self) -> list[Mapping[str, Any]] | None:
         try:
             details = self._interpreter._get_ops_details()
         except AttributeError:
             return None
-        return [detail["op_name"] for detail in details].count("DELEGATE")
+        return [detail for detail in details if detail["op_name"] == "DELEGATE"]
+
+    def _told_fallback(self) -> str | None:
+        """What runs outside of the delegate, in words; None for nothing that is known.
+
+        That some of the model does: of one piece, what it reads and writes is the
+        model's own.
+        """
+        pieces = self._pieces()
+        if pieces is None:
+            return None
+        if not pieces:
+            return f"runs without the {_PROVIDER} delegate, on slower built-in kernels"
+        if len(pieces) > 1:
+            return (
+                f"runs in {len(pieces)} partitions of the {_PROVIDER} delegate instead "
+                "of 1: operators that it lacks run on slower built-in kernels between "
+                "them"
+            )
+        (piece,) = pieces
+        if {*self._inputs.values()} <= {*piece["inputs"]} and {
+            *self._outputs.values()
+        } <= {*piece["outputs"]}:
+            return None
+        return (
+            f"runs its first or last operators outside of the {_PROVIDER} delegate, "
+            "which lacks them, on slower built-in kernels"
+        )
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Session.run`."""

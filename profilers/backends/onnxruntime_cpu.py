@@ -85,6 +85,8 @@ class OnnxRuntimeCpu:
             options.profile_file_prefix = profile_prefix
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Else a model's threads, once it has run, wait busily beside the next model's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = (
             runtime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -61,6 +62,14 @@ def test_what_a_runtime_fuses_is_seen() -> None:
     assert facts["hard-swish"] is True
     assert facts["dense 3x3"] is False
     assert facts["squeeze-and-excite"] is False
+
+
+@pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="no LiteRT")
+def test_an_operator_that_ends_a_model_outside_of_its_delegate_is_seen() -> None:
+    """XNNPACK has no hard-swish in int8; the delegate has one piece all the same."""
+    facts = {fact.name: fact.fallback for fact in operator_facts("litert-cpu")}
+    assert "last operators outside of the XNNPACK delegate" in facts["hard-swish, int8"]
+    assert facts["hard-swish"] == facts["ReLU, int8"] == ""
 
 
 def test_what_a_runtime_does_not_run_is_told_with_the_reason() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.errors import ModelRejected, TraceError
 from ofa_deploy.fuse import fuse
@@ -19,12 +20,13 @@ from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import FusedNet
 from ofa_deploy.shrink import device_prices
 from ofa_deploy.shrink.channel_prices import timed_layer
+from ofa_deploy.shrink.counts import mac_count, parameter_count
 from ofa_deploy.shrink.coupling import trace_channels
 from ofa_deploy.shrink.ranking import writers
 from ofa_deploy.shrink.sparse import SparsityPull, SparsitySettings
 from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.tas_network import reset_parameters
-from ofa_deploy.shrink.user_module import mac_count, parameter_count, plain_copy
+from ofa_deploy.shrink.user_module import plain_copy
 from ofa_deploy.target import Target
 from tests.support import own_networks, tiny
 from tests.support.searching import owned, searched
@@ -153,6 +155,23 @@ def test_whatever_multiplies_is_counted_and_what_is_not_called_is_not() -> None:
     assert mac_count(network, IMAGE) == macs
     weights = 2 * 2 * 3 * 8 + 8 + 2 * 2 * 8 * 4 + 4 + (16 + 4) * 4 + 4 * 3 + 3
     assert parameter_count(network, IMAGE) == weights
+
+
+def test_what_is_called_without_gradients_is_counted_once() -> None:
+    class Frozen(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.last(self.norm(self.conv(x)))
+            return cast(Tensor, self.head(F.relu(x).mean((2, 3))))
+
+    network = Frozen().eval()
+    weights = sum(one.numel() for one in network.parameters())
+    assert parameter_count(network, IMAGE) == weights - 16  # factors of the norm
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(F.relu, x, use_reentrant=True))
+
+    assert parameter_count(Net(checkpointed).eval(), IMAGE) == weights - 16
 
 
 # -- what is taken ---------------------------------------------------------------------

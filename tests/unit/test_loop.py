@@ -122,6 +122,27 @@ def test_a_training_leaves_the_callers_generator_as_it_was(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_epoch_that_was_interrupted_at_its_end_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop_of(Net(), tmp_path / "whole").run()
+    cut = loop_of(Net(), tmp_path / "cut")
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, "validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cut.run()
+    cut.run()
+    whole, resumed = (
+        [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        for log in (tmp_path / name / LOG_FILE for name in ("whole", "cut"))
+    )
+    assert resumed == whole
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_loop_that_was_interrupted_goes_on_by_itself(
     momentum: float, tmp_path: Path
