@@ -27,7 +27,7 @@ from ofa_deploy.predict.accuracy import AccuracyPredictor, AccuracySample
 from ofa_deploy.preprocess import Normalisation, decode_normalisation
 from ofa_deploy.space import SearchSpace
 from ofa_deploy.space_file import decode_space, encode_space
-from profilers.files import MAX_FILE_BYTES, write_atomically
+from profilers.files import MAX_FILE_BYTES, sha256_of, write_atomically
 from profilers.json_reader import JsonNode, read_json
 
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ def read_supernet(folder: Path) -> StoredSupernet:
 
 def description_digest(folder: Path) -> str:
     """Of a supernet's description, by which bundles name it."""
-    return hashlib.sha256((folder / DESCRIPTION_FILE).read_bytes()).hexdigest()
+    return sha256_of(folder / DESCRIPTION_FILE)
 
 
 def _decode(folder: Path, node: JsonNode) -> StoredSupernet:

@@ -300,13 +300,15 @@ def require_time_for(constraints: Constraints) -> None:
     """
     if constraints.percentile == 50 or constraints.rate_hz is None:
         return
-    needed = 2 * percentile_floor(constraints.percentile)
-    runs = math.ceil(needed / CERTIFY_PROCESSES / PACED_VISITS)
-    made = PACED_VISITS * (runs + 1)
+    planned = enough_runs(
+        MeasureSettings.certify(), constraints, processes=CERTIFY_PROCESSES
+    )
+    made = planned.visits * (planned.runs_per_visit + 1)
     if made / constraints.rate_hz > MAX_PACED_S:
         least_hz = math.ceil(1e4 * made / MAX_PACED_S) / 1e4
         raise SpaceError(
-            f"p{constraints.percentile} stands on {needed} runs, which at "
+            f"p{constraints.percentile} stands on "
+            f"{2 * percentile_floor(constraints.percentile)} runs, which at "
             f"rate_hz={constraints.rate_hz:g} take more than {MAX_PACED_S / 3600:g} "
             f"hours in each of {CERTIFY_PROCESSES} processes. Ask for a lower "
             f"percentile, or a rate of at least {least_hz:g} Hz"

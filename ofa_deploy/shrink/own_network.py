@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ofa_deploy.batches import in_batches
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, MissingDependency, TraceError, few_of
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
@@ -462,8 +463,8 @@ def _frozen(module: nn.Module) -> Callable[[Floats], Floats]:
 
 def _run_in_parts(module: nn.Module, inputs: Floats) -> Floats:
     """`run`, of few images at a time."""
-    parts = range(0, len(inputs), AT_A_TIME)
-    return np.concatenate([run(module, inputs[k : k + AT_A_TIME]) for k in parts])
+    parts = in_batches(len(inputs), AT_A_TIME)
+    return np.concatenate([run(module, inputs[part]) for part in parts])
 
 
 def _digest(kept: Sequence[Tensor]) -> str:
