@@ -135,14 +135,18 @@ def decode_measurement(node: JsonNode) -> Measurement:
 
 
 def encode_visit(visit: Visit) -> dict[str, Json]:
-    """Encode a `Visit`; there are hundreds, so what is None is left out."""
+    """Encode a `Visit`; there are hundreds, so what is None or not so is left out."""
     fields = cast("dict[str, Json]", _with_lists(dataclasses.asdict(visit)))
-    return {name: value for name, value in fields.items() if value is not None}
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and value is not False
+    }
 
 
 def decode_visit(node: JsonNode) -> Visit:
     """Decode a `Visit`."""
-    fields = node.fields(*_names(Visit), may_lack="fallback")
+    fields = node.fields(*_names(Visit), may_lack=("fallback", "device_timed"))
     return node.build(
         lambda: Visit(
             time_ns=fields["time_ns"].integer(minimum=0),
@@ -152,6 +156,7 @@ def decode_visit(node: JsonNode) -> Visit:
             samples_ns=fields["samples_ns"].integers(minimum=1),
             fallback=fields["fallback"].optional(JsonNode.text),
             session=fields["session"].integer(minimum=0),
+            device_timed=fields["device_timed"].optional(JsonNode.boolean) or False,
         )
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
@@ -52,16 +52,18 @@ class JsonNode:
         """Raise `FormatError` at this place."""
         raise FormatError(message, path=self.path)
 
-    def fields(self, *names: str, may_lack: str = "") -> dict[str, JsonNode]:
+    def fields(
+        self, *names: str, may_lack: Collection[str] = ()
+    ) -> dict[str, JsonNode]:
         """Read an object of exactly these keys.
 
         Args:
             names: All keys.
-            may_lack: The one of them that may be missing, and then reads as null.
+            may_lack: Those of them that may be missing, and then read as null.
         """
         entries = self._object()
         for name in names:
-            if name not in entries and name != may_lack:
+            if name not in entries and name not in may_lack:
                 self.refuse(f"key {name!r} is missing; allowed are {sorted(names)}")
         for name in sorted(entries.keys() - set(names)):
             self.refuse(f"key {name!r} is unknown; allowed are {sorted(names)}")

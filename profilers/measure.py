@@ -111,6 +111,11 @@ class _Bench:
         """Of the last sample, as the session tells it."""
         return self.session.fallback if isinstance(self.session, FallsBack) else None
 
+    @property
+    def device_timed(self) -> bool:
+        """Whether samples are by the session's own clock."""
+        return isinstance(self.session, DeviceTimed)
+
 
 def _prepare_timed(
     session: Session, inputs: Arrays, clock: Clock
@@ -449,6 +454,7 @@ def _visit(
             inner_loops=bench.inner_loops,
             samples_ns=tuple(samples_ns),
             fallback=bench.fallback,
+            device_timed=bench.device_timed,
         )
     )
     return anchor_after_ns

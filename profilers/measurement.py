@@ -147,6 +147,9 @@ class Visit:
         fallback: Why the model ran in another way than the runtime's fastest; None
             if it did not.
         session: Which of the processes that measured made it, from 0 on.
+        device_timed: Whether the samples are by the clock of the processor that ran
+            the model, and not the host's. What the host's anchor saw is then not what
+            the model felt.
     """
 
     time_ns: int
@@ -156,6 +159,7 @@ class Visit:
     samples_ns: tuple[int, ...]
     fallback: str | None = None
     session: int = 0
+    device_timed: bool = False
 
     def __post_init__(self) -> None:
         for field in ("time_ns", "session"):
@@ -175,13 +179,13 @@ class Visit:
 
     @property
     def disturbed(self) -> bool:
-        """Whether the machine changed its speed during the visit.
+        """Whether the machine changed its speed during the visit, as the model felt it.
 
         On a shared machine a visit in twenty was, and its residual scattered two to
         six times as much as the others'.
         """
         low, high = sorted((self.anchor_before_ns, self.anchor_after_ns))
-        return high > low * (1 + DISTURBED_ANCHOR_RATIO)
+        return not self.device_timed and high > low * (1 + DISTURBED_ANCHOR_RATIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

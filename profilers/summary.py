@@ -51,7 +51,7 @@ def fit_visits(
 
     Args:
         visits: `visits[m]` are those of model `m`; at least one each.
-        beta: None fits it.
+        beta: None fits it; 0 whatever is given if the device timed the visits itself.
         anchor_reference_ns: None takes it from the visits.
         drift: False where every process had one model, and cannot tell of it.
 
@@ -62,6 +62,9 @@ def fit_visits(
     tells = drift and len(visits) >= MIN_DRIFT_MODELS
     flat = [visit for of_model in visits for visit in of_model]
     counts = [len(of_model) for of_model in visits]
+    if any(visit.device_timed for visit in flat):
+        # The anchor is work of the host; a GPU's own times do not feel what slows it.
+        beta = 0.0
     return quiet_state(
         np.log([median(visit.samples_ns) for visit in flat]),
         0.5

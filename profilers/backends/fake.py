@@ -86,11 +86,13 @@ class FakeDevice:
         name: As `Backend.accelerator` gives it.
         waiting_ns: What each run takes on the host's clock and not on its own.
         fallback: As `DeviceTimed.fallback` gives it.
+        phases: How slow it is, as `FakeBackend` has it for the host.
     """
 
     name: str = "fake accelerator"
     waiting_ns: int = 0
     fallback: str | None = None
+    phases: Phases = _steady
 
 
 class FakeBackend:
@@ -101,7 +103,7 @@ class FakeBackend:
         latency_ns: Quiet latency per model: a function of what `load` gets, or a
             mapping from a model's bytes or its file's name.
         phases: Factor on every latency as a function of the time in ns: how slow
-            the machine is then.
+            the machine is then. A device has its own.
         device: None makes sessions that the host times.
     """
 
@@ -126,7 +128,7 @@ class FakeBackend:
         latency_ns = self._latency_of(model)
         if self._device is None:
             return FakeSession(self.clock, latency_ns, self._phases)
-        return FakeDeviceSession(self.clock, latency_ns, self._phases, self._device)
+        return FakeDeviceSession(self.clock, latency_ns, self._device)
 
     def _latency_of(self, model: Path | bytes) -> int:
         if not isinstance(self._latency_ns, Mapping):
@@ -191,10 +193,8 @@ class FakeSession(Closing):
 class FakeDeviceSession(FakeSession):
     """A session that the host's clock would time too long."""
 
-    def __init__(
-        self, clock: FakeClock, latency_ns: int, phases: Phases, device: FakeDevice
-    ) -> None:
-        super().__init__(clock, latency_ns, phases)
+    def __init__(self, clock: FakeClock, latency_ns: int, device: FakeDevice) -> None:
+        super().__init__(clock, latency_ns, device.phases)
         self._device = device
 
     @property

@@ -72,6 +72,7 @@ visits = st.builds(
     samples_ns=st.lists(nanoseconds, min_size=1, max_size=4).map(tuple),
     fallback=st.none() | words,
     session=st.integers(0, 2**31),
+    device_timed=st.booleans(),
 )
 stabilities = st.lists(words, max_size=2).map(
     lambda reasons: Stability(

@@ -244,6 +244,26 @@ def test_a_device_that_times_itself_is_believed_over_the_hosts_clock() -> None:
     assert all(m.stability.verdict == "stable" for m in run.measurements)
 
 
+def test_what_slows_the_host_is_nothing_to_a_device_that_times_itself() -> None:
+    clock = FakeClock()
+    run = measure_models(
+        models(2),
+        backend=FakeBackend(clock, latency_ns=latency_ns, device=FakeDevice()),
+        threads=1,
+        settings=SETTINGS,
+        clock=clock,
+        anchor=JumpingAnchor(),
+        rng=np.random.default_rng(0),
+        beta=1.0,
+        anchor_reference_ns=1_000,
+    )
+    assert run.beta == 0
+    for measurement, expected_ms in zip(run.measurements, (0.02, 0.06), strict=True):
+        assert measurement.quiet_ms == pytest.approx(expected_ms, rel=1e-9)
+        assert measurement.stability.verdict == "stable"
+        assert len(measurement.visits) == SETTINGS.visits
+
+
 def test_another_way_of_running_is_kept_and_makes_the_figure_unstable() -> None:
     run = measure_on_device(FakeDevice(fallback="no graph"))
     for measurement in run.measurements:

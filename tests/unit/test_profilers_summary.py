@@ -49,6 +49,23 @@ def visits(slow_passes: dict[int, float], *, models: int = MODELS) -> list[list[
     ]
 
 
+def test_a_devices_own_times_follow_its_drift_and_not_the_hosts_anchor() -> None:
+    rng = np.random.default_rng(1)
+
+    def on_device(visit: Visit) -> Visit:
+        busy_ns = round(ANCHOR_NS * rng.uniform(1, 1.3))
+        return replace(visit, anchor_before_ns=busy_ns, device_timed=True)
+
+    still = visits({2: 1.03})
+    moved = [[on_device(visit) for visit in of_model] for of_model in still]
+    fit = fit_visits(moved, beta=1.0)
+    assert fit.beta == 0
+    for name in ("effect_log", "standard_error_log", "drift_log"):
+        assert getattr(fit, name) == pytest.approx(getattr(fit_visits(still), name))
+    verdicts = {m.stability.verdict for m in summarize(NAMES, moved, fit, SETTINGS)}
+    assert verdicts == {"stable"}
+
+
 def test_a_quiet_run_has_no_drift_and_needs_nothing() -> None:
     found = visits({})
     fit = fit_visits(found)
