@@ -36,6 +36,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_exports() -> Iterator[None]:
+    """For modules that have torch write many networks as ONNX."""
+    from tests.support.quick_export import export_quickly
+
+    with pytest.MonkeyPatch.context() as patch:
+        export_quickly(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
     """Folder of the real CIFAR-10 images; the test is skipped where there is none."""

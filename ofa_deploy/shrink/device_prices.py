@@ -48,7 +48,8 @@ from profilers.timing import CERTIFY_PROCESSES
 # ones.
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.35)
 RANDOM_NETWORKS = 7
-# Where no step of a runtime can be told.
+# Of the widths that tell a runtime's step, and the step where they tell of none.
+STEP_SETTINGS = MeasureSettings.screen()
 DEFAULT_STEP = 8
 
 
@@ -240,9 +241,7 @@ def runtime_step(
     """
 
     def measured() -> int:
-        prober = Prober(
-            backend=backend, threads=target.threads, settings=MeasureSettings.screen()
-        )
+        prober = Prober(backend=backend, threads=target.threads, settings=STEP_SETTINGS)
         widths = prober.sweep_widths(reporter=reporter)
         return channel_step(widths) or DEFAULT_STEP
 

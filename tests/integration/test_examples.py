@@ -13,8 +13,9 @@ import pytest
 from ofa_deploy.pipeline import DEFAULT_SUPERNET
 from ofa_deploy.zoo import zoo_names
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-LAUNCHER = Path(__file__).resolve().parents[1] / "support" / "quick_example.py"
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = REPOSITORY / "examples"
+LAUNCHER = REPOSITORY / "tests" / "support" / "quick_example.py"
 MOST_LINES = 80
 
 needs_zoo = pytest.mark.skipif(
@@ -36,7 +37,11 @@ def attempt(
     return subprocess.run(
         [sys.executable, LAUNCHER, EXAMPLES / name, *words],
         cwd=cache,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(cache),
+            "PYTHONPATH": str(REPOSITORY),
+        },
         capture_output=True,
         text=True,
         check=False,

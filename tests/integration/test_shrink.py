@@ -69,7 +69,6 @@ from profilers.table import LatencyTable
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.processes import is_running, waited_for
 from tests.support.quick import QUICK
-from tests.support.quick_export import keep_signatures
 from tests.support.shrinking import (
     SIZE,
     ResidualNet,
@@ -85,7 +84,10 @@ from tests.support.shrinking import (
 )
 
 # Few images will do to see that they are used.
-pytestmark = pytest.mark.filterwarnings("ignore:candidates are ranked on")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:candidates are ranked on"),
+    pytest.mark.usefixtures("quick_exports"),
+]
 
 GENEROUS_MS = 10_000.0
 
@@ -95,6 +97,7 @@ def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_prices, "PROFILE_SETTINGS", QUICK)
+        patch.setattr(device_prices, "STEP_SETTINGS", QUICK)
         patch.setattr(device_prices, "CERTIFY_SETTINGS", QUICK)
         patch.setattr(device_prices, "CERTIFY_PROCESSES", 1)
         # So few runs scatter; that something near the budget is found is not asked.
@@ -102,7 +105,6 @@ def _quick_timing() -> Iterator[None]:
         # What misses by chance is followed by something that is far below.
         patch.setattr(fitting, "AIMED_SHARE", 0.75)
         patch.setattr(device_prices, "RANDOM_NETWORKS", 2)
-        keep_signatures(patch)
         torch.set_num_threads(1)
         yield
 

@@ -59,6 +59,8 @@ from tests.support.shrinking import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 RECIPE = Recipe(
     phases=(Phase(name="once", epochs=1, peak_learning_rate=0.01, distill=False),),
     batch_size=18,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ofa_deploy import profiling
 from profilers import MeasureSettings
+from tests.support.quick_export import export_quickly
 
 
 def measure_quickly(patch: pytest.MonkeyPatch) -> None:
@@ -49,8 +50,11 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     with pytest.MonkeyPatch.context() as patch:
         measure_quickly(patch)
-        if Path(sys.argv[0]).name == "train_your_own.py":
+        example = Path(sys.argv[0]).name
+        if example == "train_your_own.py":
             synthesise_quickly(patch)
+        if example == "shrink_your_own.py":
+            export_quickly(patch)
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 

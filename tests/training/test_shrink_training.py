@@ -49,6 +49,8 @@ from tests.support.shrinking import (
     trained_chain,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 
 @pytest.fixture(scope="module")
 def dense() -> StaticNet:

@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ofa_deploy import cli, device_bench, drift, pipeline, table_files
+from ofa_deploy import cli, device_bench, drift, pipeline, probe, table_files
 from ofa_deploy.bundle import Bundle
 from ofa_deploy.cli import main
 from ofa_deploy.cli.progress import StageBar
@@ -457,6 +457,9 @@ def test_a_demo_in_json_is_nothing_but_its_bundle(
 # -- probe -----------------------------------------------------------------------------
 
 
+SOME_OPERATORS = {"ReLU", "squeeze-and-excite"}
+
+
 def test_a_probe_tells_and_draws_operators_widths_and_the_step(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -471,10 +474,13 @@ def test_a_probe_tells_and_draws_operators_widths_and_the_step(
         max_seconds=1.0,
     )
     monkeypatch.setattr(MeasureSettings, "screen", lambda: quick)
+    # That all of them run is shown where operators are probed.
+    some = [p for p in probe.operator_probes() if p.name in SOME_OPERATORS]
+    monkeypatch.setattr(probe, "operator_probes", lambda: some)
     outcome = run("probe", "--device", "onnxruntime-cpu", "--json")
     assert outcome.told == ""
     found = json.loads(outcome.output)
-    assert {"ReLU", "squeeze-and-excite"} <= {f["name"] for f in found["operators"]}
+    assert {fact["name"] for fact in found["operators"]} == SOME_OPERATORS
     assert len(found["widths"]) > 20
     assert "channel_step" in found
     plot = tmp_path / "probe.svg"
