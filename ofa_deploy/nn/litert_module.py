@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -22,6 +20,7 @@ from platformdirs import user_cache_path
 from torch import nn
 
 from ofa_deploy.errors import DeployError, MissingDependency, ModelRejected
+from ofa_deploy.nn.silence import silence
 from profilers.files import write_atomically
 
 _CONVERTER = "litert-torch"
@@ -101,7 +100,8 @@ def _converter_version() -> str:
 
 
 def _convert(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
-    with _quiet():
+    os.environ.setdefault("LITERT_TORCH_SHOW_PROGRESS", "n")
+    with silence():
         import litert_torch
 
         # The wrapper itself starts in training mode.
@@ -113,17 +113,3 @@ def _convert(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes
             path = Path(folder) / "model.tflite"
             converted.export(str(path))
             return path.read_bytes()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of the converter's frameworks on what is not installed."""
-    os.environ.setdefault("LITERT_TORCH_SHOW_PROGRESS", "n")
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ from ofa_deploy.errors import MissingDependency, ModelRejected
 from ofa_deploy.export.model_files import IR_FILE, ONNX_FILE
 from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
 from ofa_deploy.export.openvino import write_ir
+from ofa_deploy.nn.silence import silence
 from ofa_deploy.plan import IMAGE_CHANNELS
 from ofa_deploy.target import Target
 
@@ -49,11 +48,8 @@ def _export(module: nn.Module, resolution: int, path: Path) -> None:
     import torch
 
     image = torch.zeros(1, IMAGE_CHANNELS, resolution, resolution)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silence():
             program = torch.onnx.export(
                 module,
                 (image,),
@@ -71,8 +67,6 @@ def _export(module: nn.Module, resolution: int, path: Path) -> None:
             f"torch's exporter cannot write {type(module).__name__} as ONNX: {told}. "
             "Write that part of its forward in other operators"
         ) from error
-    finally:
-        logging.disable(disabled)
     assert program is not None  # as it is where no path is given
     _forget_sources(program.model)
     program.save(path, external_data=False)

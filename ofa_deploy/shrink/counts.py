@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ofa_deploy.shrink.coupling import quiet
+from ofa_deploy.nn.silence import silence
 
 
 def mac_count(module: nn.Module, image: Tensor) -> int:
@@ -16,7 +16,7 @@ def mac_count(module: nn.Module, image: Tensor) -> int:
         module: In eval mode.
         image: `(1, 3, H, W)`.
     """
-    with quiet():  # some versions tell of GPUs' packages when they are imported
+    with silence():  # some versions tell of GPUs' packages when they are imported
         from torch.utils.flop_counter import FlopCounterMode
     counter = FlopCounterMode(display=False)
     # Attention as products: of its faster forms for CPUs nothing is counted.
@@ -50,7 +50,7 @@ def parameter_count(module: nn.Module, image: Tensor) -> int:
         if not isinstance(layer, nn.Sequential)
     ]
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), silence():
             module(image)
     finally:
         for handle in handles:

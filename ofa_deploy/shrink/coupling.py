@@ -9,8 +9,6 @@ others.
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.errors import MissingDependency, TraceError
 from ofa_deploy.nn.projection import projection_paths
+from ofa_deploy.nn.silence import silence
 from ofa_deploy.shrink.groups import (
     ChannelGraph,
     ChannelGroup,
@@ -69,7 +68,7 @@ def operations_of(network: nn.Module, *, input_shape: tuple[int, int, int]) -> s
     probe = _probe(network)
     image = torch.zeros(1, *input_shape)
     cure = "Its forward must not branch on the values of tensors"
-    with torch.no_grad(), quiet(), _telling_module(probe, image, cure=cure):
+    with torch.no_grad(), silence(), _telling_module(probe, image, cure=cure):
         exported = torch.export.export(probe, (image,), strict=False)
     return str(exported.graph_module.code)
 
@@ -115,19 +114,6 @@ def _telling_module(network: nn.Module, image: Tensor, *, cure: str) -> Iterator
 
 def _drop_last(entered: list[str]) -> None:
     entered.pop()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings and pages of logs of whoever traces."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def read_by(args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
@@ -405,7 +391,7 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
     except ImportError as error:
         raise MissingDependency("torch-pruning", extra="shrink") from error
     try:
-        with quiet(), _widths_unknown_not_zero(), torch.enable_grad():
+        with silence(), _widths_unknown_not_zero(), torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
                 network, image, verbose=False
             )
