@@ -53,6 +53,10 @@ def plain_copy(module: nn.Module) -> nn.Module:
         # The mean over all batches ever seen would hardly move any more.
         if isinstance(layer, _NormBase) and layer.momentum is None:
             layer.momentum = NORM_MOMENTUM
+        # In eval mode one operator computes it, past the layers that lose channels, and
+        # no exporter knows that one. This says that the activation is none of its own.
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
     _untie(copied)
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ofa_deploy.errors import ModelRejected, TraceError
+from ofa_deploy.export.onnx import INPUT_NAME
 from ofa_deploy.fuse import fuse
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.nn.static import FusedNet
@@ -22,12 +23,14 @@ from ofa_deploy.shrink import device_prices
 from ofa_deploy.shrink.channel_prices import timed_layer
 from ofa_deploy.shrink.counts import mac_count, parameter_count
 from ofa_deploy.shrink.coupling import trace_channels
+from ofa_deploy.shrink.finetuning import freeze
 from ofa_deploy.shrink.ranking import writers
 from ofa_deploy.shrink.sparse import SparsityPull, SparsitySettings
 from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.tas_network import reset_parameters
 from ofa_deploy.shrink.user_module import plain_copy
 from ofa_deploy.target import Target
+from profilers.backends import get_backend
 from tests.support import own_networks, tiny
 from tests.support.searching import owned, searched
 from tests.support.shrinking import SIZE, branched, own_network
@@ -212,6 +215,42 @@ def test_shuffled_channels_stay_and_what_is_beside_them_goes() -> None:
     )
     own = own_network(own_networks.randomise(network))
     assert 24 in [group.channels for group in own.graph.groups]
+
+
+class Transformer(nn.Module):
+    """Patches, torch's own encoder, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        layer = nn.TransformerEncoderLayer(16, 2, 48, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return cast(Tensor, self.head(self.encoder(tokens).mean(1)))
+
+
+def test_what_feeds_forward_in_torchs_own_transformer_is_narrowed(
+    tmp_path: Path,
+) -> None:
+    own = own_network(Transformer().eval())
+    names = [f"encoder.layers.{number}.linear1" for number in range(2)]
+    assert [group.name for group in own.graph.groups] == names
+    masked = own.masked()
+    freeze(masked, [torch.arange(0, 48, 4), torch.arange(20)])
+    left = own.remainder(masked, masked.kept()).eval()
+    x = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = masked.module.eval()(x)
+        torch.testing.assert_close(left(x), expected, atol=1e-5, rtol=1e-5)
+    target = Target(backend="onnxruntime-cpu", threads=1)
+    file = write_module(left, resolution=SIZE, target=target, folder=tmp_path)
+    with get_backend(target.backend).load(tmp_path / file, threads=1) as session:
+        (found,) = session.run({INPUT_NAME: x.numpy()}).values()
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
 
 
 def test_counters_among_the_parameters_are_left_alone() -> None:
