@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import zip_longest
 from pathlib import Path
@@ -40,6 +40,7 @@ from ofa_deploy.verify import (
 )
 from profilers.backends import get_backend
 from profilers.backends.base import installed_version
+from profilers.codec import encode_visit
 from profilers.device import DeviceSpec, RuntimeSpec
 from profilers.fresh import FreshMeasurement
 from profilers.measurement import Visit
@@ -256,7 +257,7 @@ def measured_accuracy(
 
 def _write_visits(path: Path, visits: Sequence[Visit]) -> None:
     """Raw data, as JSON."""
-    path.write_text(json.dumps([asdict(visit) for visit in visits]) + "\n")
+    path.write_text(json.dumps([encode_visit(visit) for visit in visits]) + "\n")
 
 
 def measured_latency(measurement: FreshMeasurement) -> MeasuredLatency:

@@ -435,13 +435,14 @@ class LevelChange:
 
     Args:
         since: When the earlier table was made.
-        anchor_ratio: Quiet level of the anchor now over then.
+        anchor_ratio: Quiet level of the anchor now over then; None where the host's
+            speed is not the device's, which times itself.
         network_ratio: The same of the networks that both hold, their median; None if
             they hold none.
     """
 
     since: str
-    anchor_ratio: float
+    anchor_ratio: float | None
     network_ratio: float | None
 
 
@@ -454,6 +455,10 @@ def level_change(table: LatencyTable, earlier: LatencyTable) -> LevelChange:
     ]
     return LevelChange(
         since=earlier.created_at,
-        anchor_ratio=table.anchor_reference_ns / earlier.anchor_reference_ns,
+        anchor_ratio=(
+            table.anchor_reference_ns / earlier.anchor_reference_ns
+            if all(v.feels_host for m in table.networks.values() for v in m.visits)
+            else None
+        ),
         network_ratio=float(np.median(ratios)) if ratios else None,
     )

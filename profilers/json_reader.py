@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
@@ -53,7 +53,7 @@ class JsonNode:
         raise FormatError(message, path=self.path)
 
     def fields(
-        self, *names: str, may_lack: Collection[str] = ()
+        self, *names: str, may_lack: tuple[str, ...] = ()
     ) -> dict[str, JsonNode]:
         """Read an object of exactly these keys.
 

@@ -227,7 +227,8 @@ def measure_models(
         progress: Called after each visit with visits made and visits known to be
             made; the latter grows if some models need extra ones.
         rng: Gives the inputs and the order.
-        beta: As an earlier, longer run on this machine found it; None fits it here.
+        beta: As an earlier, longer run on this machine found it; None fits it here. 0,
+            whatever is given, where no visit feels the host.
         anchor_reference_ns: Likewise, the anchor's quiet level of an earlier run. A
             run of seconds needs it: the machine may be slow all along.
         pace: Of the runs; None for one after the other.

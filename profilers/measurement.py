@@ -148,8 +148,7 @@ class Visit:
             if it did not.
         session: Which of the processes that measured made it, from 0 on.
         device_timed: Whether the samples are by the clock of the processor that ran
-            the model, and not the host's. What the host's anchor saw is then not what
-            the model felt.
+            the model, and not the host's.
     """
 
     time_ns: int
@@ -178,6 +177,15 @@ class Visit:
             raise ValueError("fallback is empty; say why, or give None")
 
     @property
+    def feels_host(self) -> bool:
+        """Whether what slows the host, and so its anchor, slowed the runs.
+
+        Not those of a processor that timed them itself, unless the host had to launch
+        its work piece by piece.
+        """
+        return not self.device_timed or self.fallback is not None
+
+    @property
     def disturbed(self) -> bool:
         """Whether the machine changed its speed during the visit, as the model felt it.
 
@@ -185,7 +193,7 @@ class Visit:
         six times as much as the others'.
         """
         low, high = sorted((self.anchor_before_ns, self.anchor_after_ns))
-        return not self.device_timed and high > low * (1 + DISTURBED_ANCHOR_RATIO)
+        return self.feels_host and high > low * (1 + DISTURBED_ANCHOR_RATIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_DRIFT_LOG", "TRIMMED_SHARE", "QuietStateFit", "quiet_state"]
+__all__ = [
+    "MAX_DRIFT_LOG",
+    "QUIET_QUANTILE",
+    "TRIMMED_SHARE",
+    "QuietStateFit",
+    "quiet_state",
+]
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.intp]
@@ -96,8 +102,7 @@ def quiet_state(
         window_index: `(visit_count,)`, in which stretch of time, numbered from 0 on;
             windows tell of drift by the models that they share. None has one window,
             and sees none.
-        beta: Taken as given, as an earlier run on this machine found it; None fits it,
-            and 0 leaves the anchor out altogether.
+        beta: Taken as given, as an earlier run on this machine found it; None fits it.
         reference_log_anchor: Likewise; None takes it from `log_anchor`. A short run
             needs it: it may never see the quiet state.
 
@@ -126,11 +131,7 @@ def quiet_state(
         # To each window's mean of the anchor first: from one visit to the next it
         # mostly varies by what does not concern the model, and its slope is smaller
         # than over minutes.
-        within = (
-            0.0
-            if beta == 0.0
-            else _slope_within(slowdown, log_latency, models, windows)
-        )
+        within = _slope_within(slowdown, log_latency, models, windows)
         steadied = log_latency - within * windows.centred(slowdown)
         level, slowdowns = _levels(steadied, models, windows), windows.means(slowdown)
         if beta is None:

@@ -18,7 +18,12 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
-from profilers.quiet import TRIMMED_SHARE, QuietStateFit, quiet_state
+from profilers.quiet import (
+    QUIET_QUANTILE,
+    TRIMMED_SHARE,
+    QuietStateFit,
+    quiet_state,
+)
 
 __all__ = [
     "at_level",
@@ -51,7 +56,7 @@ def fit_visits(
 
     Args:
         visits: `visits[m]` are those of model `m`; at least one each.
-        beta: None fits it; 0 whatever is given if the device timed the visits itself.
+        beta: None fits it; whatever is given, 0 if no visit felt the host.
         anchor_reference_ns: None takes it from the visits.
         drift: False where every process had one model, and cannot tell of it.
 
@@ -62,20 +67,23 @@ def fit_visits(
     tells = drift and len(visits) >= MIN_DRIFT_MODELS
     flat = [visit for of_model in visits for visit in of_model]
     counts = [len(of_model) for of_model in visits]
-    if any(visit.device_timed for visit in flat):
-        # The anchor is work of the host; a GPU's own times do not feel what slows it.
-        beta = 0.0
+    readings = np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat])
+    log_anchor = readings.mean(axis=1)
+    reference = (
+        float(np.quantile(log_anchor, QUIET_QUANTILE))
+        if anchor_reference_ns is None
+        else math.log(anchor_reference_ns)
+    )
+    feels_host = np.array([visit.feels_host for visit in flat])
     return quiet_state(
         np.log([median(visit.samples_ns) for visit in flat]),
-        0.5
-        * np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat]).sum(axis=1),
+        # Whatever the anchor was then, the runs felt none of it.
+        np.where(feels_host, log_anchor, reference),
         np.repeat(np.arange(len(visits)), counts),
         model_count=len(visits),
         window_index=_windows(flat) if tells else None,
-        beta=beta,
-        reference_log_anchor=(
-            None if anchor_reference_ns is None else math.log(anchor_reference_ns)
-        ),
+        beta=beta if feels_host.any() else 0.0,
+        reference_log_anchor=reference,
     )
 
 

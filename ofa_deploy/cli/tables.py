@@ -233,19 +233,15 @@ def show_level(console: Console, change: LevelChange | None) -> None:
     """Say so where the machine is faster or slower than when it was measured last."""
     if change is None:
         return
-    ratios = [change.anchor_ratio, change.network_ratio or 1.0]
-    if max(abs(ratio - 1) for ratio in ratios) <= SAME_LEVEL_RATIO:
+    ratios = {"the anchor": change.anchor_ratio, "networks": change.network_ratio}
+    off = {name: ratio - 1 for name, ratio in ratios.items() if ratio is not None}
+    if all(abs(one) <= SAME_LEVEL_RATIO for one in off.values()):
         return
-    networks = (
-        ""
-        if change.network_ratio is None
-        else f", networks {change.network_ratio - 1:+.1%}"
-    )
+    told = ", ".join(f"{name} {one:+.1%}" for name, one in off.items())
     console.print(
-        f"against the table of {change.since} the anchor takes "
-        f"{change.anchor_ratio - 1:+.1%}{networks}: the machine itself has changed its "
-        "speed. These latencies speak of how it is now; if it is often faster, measure "
-        "again then"
+        f"times against the table of {change.since}: {told}. The machine itself has "
+        "changed its speed. These latencies speak of how it is now; if it is often "
+        "faster, measure again then"
     )
 
 

@@ -122,12 +122,14 @@ class WorkQueue(Closing):
         self._stream.sync()
 
     def time_ns(self, launch: Callable[[], None], *, runs: int) -> int:
-        """Time of `runs` launches on the device, from the first's start to the end.
+        """Time of `runs` launches on the device, right after one that does not count.
 
         Raises:
             ValueError: `runs` is less than 1.
         """
         check_runs(runs)
+        # An idle device records an event at once, and waits for the host's launch.
+        launch()
         self._stream.record(self._start)
         for _ in range(runs):
             launch()

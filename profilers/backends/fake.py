@@ -117,6 +117,8 @@ class FakeBackend:
         phases: Phases = _steady,
         device: FakeDevice | None = None,
     ) -> None:
+        if device is not None and phases is not _steady:
+            raise ValueError("a device has phases of its own; give them to FakeDevice")
         self.clock = clock
         self._device = device
         self._latency_ns = latency_ns

@@ -128,6 +128,10 @@ def _config(trt: Any, builder: Any, network: Any) -> Any:
     # Without it neither the log nor the profiler names layers by the model's nodes.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
+    # The library for RTX GPUs may allocate in a run, which no graph can hold.
+    allocates_before = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if allocates_before is not None:
+        config.set_flag(allocates_before)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
     free = {name: shape for name, shape in shapes.items() if DYNAMIC in shape}

@@ -151,7 +151,7 @@ class TensorRtSession(Closing):
         self._layers = engine.layers
         self._graphs = graphs
         self._loaded = self._deserialize(engine.plan, label)
-        self._context = self._loaded.create_execution_context()
+        self._context = self._new_context()
         if self._context is None:
             raise ModelRejected(
                 f"TensorRT cannot run {label}: {self._log.last_words}; close other "
@@ -254,6 +254,18 @@ class TensorRtSession(Closing):
                 "check that the driver is new enough for this TensorRT"
             )
         return loaded
+
+    def _new_context(self) -> Any:
+        strategies = getattr(
+            self._trt, "DynamicShapesKernelSpecializationStrategy", None
+        )
+        if strategies is None:
+            return self._loaded.create_execution_context()
+        # The library for RTX GPUs compiles kernels for a new shape while slower ones
+        # run; the graph of the first run would keep these.
+        config = self._loaded.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return self._loaded.create_execution_context(config)
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         dtype = self._loaded.get_tensor_dtype(name)
@@ -370,7 +382,7 @@ def _upload(queue: WorkQueue, inputs: dict[str, Transfer], arrays: Arrays) -> No
     for name, transfer in inputs.items():
         np.copyto(transfer.array, arrays[name])
         queue.upload(transfer)
-    # Timing starts on an idle GPU: launches queued behind a copy would seem faster.
+    # The host's memory is the next inputs', too.
     queue.wait()
 
 

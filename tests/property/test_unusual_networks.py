@@ -35,8 +35,6 @@ from tests.support import own_networks, tiny
 from tests.support.searching import owned, searched
 from tests.support.shrinking import SIZE, branched, own_network
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
-
 IMAGE = torch.zeros(1, 3, SIZE, SIZE)
 SHAPE = (3, SIZE, SIZE)
 

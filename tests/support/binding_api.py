@@ -47,6 +47,8 @@ TENSORRT_CLASSES = (
     "Runtime",
     "TensorIOMode",
 )
+# And of TensorRT for RTX alone.
+RTX_CLASSES = (*TENSORRT_CLASSES, "IRuntimeConfig")
 
 
 def describe_module(module: Any, classes: Iterable[str]) -> ModuleApi:

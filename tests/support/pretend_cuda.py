@@ -34,6 +34,9 @@ def _described() -> tuple[Any, dict[str, ClassApi]]:
     return core, {found.__name__: describe_class(found) for found in classes}
 
 
+LAUNCH_MS = 0.125  # of the host, by the device's clock
+
+
 class PretendGpu:
     """The state of a pretend GPU, and `cuda.core` to reach it by.
 
@@ -83,6 +86,9 @@ class PretendGpu:
         made = _Stream(self, next(self._handles))
         self.streams[made.handle] = made
         return made
+
+    def wait_for_launch(self) -> None:
+        self.now_ms += LAUNCH_MS
 
     def _device(self, number: int) -> Checked:
         if number != 0:
@@ -146,10 +152,18 @@ class _Stream:
         self._gpu = gpu
         self.handle = handle
         self.capturing = False
+        self.computing = False
         self.work: list[Callable[[], object]] = []
 
     def ask(self, work: Callable[[], object]) -> None:
         self.work.append(work)
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Ask for a model's run; where none is going on, the device waits for it."""
+        if not self.capturing and not self.computing:
+            self.ask(self._gpu.wait_for_launch)
+            self.computing = True
+        self.ask(work)
 
     def record(self, event: Checked) -> None:
         self.ask(lambda: event._implementation.happen())
@@ -157,7 +171,7 @@ class _Stream:
 
     def sync(self) -> None:
         assert not self.capturing
-        work, self.work = self.work, []
+        work, self.work, self.computing = self.work, [], False
         for piece in work:
             piece()
 
@@ -218,4 +232,4 @@ class _Graph:
     def launch(self, stream: Checked) -> None:
         self._gpu.graph_launches += 1
         for piece in self._work:
-            stream._implementation.ask(piece)
+            stream._implementation.launch(piece)

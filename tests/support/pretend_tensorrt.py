@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from profilers.backends.tensorrt_build import LONGEST_FREE
 from profilers.backends.tensorrt_listing import parse_listing
-from tests.support.binding_api import TENSORRT_CLASSES, ModuleApi, describe_module
+from tests.support.binding_api import RTX_CLASSES, ModuleApi, describe_module
 from tests.support.checked import Checked, require_fitting
 from tests.support.pretend_cuda import PretendGpu
 
@@ -199,7 +199,7 @@ class PretendRtxRuntime:
 
         self._real: Any = tensorrt_rtx
         self._gpu = gpu
-        self._api = describe_module(tensorrt_rtx, TENSORRT_CLASSES)
+        self._api = describe_module(tensorrt_rtx, RTX_CLASSES)
         self.parsed = b""
         self.models: dict[bytes, tuple[bytes, tuple[str, ...]]] = {}
 
@@ -306,9 +306,23 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return _shape(self.nodes[name])
 
-    def create_execution_context(self) -> Checked:
+    def create_runtime_config(self) -> Checked:
+        checked: Checked = self.trt.checked("IRuntimeConfig", _RuntimeConfig())
+        return checked
+
+    def create_execution_context(self, runtime_config: Any = None) -> Checked:
+        # A graph would keep the kernels that the library for RTX GPUs begins with.
+        rtx = hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy")
+        assert rtx == (runtime_config is not None)
+        if rtx:
+            chosen = runtime_config.dynamic_shapes_kernel_specialization_strategy
+            assert chosen.name == "EAGER"
         checked: Checked = self.trt.checked("IExecutionContext", _Context(self))
         return checked
+
+
+class _RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy: Any = None
 
 
 class _Context:
@@ -356,7 +370,7 @@ class _Context:
             severity = self._engine.trt.ILogger.Severity.ERROR
             self._engine.log.log(severity, "operation not permitted when capturing")
             return False
-        stream.ask(self._compute)
+        stream.launch(self._compute)
         return True
 
     def report_to_profiler(self) -> bool:

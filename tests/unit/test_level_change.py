@@ -42,7 +42,7 @@ def test_anchor_and_networks_are_compared() -> None:
 def test_tables_without_a_network_in_common_compare_by_the_anchor() -> None:
     change = level_change(table(slowdown=0.9), table(networks=0))
     assert change.network_ratio is None
-    assert "the anchor takes -10.0%: the machine" in told(change)
+    assert "the anchor -10.0%. The machine" in told(change)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,28 @@ def test_only_a_change_worth_telling_is_told(slowdown: float, silent: bool) -> N
     words = told(level_change(table(slowdown=slowdown), table()))
     assert (words == "") == silent
     if not silent:
-        assert "the anchor takes +20.0%, networks +20.0%: the machine" in words
+        assert "the anchor +20.0%, networks +20.0%. The machine" in words
+
+
+def test_what_the_host_does_is_not_told_of_a_device_that_times_itself() -> None:
+    def on_device(found: LatencyTable) -> LatencyTable:
+        networks = {
+            name: replace(
+                entry,
+                visits=tuple(replace(v, device_timed=True) for v in entry.visits),
+            )
+            for name, entry in found.networks.items()
+        }
+        return replace(found, networks=networks)
+
+    slow_host = replace(on_device(table()), anchor_reference_ns=500_000.0)
+    change = level_change(slow_host, on_device(table()))
+    assert change.anchor_ratio is None
+    assert told(change) == ""
+    slow_device = level_change(on_device(table(slowdown=1.2)), on_device(table()))
+    assert "00: networks +20.0%. The machine" in told(slow_device)
+    nothing = level_change(slow_host, on_device(table(networks=0)))
+    assert told(nothing) == ""
 
 
 def test_without_an_earlier_table_nothing_is_told() -> None:

@@ -66,6 +66,32 @@ def test_a_devices_own_times_follow_its_drift_and_not_the_hosts_anchor() -> None
     assert verdicts == {"stable"}
 
 
+def test_only_the_runs_that_the_host_had_to_launch_are_brought_to_its_level() -> None:
+    """Half of the models fell back, and the host is slow in half of the passes."""
+    slow = dict.fromkeys(range(0, PASSES, 2), 1.2)
+    found = []
+    for number, (felt, still) in enumerate(
+        zip(visits(slow, models=8), visits({}, models=8), strict=True)
+    ):
+        fell_back = number % 2 == 0
+        found.append(
+            [
+                replace(
+                    visit,
+                    anchor_before_ns=round(slow.get(turn, 1) * ANCHOR_NS),
+                    anchor_after_ns=round(slow.get(turn, 1) * ANCHOR_NS),
+                    device_timed=True,
+                    fallback="no graph" if fell_back else None,
+                )
+                for turn, visit in enumerate(felt if fell_back else still)
+            ]
+        )
+    fit = fit_visits(found)
+    assert fit.beta == pytest.approx(1, abs=0.02)
+    latencies_ms = np.exp(fit.effect_log) / 1e6
+    assert latencies_ms == pytest.approx(np.arange(1, 9), rel=0.01)
+
+
 def test_a_quiet_run_has_no_drift_and_needs_nothing() -> None:
     found = visits({})
     fit = fit_visits(found)
