@@ -7,7 +7,6 @@ timed beside them, and say what the layers' sum is worth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -151,7 +150,7 @@ class LatencyPrice:
         scale: float = 1.0,
         constant_ms: float = 0.0,
     ) -> None:
-        self._graph, self._latency_ms, self._step = graph, latency_ms, step
+        self.graph, self._latency_ms, self._step = graph, latency_ms, step
         self.scale, self.constant_ms = scale, constant_ms
         self._counts = Counts(graph)
         self._surfaces = [
@@ -176,7 +175,7 @@ class LatencyPrice:
     def _is_left_out(
         self, place: int, read: Tensor | float, written: Tensor | float
     ) -> bool:
-        return self._graph.layers[place].is_projection and bool(read == written)
+        return self.graph.layers[place].is_projection and bool(read == written)
 
     @property
     def constant(self) -> float:
@@ -206,24 +205,23 @@ class LatencyPrice:
             constant_ms=self.constant_ms,
         )
 
-    def calibrated(self, counts: Sequence[Tensor], measured_ms: Floats) -> LatencyPrice:
+    def calibrated(self, sums_ms: Floats, measured_ms: Floats) -> LatencyPrice:
         """Scale and constant that fit whole networks best, by relative squares.
 
         Args:
-            counts: Of each network.
-            measured_ms: Their latencies.
+            sums_ms: Of each network's layers, by a price of scale 1 and constant 0.
+            measured_ms: Latencies of the networks.
         """
-        plain = LatencyPrice(self._graph, latency_ms=self._latency_ms, step=self._step)
-        sums = np.array([float(plain(one)) for one in counts])
-        design = np.stack([sums, np.ones_like(sums)], axis=1) / measured_ms[:, None]
-        (scale, constant), *_ = np.linalg.lstsq(design, np.ones(len(sums)), rcond=None)
+        design = np.stack([sums_ms, np.ones_like(sums_ms)], axis=1)
+        (scale, constant), *_ = np.linalg.lstsq(
+            design / measured_ms[:, None], np.ones(len(sums_ms)), rcond=None
+        )
         if constant < 0:  # a network takes no less than nothing besides its layers
-            scale = float(
-                (sums / measured_ms).sum() / ((sums / measured_ms) ** 2).sum()
-            )
+            shares = sums_ms / measured_ms
+            scale = float(shares.sum() / (shares**2).sum())
             constant = 0.0
         return LatencyPrice(
-            self._graph,
+            self.graph,
             latency_ms=self._latency_ms,
             step=self._step,
             scale=float(scale),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.resume_store import recall, remember, remembered
+from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.table_files import where_label
 from ofa_deploy.target import Target
 from ofa_deploy.verify import enough_runs
@@ -94,7 +95,8 @@ class DevicePrices:
             return self
         reporter.begin("timing the whole network")
         name, counts = next(iter(calibration_counts(own, step=self.step).items()))
-        path = folder / own.write(_first(counts), target=target, folder=folder)
+        whole = TimedForm(own=own, counts=counts)
+        path = folder / whole.write(target=target, folder=folder)
         level_ms = self.table.networks[name].quiet_ms
         found = self.measure(path, target=target, progress=reporter.advance)
         found_ms = found.quiet_ms
@@ -253,14 +255,16 @@ def runtime_step(
 
 def fit_prices(own: OwnNetwork, table: LatencyTable, *, step: int) -> DevicePrices:
     """The price that a table says."""
-    counts = calibration_counts(own, step=step)
-    measured_ms = np.array([table.networks[name].quiet_ms for name in counts])
-    price = LatencyPrice(
+    forms = timed_forms(own, step=step)
+    measured_ms = np.array([table.networks[name].quiet_ms for name in forms])
+    layers = LatencyPrice(
         own.graph,
         latency_ms={key: m.quiet_ms for key, m in table.blocks.items()},
         step=step,
-    ).calibrated(list(counts.values()), measured_ms)
-    fitted = np.array([float(price(one)) for one in counts.values()])
+    )
+    sums_ms = np.array([form.priced_by(layers) for form in forms.values()])
+    price = layers.calibrated(sums_ms, measured_ms)
+    fitted = np.array([form.priced_by(price) for form in forms.values()])
     return DevicePrices(
         price=price,
         table=table,
@@ -283,6 +287,60 @@ def calibration_counts(own: OwnNetwork, *, step: int) -> dict[str, Tensor]:
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TimedForm:
+    """A form of a network that is timed as a whole.
+
+    Args:
+        own: The network, or what is left of it without some blocks.
+        counts: Channels that are left of each of its groups.
+    """
+
+    own: OwnNetwork
+    counts: Tensor
+
+    def priced_by(self, price: LatencyPrice) -> float:
+        """What it costs, in ms."""
+        graph = self.own.graph
+        own = price if price.graph is graph else price.of_graph(graph)
+        return float(own(self.counts))
+
+    def write(self, *, target: Target, folder: Path) -> str:
+        """Write it; returns the file to load."""
+        # To time, any channels do.
+        kept = [torch.arange(int(count)) for count in self.counts]
+        return self.own.write(kept, target=target, folder=folder)
+
+
+def timed_forms(own: OwnNetwork, *, step: int) -> dict[str, TimedForm]:
+    """Forms of a network to time, by name, the whole one first; always the same.
+
+    What goes with a block besides its convolutions is no layer that has a price: where
+    blocks may go, forms without them are among those that prices are fitted to.
+    """
+    forms = {
+        name: TimedForm(own=own, counts=counts)
+        for name, counts in calibration_counts(own, step=step).items()
+    }
+    if own.graph.removable:
+        stages = find_stages(own.module, own.graph, own.image)
+        for depths in _fewest_blocks([stage.blocks for stage in stages]):
+            left = own.left_of(shallower(own.module, stages, depths))
+            name = "d" + ".".join(map(str, depths))
+            forms[name] = TimedForm(own=left, counts=full_counts(left.graph))
+    return forms
+
+
+def _fewest_blocks(most: Sequence[int]) -> list[tuple[int, ...]]:
+    """One block of each stage in turn, all of the others; and one block of each."""
+    found = [
+        tuple(1 if place == index else blocks for place, blocks in enumerate(most))
+        for index in range(len(most))
+    ]
+    found.append((1,) * len(most))
+    return list(dict.fromkeys(found))
+
+
 def _measure(
     own: OwnNetwork,
     target: Target,
@@ -294,15 +352,14 @@ def _measure(
     reporter: Reporter,
 ) -> LatencyTable:
     blocks = timed_layers(own.graph, step=step)
-    networks = calibration_counts(own, step=step)
+    networks = timed_forms(own, step=step)
     anchor = next(iter(networks))  # the whole network
 
     def write(name: str, folder: Path) -> Path:
         if name in networks:
             inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
             inside.mkdir(exist_ok=True)
-            kept = _first(networks[name])
-            return inside / own.write(kept, target=target, folder=inside)
+            return inside / networks[name].write(target=target, folder=inside)
         model = timed_block(
             blocks[name],
             backend_name=target.backend,
@@ -367,14 +424,9 @@ def _measure(
     return table
 
 
-def _first(counts: Tensor) -> list[Tensor]:
-    """Indices of so many channels of each group: to time, any do."""
-    return [torch.arange(int(count)) for count in counts]
-
-
 def _digest(own: OwnNetwork, *, step: int) -> str:
     """Of everything that decides what is timed."""
-    names = [*timed_layers(own.graph, step=step), *calibration_counts(own, step=step)]
+    names = [*timed_layers(own.graph, step=step), *timed_forms(own, step=step)]
     cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
     # Activations, pools and skips cost, too; and so do layers that nothing narrows.
     layers = [str(layer) for layer in own.graph.layers]

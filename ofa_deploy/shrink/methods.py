@@ -323,7 +323,7 @@ def _tas(search: Search) -> Found:
     search.announced(_preflight(search, regulariser))
     search.train(loop)
     price = regulariser.price
-    depths = price.depths_within(search.share * price.full)
+    depths = price.depths_near(search.share * price.full, tolerance=settings.tolerance)
     return likeliest(own, searched, depths=depths, step=search.step)
 
 

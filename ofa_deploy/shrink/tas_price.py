@@ -106,6 +106,43 @@ class ExpectedPrice:
             depths = with_less(depths, choices, chances, cost)
         return tuple(depths)
 
+    def depths_near(self, most: float, *, tolerance: float) -> tuple[int, ...]:
+        """Those of `depths_within`, or more blocks where all widths leave some over.
+
+        Widths can be narrowed to a price, and no further widened than to the whole.
+
+        Args:
+            most: Of the price.
+            tolerance: Share of it that may be left over.
+        """
+        widest = [choices[-1] for choices in self._choices]
+        depths = self.depths_within(most)
+        while self.settled(widest, depths) < (1 - tolerance) * most:
+            deeper = self._deeper(depths, most)
+            if deeper is None:
+                break
+            depths = deeper
+        return depths
+
+    def _deeper(self, depths: Sequence[int], most: float) -> tuple[int, ...] | None:
+        """With the next choice of the stage that loses least chance; None if none fits.
+
+        Its narrowest widths are to leave as much room as in `depths_within`.
+        """
+        narrowest = [choices[0] for choices in self._choices]
+        found: tuple[float, tuple[int, ...]] | None = None
+        for index, one in enumerate(self.searched.depth_distributions):
+            place = one.choices.index(depths[index])
+            if place + 1 == len(one.choices):
+                continue
+            deeper = (*depths[:index], one.choices[place + 1], *depths[index + 1 :])
+            chances = one.probabilities.detach().log()
+            lost = float(chances[place] - chances[place + 1])
+            fits = self.settled(narrowest, deeper) <= NARROWEST_SHARE * most
+            if fits and (found is None or lost < found[0]):
+                found = lost, deeper
+        return None if found is None else found[1]
+
     def _sum(self, widths: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
         total = torch.tensor(self.constant, dtype=torch.float64)
         for layer in self._layers:

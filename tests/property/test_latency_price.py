@@ -163,8 +163,8 @@ def test_whole_networks_say_what_the_sum_of_layers_is_worth(
 ) -> None:
     graph, counts = chain(), some_counts(chain(), seed)
     plain = LatencyPrice(graph, latency_ms=measured(graph, seed), step=STEP)
-    took_ms = np.array([scale * float(plain(one)) + constant_ms for one in counts])
-    found = priced(graph, seed).calibrated(counts, took_ms)
+    sums_ms = np.array([float(plain(one)) for one in counts])
+    found = priced(graph, seed).calibrated(sums_ms, scale * sums_ms + constant_ms)
     assert found.scale == pytest.approx(scale)
     assert found.constant_ms == pytest.approx(constant_ms, abs=1e-9)
 
@@ -176,7 +176,7 @@ def test_networks_never_take_less_than_nothing_besides_their_layers(seed: int) -
     plain = LatencyPrice(graph, latency_ms=measured(graph, seed), step=STEP)
     sums = np.array([float(plain(one)) for one in counts])
     took_ms = sums - 0.9 * sums.min()
-    found = plain.calibrated(counts, took_ms)
+    found = plain.calibrated(sums, took_ms)
     assert found.constant_ms == 0.0
     # The best that a scale alone can do, by relative squares.
     best = float(np.square(found.scale * sums / took_ms - 1).sum())

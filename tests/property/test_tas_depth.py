@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,14 @@ from ofa_deploy.nn.cifar_resnet import CifarResNet
 from ofa_deploy.shrink.channel_prices import timed_layers
 from ofa_deploy.shrink.cost import MacPrice
 from ofa_deploy.shrink.coupling import trace_channels
+from ofa_deploy.shrink.device_prices import fit_prices, timed_forms
 from ofa_deploy.shrink.extract import extract_module
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.stages import find_stages, shallower
 from ofa_deploy.shrink.tas_choices import searched_by_tas
 from ofa_deploy.shrink.tas_network import SearchedNetwork
 from ofa_deploy.shrink.tas_price import NARROWEST_SHARE, ExpectedPrice
-from tests.support import own_networks
+from tests.support import own_networks, tiny
 from tests.support.mac_counter import counted_macs
 from tests.support.searching import (
     chosen,
@@ -36,7 +39,7 @@ from tests.support.searching import (
     searched,
     shape_of,
 )
-from tests.support.shrinking import priced_by_macs
+from tests.support.shrinking import made_up_prices, priced_by_macs
 
 SIZE = own_networks.SIZE
 
@@ -127,6 +130,74 @@ def test_the_blocks_that_go_first_are_the_least_likely_for_their_price() -> None
     for depths in ((3, 3, 3), (2, 3, 3), (1, 3, 3)):
         most = price.settled(narrowest(net), depths) / NARROWEST_SHARE
         assert price.depths_within((1 + 1e-9) * most) == depths
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 1.0))
+def test_what_all_widths_leave_over_goes_to_blocks(seed: int, share: float) -> None:
+    tolerance = 0.05
+    net = searched(resnet(32))
+    scattered(net, seed)
+    price = ExpectedPrice(net, MacPrice(net.graph))
+    widest = [one.choices[-1] for one in net.width_distributions]
+    most = max(share * price.full, price.least / NARROWEST_SHARE)
+    before = price.depths_within(most)
+    found = price.depths_near(most, tolerance=tolerance)
+    assert all(few <= many for few, many in zip(before, found, strict=True))
+    enough = (1 - tolerance) * most
+    if price.settled(widest, before) >= enough:
+        assert found == before
+    elif price.settled(widest, found) < enough:  # not one more has room
+        choices = [one.choices for one in net.depth_distributions]
+        more = [
+            [*found[:place], each[each.index(found[place]) + 1], *found[place + 1 :]]
+            for place, each in enumerate(choices)
+            if found[place] < each[-1]
+        ]
+        costs = [price.settled(narrowest(net), one) for one in more]
+        assert min(costs, default=math.inf) > NARROWEST_SHARE * most
+    if found != before:
+        assert price.settled(narrowest(net), found) <= NARROWEST_SHARE * most
+
+
+def test_the_block_that_comes_back_is_the_likeliest() -> None:
+    net = searched(resnet(20), step=1)
+    first, second, third = net.depth_distributions
+    first.logits.data = torch.tensor([9.0, 0.0, 0.0])
+    second.logits.data = torch.tensor([2.0, 1.0, 0.0])
+    third.logits.data = torch.tensor([9.0, 0.0, 0.0])
+    price = ExpectedPrice(net, MacPrice(net.graph))
+    widest = [one.choices[-1] for one in net.width_distributions]
+    most = price.settled(widest, (1, 2, 1))
+    assert price.depths_within(most) == (1, 1, 1)
+    assert price.depths_near(most, tolerance=0.05) == (1, 2, 1)
+
+
+def test_where_blocks_may_go_prices_are_fitted_to_forms_without_them() -> None:
+    own = resnet(20)
+    layers = priced_by_macs(own.graph, step=4)
+    forms = timed_forms(own, step=4)
+    shallow = {name: form for name, form in forms.items() if name.startswith("d")}
+    assert list(shallow) == ["d1.3.3", "d3.1.3", "d3.3.1", "d1.1.1"]
+    image = torch.zeros(1, 3, 32, 32)
+    for form in shallow.values():
+        millions = float(MacPrice(form.own.graph)(form.counts))
+        assert form.priced_by(layers) == pytest.approx(millions, rel=1e-3)
+        assert form.own.module(image).shape == (1, 10)
+    sums_ms = np.array([form.priced_by(layers) for form in forms.values()])
+    networks = {
+        name: tiny.measurement(name, 0.7 * ms + 0.2)
+        for name, ms in zip(forms, sums_ms, strict=True)
+    }
+    blocks = {
+        key: tiny.measurement(key, block.mac_count / 1e6)
+        for key, block in timed_layers(own.graph, step=4).items()
+    }
+    table = replace(made_up_prices(own).table, networks=networks, blocks=blocks)
+    found = fit_prices(own, table, step=4)
+    assert found.price.scale == pytest.approx(0.7)
+    assert found.price.constant_ms == pytest.approx(0.2)
+    assert found.residual_ratio == pytest.approx(0, abs=1e-6)
 
 
 # -- bottlenecks -----------------------------------------------------------------------
