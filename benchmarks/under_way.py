@@ -22,8 +22,8 @@ from torch import Tensor
 from ofa_deploy.train.checkpoint import read_checkpoint, write_checkpoint
 from ofa_deploy.train.loop import CHECKPOINT_FILE
 
-# Masks' parameters: some lie so near their threshold that rounding would decide them.
-EXACT = ".latent"
+# Of masks and distributions: some lie so near that rounding would decide them.
+EXACT = (".latent", ".logits")
 UNDER_WAY = Path(__file__).parent / "under_way"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -125,9 +126,13 @@ def _told_collapses(history: ShrinkHistory) -> str:
     collapses = history.search[-1].get("collapses") if history.search else None
     if not isinstance(collapses, list) or not collapses:
         return ""
+    told = ", ".join(
+        f"{name} ({count} times)" if count > 1 else str(name)
+        for name, count in Counter(collapses).items()
+    )
     return (
-        f" {', '.join(map(str, collapses))} fell to nothing at once, and got back what "
-        "there was before: the pull was too strong, and was halved."
+        f" More than half of what may go of {told} went at once, and came back: the "
+        "pull was too strong, and was halved each time."
     )
 
 

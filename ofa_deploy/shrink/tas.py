@@ -60,7 +60,8 @@ class TasSettings:
             many. Published are 0.001 and some fifty thousand steps.
         betas: Of Adam.
         weight_decay: Of Adam; published is 0.001.
-        highest_temperature: At the beginning.
+        highest_temperature: At the beginning; published is 5 with `cosine`, and 10
+            with `linear`.
         lowest_temperature: At the end.
         falls: How the temperature falls: `cosine` or `linear`.
         deciding_share: Of the training images, on which distributions are trained.
@@ -99,8 +100,10 @@ class TasSettings:
                 f"{self.lowest_temperature:g}; give a highest one that is no lower "
                 "than the lowest"
             )
-        if not all(beta in DECAY for beta in self.betas):
+        betas: tuple[float, ...] = tuple(self.betas)
+        if len(betas) != 2 or not all(beta in DECAY for beta in betas):
             raise SpaceError(f"betas={self.betas}; give two, each {DECAY}")
+        object.__setattr__(self, "betas", betas)
         if self.falls not in ("cosine", "linear"):
             raise SpaceError(f"falls={self.falls!r}; give 'cosine' or 'linear'")
 
@@ -117,7 +120,7 @@ class Preflight:
 
     Args:
         seconds: Of the search, or the rest of it.
-        training_seconds: At most, of training what it finds: of the whole network.
+        training_seconds: At most, of training what it finds once: of the whole network.
         memory_mb: Growth of this process's memory by a pass; None where no system
             tells.
     """
@@ -129,10 +132,15 @@ class Preflight:
     @property
     def told(self) -> str:
         """In words."""
-        memory = "" if self.memory_mb is None else f", {self.memory_mb / 1000:.1f} GB"
+        memory = (
+            ""
+            if self.memory_mb is None
+            else f" and {self.memory_mb / 1000:.1f} GB of memory more"
+        )
         return (
             f"about {_duration(self.seconds)}{memory}; then at most "
-            f"{_duration(self.training_seconds)} to train what is found"
+            f"{_duration(self.training_seconds)} to train what is found, and again "
+            "should its file miss the budget"
         )
 
 

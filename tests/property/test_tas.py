@@ -41,7 +41,7 @@ from ofa_deploy.shrink.tas_layers import (
 )
 from ofa_deploy.shrink.tas_network import SearchedNetwork
 from ofa_deploy.shrink.tas_order import LikeliestOrder
-from ofa_deploy.shrink.tas_price import ExpectedPrice, cost_loss
+from ofa_deploy.shrink.tas_price import ExpectedPrice, _end_chances, cost_loss
 from ofa_deploy.shrink.tas_projections import with_projections
 from ofa_deploy.train.batch_norm import LineAlignedBatchNorm
 from ofa_deploy.train.distill import knowledge_loss
@@ -260,16 +260,30 @@ def test_the_expected_price_has_the_gradient_of_finite_differences() -> None:
     scattered(net, 0, spread=1.0)
     price = ExpectedPrice(net, MacPrice(network.graph))
     logits = [one.logits for one in net.module.distributions]
+    for values in logits:
+        values.data = values.data.double()
     gradients = torch.autograd.grad(price.expected(), logits)
     for values, gradient in zip(logits, gradients, strict=True):
         for place in range(len(values)):
             found = []
             for sign in (1, -1):
-                values.data[place] += sign * 1e-2
+                values.data[place] += sign * 1e-4
                 found.append(float(price.expected().detach()))
-                values.data[place] -= sign * 1e-2
-            slope = (found[0] - found[1]) / 2e-2
-            assert float(gradient[place]) == pytest.approx(slope, rel=0.02, abs=1e-5)
+                values.data[place] -= sign * 1e-4
+            slope = (found[0] - found[1]) / 2e-4
+            assert float(gradient[place]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+def test_a_block_is_kept_no_less_than_those_behind_it(seed: int, blocks: int) -> None:
+    """And the first one always: the reverse sum of the last ones' chances."""
+    depth = Distribution(depth_choices(blocks))
+    depth.logits.data = 3 * drawn(seed, len(depth.choices))
+    ends = _end_chances(depth).detach()
+    assert float(ends.sum()) == pytest.approx(1)
+    kept = ends.flip(0).cumsum(0).flip(0)
+    assert float(kept[0]) == pytest.approx(1)
+    assert (kept[1:] <= kept[:-1]).all()
 
 
 def test_the_expected_price_is_the_mean_of_what_is_drawn() -> None:

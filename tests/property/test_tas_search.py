@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -36,11 +37,12 @@ from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ShrinkRecipe, default_shrink_recipe
 from ofa_deploy.shrink.tas import PREFLIGHT_PASSES, Preflight, TasSettings, preflight
 from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_layers import temperature
 from ofa_deploy.shrink.tas_order import LikeliestOrder
 from ofa_deploy.shrink.tas_price import ExpectedPrice
 from ofa_deploy.target import Target
 from ofa_deploy.train.images import TrainingImages
-from ofa_deploy.train.loop import LoopProgress
+from ofa_deploy.train.loop import LOG_FILE, LoopProgress
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.searching import owned, resnet, scattered, searched
 
@@ -77,10 +79,12 @@ def search(
     share: float = 0.5,
     folder: Path | None = None,
     distill: bool = True,
+    tas: TasSettings | None = None,
     told: Callable[[str, LoopProgress], None] = lambda stage, progress: None,
     announced: Callable[[Preflight], None] = lambda found: None,
 ) -> Found:
     settings = replace(recipe(fresh=fresh), distill=distill)
+    settings = replace(settings, tas=tas or settings.tas)
     images = TrainingImages(tiny.images(per_class=60, seed=4), settings.search)
     return Search(
         own=network,
@@ -173,13 +177,32 @@ def test_a_search_that_goes_on_says_what_is_left(ticking: None, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("memory_mb", "told"),
     [
-        (None, "about 2 min; then at most 30 s to train what is found"),
-        (1260.0, "about 2 min, 1.3 GB; then at most 30 s to train what is found"),
+        (None, "about 2 min; then at most 30 s to train what is found, and again"),
+        (
+            1260.0,
+            "about 2 min and 1.3 GB of memory more; then at most 30 s to train what is "
+            "found, and again",
+        ),
     ],
 )
 def test_what_it_says_is_in_words(memory_mb: float | None, told: str) -> None:
     found = Preflight(seconds=120, training_seconds=30, memory_mb=memory_mb)
-    assert found.told == told
+    assert found.told == f"{told} should its file miss the budget"
+
+
+@pytest.mark.parametrize("falls", ["cosine", "linear"])
+def test_a_search_cools_as_its_settings_say(falls: str, tmp_path: Path) -> None:
+    settings = TasSettings(
+        rate=0.05, falls=falls, highest_temperature=10, lowest_temperature=0.5
+    )
+    search(own(), tas=settings, folder=tmp_path)
+    lines = (tmp_path / LOG_FILE).read_text().splitlines()
+    expected = [
+        temperature(epoch / EPOCHS, highest=10, lowest=0.5, falls=falls)
+        for epoch in range(1, EPOCHS + 1)
+    ]
+    seen = [json.loads(line)["temperature"] for line in lines]
+    assert seen == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_class_that_is_too_small_for_two_halves_names_the_setting() -> None:
@@ -328,8 +351,11 @@ def test_what_collapsed_and_came_back_is_told() -> None:
     plain = [{"epoch": 1, "kept": [8, 1], "price_share": 0.6, "collapses": []}]
     fallen = [*plain, {**plain[0], "collapses": ["stem"]}]
     searched = replace(history(), method="pas", search=tuple(fallen))
-    assert "stem fell to nothing at once" in _course(searched)
-    assert "fell to" not in _course(replace(searched, search=tuple(plain)))
+    assert "of what may go of stem went at once" in _course(searched)
+    assert "at once" not in _course(replace(searched, search=tuple(plain)))
+    often = [*fallen, {**plain[0], "collapses": ["stem", "last", "stem"]}]
+    told = _course(replace(searched, search=tuple(often)))
+    assert "of stem (2 times), last went at once" in told
 
 
 def test_layers_are_left_whole_for_the_reason_that_is_told() -> None:

@@ -56,6 +56,14 @@ def test_every_number_is_looked_at(settings: Any, name: str, bad: float) -> None
         replace(settings, **{name: value})
 
 
+@pytest.mark.parametrize("betas", [(), (0.5,), (0.5, 0.9, 0.99)])
+def test_two_betas_are_asked_for(betas: Any) -> None:
+    with pytest.raises(SpaceError, match=r"betas=.*; give two"):
+        TasSettings(betas=betas)
+    as_list: Any = [0.5, 0.9]
+    assert TasSettings(betas=as_list).betas == (0.5, 0.9)
+
+
 def test_there_are_numbers_to_look_at() -> None:
     assert len(CASES) > 50
 
