@@ -29,6 +29,11 @@ ROUNDING = 1e-6
 MOST_ACCURACY = 1 - 1e-9
 
 
+def expected_ratio(constraints: Constraints) -> float:
+    """What a certified bound is expected to be of a latency, before any is known."""
+    return EXPECTED_RATIO if constraints.is_plain else EXPECTED_RATIO_OTHERWISE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmed:
     """An exported file, timed against others.
@@ -113,7 +118,7 @@ class Evidence:
             return max(ratios) * (1 + margin)
         if ratios:
             return median(ratios)
-        return EXPECTED_RATIO if self.constraints.is_plain else EXPECTED_RATIO_OTHERWISE
+        return expected_ratio(self.constraints)
 
     def _excess_of(self, found: VerifiedNetwork) -> float:
         verdict = found.verdict("latency")

@@ -15,7 +15,7 @@ from torch import nn
 from ofa_deploy.assembly import VerifiedNetwork
 from ofa_deploy.constraints import ConstraintName, binding
 from ofa_deploy.errors import InfeasibleBudget, SpaceError
-from ofa_deploy.evidence import EXPECTED_RATIO
+from ofa_deploy.evidence import expected_ratio
 from ofa_deploy.nn.projection import drop_needless
 from ofa_deploy.shrink.cost import rounded_up
 from ofa_deploy.shrink.device_prices import DevicePrices
@@ -66,7 +66,8 @@ class ByChannels:
             latents=masked.latents(), step=self.prices.step, floors=self.floors
         )
         whole = call.fitting(masked, as_it_is, self.prices, floors=self.floors)
-        share = whole.budget_ms / EXPECTED_RATIO / whole.full_ms
+        expected = expected_ratio(call.constraints)
+        share = whole.budget_ms / expected / whole.full_ms
         kept = masked.kept()
         unchanged = own.remainder(masked, kept)
         if share >= 1:
@@ -190,17 +191,19 @@ class ByChannels:
         call, recipe = self.call, self.call.recipe
         least = self._least(whole)
         least_ms = least.price_ms(least.floors)
-        if least_ms * EXPECTED_RATIO > whole.budget_ms:
+        needed_ms = expected_ratio(call.constraints) * least_ms
+        if needed_ms > whole.budget_ms:
             raise InfeasibleBudget(
                 f"no form of {call.own.family} meets {whole.budget_ms:g} ms on "
                 f"{call.target.backend}: with no more than {self._floors_told} it is "
                 f"still priced at {least_ms:.4g} ms. Ask for at least "
-                f"{rounded_up(least_ms * EXPECTED_RATIO):.4g} ms{self._floors_cure}",
+                f"{rounded_up(needed_ms):.4g} ms{self._floors_cure}",
                 budget_ms=whole.budget_ms,
-                fastest_ms=least_ms,
+                fastest_ms=needed_ms,
             )
-        # Hours of search would be for nothing where only the file tells.
-        if call.constraints.limits.keys() & FILE_LIMITS:
+        # Hours of search would be for nothing where only the file tells, or its runs.
+        constraints = call.constraints
+        if constraints.limits.keys() & FILE_LIMITS or not constraints.is_plain:
             found = least.time(least.floors)
             if found.used_share > 1:
                 raise least.infeasible([found])

@@ -29,6 +29,7 @@ from ofa_deploy.shrink.groups import (
     Side,
     TracedLayer,
 )
+from ofa_deploy.shrink.user_module import require_logits
 
 
 def trace_channels(
@@ -149,7 +150,7 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
     ]
     try:
         with torch.no_grad():
-            network(image)
+            require_logits(network, network(image))
     finally:
         for handle in handles:
             handle.remove()
@@ -393,7 +394,11 @@ def _dependencies(network: nn.Module, image: Tensor) -> Any:
     try:
         with silence(), _widths_unknown_not_zero(), torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
-                network, image, verbose=False
+                network,
+                image,
+                # Its own way tries the image without its batch first.
+                forward_fn=lambda module, inputs: module(inputs),
+                verbose=False,
             )
     except Exception as error:  # whatever its tracing does not expect
         raise TraceError(

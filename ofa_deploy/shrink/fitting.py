@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints, Verdict, binding
 from ofa_deploy.errors import InfeasibleBudget
-from ofa_deploy.evidence import EXPECTED_RATIO
+from ofa_deploy.evidence import expected_ratio
 from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.reporting import Reporter
 from ofa_deploy.shrink.cost import full_counts
@@ -141,7 +141,7 @@ class Fitting:
     def _widest(self) -> Fitted:
         low, high = NEAR_BUDGET
         everything = tuple(group.channels for group in self.own.graph.groups)
-        most_ms = self.budget_ms / EXPECTED_RATIO
+        most_ms = self.budget_ms / expected_ratio(self.constraints)
         tried: list[Fitted] = []
         while len(tried) < MAX_FITS:
             counts = self._settle(most_ms)

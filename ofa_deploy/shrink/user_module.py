@@ -157,7 +157,7 @@ def _run(module: nn.Module, images: Tensor) -> Floats:
             outputs = module(images)
     finally:
         module.train(training)
-    result: Floats = _logits(module, outputs).float().numpy()
+    result: Floats = require_logits(module, outputs).float().numpy()
     return result
 
 
@@ -183,7 +183,7 @@ def train_once(module: nn.Module, image_shape: tuple[int, int, int]) -> None:
     store_channels_last(module.train())
     images = torch.zeros(2, *image_shape).contiguous(memory_format=torch.channels_last)
     with called_as_in_training(bf16=prefers_bf16()):
-        outputs = _logits(module, module(images))
+        outputs = require_logits(module, module(images))
     torch.autograd.backward(outputs.sum())
 
 
@@ -238,7 +238,12 @@ def require_trainable(module: nn.Module, image_shape: tuple[int, int, int]) -> N
         )
 
 
-def _logits(module: nn.Module, outputs: object) -> Tensor:
+def require_logits(module: nn.Module, outputs: object) -> Tensor:
+    """A network's outputs, which must be a tensor.
+
+    Raises:
+        TraceError: They are something else.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     mode = ", while it is trained," if module.training else ""

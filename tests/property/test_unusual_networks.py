@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -362,6 +362,21 @@ def test_what_others_would_trip_over_is_told(
     module.training = False
     with pytest.raises(TraceError, match=told):
         own_network(module)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_outputs_that_are_more_than_logits_are_told_with_the_cure(kind: str) -> None:
+    class More(Net):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            return (logits, None) if kind == "tuple" else {"logits": logits}
+
+    with pytest.raises(TraceError) as caught:
+        own_network(More().eval())
+    assert str(caught.value) == (
+        f"More gives {kind}, not a tensor; wrap it in a module that gives the logits "
+        "alone"
+    )
 
 
 def test_images_of_another_size_are_told_of() -> None:
