@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ from ofa_deploy.shrink.user_module import (
     train_once,
 )
 from ofa_deploy.target import Target
+
+_logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 # Neighbouring multiples of it are far from each other behind the point.
@@ -198,11 +201,12 @@ class OwnNetwork:
             else:
                 found = run(narrow, noise)
                 train_once(narrow, shape)
-        except MissingDependency:
+        except (MissingDependency, MemoryError):
             raise
-        except Exception:
+        except Exception as error:
             # Whatever its forward makes of shapes that do not fit, and its layers of
             # being cut.
+            _logger.debug("%s with fewer channels: %s", self.family, error)
             return False
         return are_equal(found, expected)
 
