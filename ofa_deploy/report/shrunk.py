@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,10 @@ from profilers.table import LatencyTable
 FORMAT_VERSION = 1
 # Of probabilities; the page has a class for each.
 CHANCE_SHADES = 6
+# Columns of a strip of them: a page of a search of hundreds of epochs stays small.
+MOST_COLUMNS = 100
+# What a stage's name ends with.
+BLOCKS = ", blocks"
 # Of plots, in pixels: what is beside the names, and these at least.
 BARS_WIDTH, NAMES_WIDTH = 430, 190
 NOTHING_SEARCHED = "<p>Nothing was searched: the whole network keeps the budget.</p>"
@@ -78,8 +83,8 @@ def shrunk_report(
     sections = [
         plot(
             f"Kept {history.unit}",
-            f"Of each {_part(history)}: the whole bar is what it had, the dark part "
-            f"what it kept. {_told_whole(history)}",
+            f"Of each {_part(history)}{_told_stages(history)}: the whole bar is what "
+            f"it had, the dark part what it kept. {_told_whole(history)}",
             draw_kept(history),
         ),
         _course(history),
@@ -225,27 +230,50 @@ def draw_chances(history: ShrinkHistory) -> str:
         width=BARS_WIDTH + _names_width(history),
         margin_left=_names_width(history),
     )
+    every = math.ceil(epochs / MOST_COLUMNS)
     for place, name in enumerate(history.groups):
         bottom = count - place - 0.92
-        for epoch, line in enumerate(history.search):
-            chances = line["probabilities"][place]
+        for epoch in range(0, epochs, every):
+            line = history.search[min(epoch + every, epochs) - 1]
+            chances = _named_chances(history, line, place)
             step = 0.84 / len(chances)
-            for index, chance in enumerate(chances):
+            for index, (choice, chance) in enumerate(chances):
                 shade = min(CHANCE_SHADES, int(chance * CHANCE_SHADES) + 1)
                 low = bottom + index * step
                 strips.bar(
-                    (epoch, epoch + 1),
+                    (epoch, min(epoch + every, epochs)),
                     (low, low + step),
                     kind=f"chance{shade}",
-                    tip=f"{name}, choice {index + 1} of {len(chances)}: {chance:.0%}",
+                    tip=f"{name}: {choice}, {chance:.0%}",
                 )
         strips.text(-0.01 * epochs, bottom + 0.42, name, anchor="end")
     return strips.render(y_ticks=False)
 
 
+def _named_chances(
+    history: ShrinkHistory, line: Mapping[str, Any], place: int
+) -> list[tuple[str, float]]:
+    """What a group, or a stage, had to choose from in an epoch, and how likely."""
+    chances, unit = line["probabilities"][place], _unit(history, history.groups[place])
+    if "choices" not in line:  # a search that an earlier version began
+        return [(f"choice {i}", chance) for i, chance in enumerate(chances, start=1)]
+    named = zip(line["choices"][place], chances, strict=True)
+    return [(f"{choice} {unit}", chance) for choice, chance in named]
+
+
+def _unit(history: ShrinkHistory, name: str) -> str:
+    """What there are so many of: a stage's name says that it is of blocks."""
+    return "blocks" if name.endswith(BLOCKS) else history.unit
+
+
 def _names_width(history: ShrinkHistory) -> int:
     """Pixels that the longest name takes, about; neither too little nor all."""
     return max(NAMES_WIDTH, min(360, 7 * max(map(len, history.groups), default=0)))
+
+
+def _told_stages(history: ShrinkHistory) -> str:
+    searched = any(name.endswith(BLOCKS) for name in history.groups)
+    return ", and of each stage's blocks" if searched else ""
 
 
 def _part(history: ShrinkHistory) -> str:
@@ -293,11 +321,14 @@ def draw_kept(history: ShrinkHistory) -> str:
         zip(history.groups, history.channels, history.kept, strict=True)
     ):
         top, bottom = count - place - 0.15, count - place - 0.85
-        tip = f"{name}\n{kept:,} of {had:,} {history.unit}"
-        bars.bar((0.0, had), (bottom, top), kind="had", tip=tip)
-        bars.bar((0.0, kept), (bottom, top), kind="block", tip=tip)
+        unit = _unit(history, name)
+        tip = f"{name}\n{kept:,} of {had:,} {unit}"
+        # A handful of blocks would hardly be seen beside channels.
+        each = max(history.channels) / had if unit == "blocks" else 1.0
+        bars.bar((0.0, each * had), (bottom, top), kind="had", tip=tip)
+        bars.bar((0.0, each * kept), (bottom, top), kind="block", tip=tip)
         bars.text(-0.01 * max(history.channels), (top + bottom) / 2, name, anchor="end")
-        beside = kept + 0.01 * max(history.channels)
+        beside = each * kept + 0.01 * max(history.channels)
         bars.text(beside, (top + bottom) / 2, f"{kept:,} of {had:,}")
     return bars.render(y_ticks=False)
 
@@ -323,7 +354,7 @@ def draw_course(history: ShrinkHistory) -> str:
             [0.0, *epochs],
             shares,
             kind=f"course course{place % 6}",
-            tip=f"{name}\n{shares[-1]:.3g} % of {had:,} {history.unit} at the end",
+            tip=f"{name}\n{shares[-1]:.3g} % of {had:,} {_unit(history, name)}",
         )
     prices = [100.0, *(100 * line["price_share"] for line in history.search)]
     lines.line(

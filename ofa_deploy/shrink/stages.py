@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ofa_deploy.report.shrunk import BLOCKS
 from ofa_deploy.shrink.coupling import read_by, trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
 
@@ -45,7 +46,7 @@ class Stage:
     def name(self) -> str:
         """For people."""
         last = self.first + self.blocks - 1
-        return f"{self.container or 'network'}[{self.first}:{last + 1}], blocks"
+        return f"{self.container or 'network'}[{self.first}:{last + 1}]{BLOCKS}"
 
 
 def stage_read(stages: Sequence[Stage], layer: str, group: int) -> int | None:

@@ -304,6 +304,7 @@ class TransformableSearch:
                 float(self.price.expected().detach()) / self._full, 4
             ),
             "temperature": round(self.searched.module.tau, 4),
+            "choices": [[*one.choices] for one in self.searched.module.distributions],
             "probabilities": [
                 [round(float(p), 3) for p in one.probabilities.detach()]
                 for one in self.searched.module.distributions

@@ -24,6 +24,7 @@ from ofa_deploy.report.shrunk import (
     _family,
     _told_whole,
     draw_chances,
+    draw_kept,
     draw_losses,
 )
 from ofa_deploy.reporting import Silent
@@ -305,6 +306,7 @@ def history(
             "kept": [8, 1],
             "price_share": 0.6,
             "expected_share": 0.75 - 0.05 * epoch,
+            "choices": [[4, 8, 16], [1, 2]],
             "probabilities": [[0.5, 0.3, 0.2], [0.99, 0.01]],
         }
         for epoch in (1, 2)
@@ -328,10 +330,24 @@ def test_all_probabilities_are_drawn_epoch_by_epoch() -> None:
     assert "Distributions" in section
     drawn_as = draw_chances(history())
     assert drawn_as.count("<rect") == 2 * (3 + 2)  # epochs, choices
-    assert drawn_as.count("stem, choice 2 of 3: 30%") == 2
-    assert drawn_as.count("row[0:2], blocks, choice 1 of 2: 99%") == 2
+    assert drawn_as.count("stem: 8 channels, 30%") == 2
+    assert drawn_as.count("row[0:2], blocks: 1 blocks, 99%") == 2
     assert 'class="chance6"' in drawn_as
     assert _chances(replace(history(), method="pas")) == []
+
+
+def test_a_long_search_is_drawn_in_few_columns_of_its_last_epochs() -> None:
+    last = {**history().search[0], "probabilities": [[0.2, 0.5, 0.3], [0.01, 0.99]]}
+    lines = (*(history().search[0],) * 249, last)
+    drawn_as = draw_chances(replace(history(), search=lines))
+    assert drawn_as.count("<rect") == 84 * (3 + 2)  # every third epoch, and the last
+    assert drawn_as.count("stem: 8 channels, 50%") == 1
+
+
+def test_a_stage_keeps_blocks_and_not_channels() -> None:
+    drawn_as = draw_kept(history())
+    assert "1 of 2 blocks" in drawn_as
+    assert "8 of 16 channels" in drawn_as
 
 
 def test_the_expected_price_is_drawn_beside_the_likeliest() -> None:
