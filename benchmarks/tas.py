@@ -400,6 +400,8 @@ def train_one(
         recipe=recipe,
         work=args.work / "tas",
         teacher=teaching,
+        # Rivals in one number format, whichever machine trains them.
+        bf16=False,
     )
     arrays = arrays_of(module) | as_arrays(shape)
     keep(name, arrays, {"": log_of(folder)}, origin=origin)
@@ -452,8 +454,8 @@ def publish(args: argparse.Namespace) -> None:
         f"ResNet-{DEPTH}: {dense:.2%} of the test images. Searched for "
         f"{SEARCH_EPOCHS} epochs at {TARGET_SHARE:.0%} of its MACs; every network "
         f"trained from nothing for {TRAIN_EPOCHS} epochs, all but the uniform one with "
-        "the dense network as teacher; on several machines, in bfloat16 where the CPU "
-        "has it. Test accuracy of the exported models: mean and spread over seeds."
+        "the dense network as teacher; on several machines, all in float32. Test "
+        "accuracy of the exported models: mean and spread over seeds."
     )
     section.text(
         "Random networks are of random logits whose likeliest network costs within "

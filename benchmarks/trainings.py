@@ -351,6 +351,7 @@ def train(
     recipe: Recipe,
     work: Path,
     teacher: nn.Module | None = None,
+    bf16: bool | None = None,
 ) -> Path:
     """Train a network, or go on with it; returns the folder of its log.
 
@@ -361,6 +362,7 @@ def train(
         recipe: How.
         work: Gets a folder for the run: another start, recipe or teacher has another.
         teacher: Whose knowledge is learned, too.
+        bf16: Whether it computes in bfloat16; None where that is faster here.
     """
     folder = work / f"{stage}-{origin_of(network, recipe, teacher)}"
     loop = TrainingLoop(
@@ -369,7 +371,7 @@ def train(
         recipe=recipe,
         resolution=RESOLUTION,
         folder=folder,
-        bf16=prefers_bf16(),
+        bf16=prefers_bf16() if bf16 is None else bf16,
         teacher=teacher,
     )
     with StageBar(console) as bar:
