@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from ofa_deploy.batches import in_batches
 from ofa_deploy.dataset import ImageSet
 from ofa_deploy.errors import DataError, MissingDependency, TraceError, few_of
+from ofa_deploy.export.activations import peak_activation_count
+from ofa_deploy.export.model_files import ONNX_FILE
 from ofa_deploy.exporting import ExportedNetwork, NetworkFacts, write_model
 from ofa_deploy.layers import LinearLayer, PoolLayer, RepConvLayer
 from ofa_deploy.nn.onnx_module import write_module
@@ -27,11 +30,7 @@ from ofa_deploy.nn.static import FusedNet, PlannedNet, StaticNet
 from ofa_deploy.plan import BYTES_PER_FLOAT, IMAGE_CHANNELS, NetworkCost
 from ofa_deploy.preprocess import Normalisation, prepare
 from ofa_deploy.shrink.counts import mac_count, parameter_count
-from ofa_deploy.shrink.coupling import (
-    called_layers,
-    operations_of,
-    trace_channels,
-)
+from ofa_deploy.shrink.coupling import operations_of, trace_channels
 from ofa_deploy.shrink.extract import FusedNetwork, extract_module, extract_plan
 from ofa_deploy.shrink.groups import ChannelGraph, planned_channels
 from ofa_deploy.shrink.masks import MaskedNetwork, insert_masks
@@ -346,17 +345,18 @@ class OwnNetwork:
             MissingDependency: A converter is not installed.
         """
         narrow = self._narrowed(kept) if self.is_chain else trained.eval()
+        model_file = self._write(narrow, target, folder)
         return ExportedNetwork(
             facts=NetworkFacts(
                 name=f"{method}-{_digest(kept)}",
                 family=self.family,
                 resolution=self.resolution,
-                cost=self._cost(narrow),
+                cost=self._cost(narrow, folder),
             ),
             reference=_frozen(trained),
             target=target,
             folder=folder,
-            model_file=self._write(narrow, target, folder),
+            model_file=model_file,
         )
 
     def write(self, kept: Sequence[Tensor], *, target: Target, folder: Path) -> str:
@@ -385,18 +385,14 @@ class OwnNetwork:
             narrow, resolution=self.resolution, target=target, folder=folder
         )
 
-    def _cost(self, narrow: FusedNetwork | nn.Module) -> NetworkCost:
+    def _cost(self, narrow: FusedNetwork | nn.Module, folder: Path) -> NetworkCost:
+        """What it comes to, as it was written into the folder."""
         if isinstance(narrow, FusedNetwork):
             return narrow.plan.cost
-        image = torch.zeros(1, IMAGE_CHANNELS, self.resolution, self.resolution)
-        peak = max(
-            layer.in_channels * layer.in_size**2
-            + layer.out_channels * max(layer.call_places)
-            for layer in called_layers(narrow, image)
-        )
+        peak = peak_activation_count(onnx.load(folder / ONNX_FILE))
         return NetworkCost(
-            mac_count=mac_count(narrow, image),
-            parameter_count=parameter_count(narrow, image),
+            mac_count=mac_count(narrow, self.image),
+            parameter_count=parameter_count(narrow, self.image),
             peak_activation_bytes=peak * BYTES_PER_FLOAT,
         )
 
