@@ -16,18 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ofa_deploy.errors import TrainingError
+from ofa_deploy.errors import InfeasibleBudget, TrainingError
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.shrink import methods, sparse
 from ofa_deploy.shrink.autoprune import Deciding
 from ofa_deploy.shrink.by_channels import ByChannels
-from ofa_deploy.shrink.cost import MacPrice
+from ofa_deploy.shrink.cost import MacPrice, full_counts
 from ofa_deploy.shrink.finetuning import TrainingCallback, ignore_progress
 from ofa_deploy.shrink.methods import Search
 from ofa_deploy.shrink.own_network import OwnNetwork
 from ofa_deploy.shrink.recipe import ChannelMethod, Method, ShrinkRecipe
 from ofa_deploy.shrink.shrinking import Shrunk
 from ofa_deploy.shrink.tas_choices import searched_by_tas
+from ofa_deploy.shrink.tas_price import ExpectedPrice
 from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.images import TrainingImages
@@ -36,7 +37,7 @@ from ofa_deploy.train.recipe import Phase, Recipe
 from ofa_deploy.verify import run_one_by_one
 from profilers.backends import get_backend
 from tests.support import own_networks, tiny
-from tests.support.searching import owned
+from tests.support.searching import owned, searched
 from tests.support.shrinking import (
     SIZE,
     ResidualNet,
@@ -136,6 +137,57 @@ def test_a_call_that_was_killed_while_it_fine_tuned_ends_as_any_other(
     assert sum(whole.kept) < sum(whole.had)
     assert weights.keys() == same.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in same.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [("tas", "the narrowest widths, and the fewest blocks"), ("pas", "floor=4 keep")],
+)
+def test_the_latency_that_a_refusal_names_is_taken_and_no_less(
+    method: ChannelMethod,
+    least: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured_as(monkeypatch, factor=1.0)
+
+    class Begun(Exception):
+        pass
+
+    def begin(stage: str, progress: LoopProgress) -> None:
+        raise Begun
+
+    row = nn.Sequential(*(own_networks.Residual(16, 16, 1) for _ in range(2)))
+    ending = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    network = nn.Sequential(own_networks.conv(3, 16), row, *ending)
+    whole, prices = call_of(network, tmp_path, budget_share=1.0, method=method)
+    full_ms = float(prices.price(full_counts(prices.price.graph)))
+
+    def ask(latency_ms: float) -> None:
+        share = latency_ms / full_ms
+        call, prices = call_of(network, tmp_path, budget_share=share, method=method)
+        with ExitStack() as stack:
+            ByChannels(
+                call=replace(call, on_progress=begin),
+                method=method,
+                prices=prices,
+                stack=stack,
+            ).run()
+
+    with pytest.raises(InfeasibleBudget) as caught:
+        ask(1e-3 * full_ms)
+    named_ms = caught.value.fastest_ms
+    assert named_ms is not None
+    assert least in str(caught.value)
+    with pytest.raises(InfeasibleBudget, match="no form of Sequential meets"):
+        ask(0.999 * named_ms)
+    with pytest.raises(Begun):
+        ask(1.001 * named_ms)
+    if method == "tas":  # with all blocks the narrowest widths cost more
+        distributions = searched(whole.own, step=4)
+        narrowest = [one.choices[0] for one in distributions.width_distributions]
+        price = ExpectedPrice(distributions, prices.price)
+        assert named_ms < price.settled(narrowest, [2])
 
 
 def begin_search(
