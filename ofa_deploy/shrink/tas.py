@@ -132,16 +132,17 @@ class Preflight:
     @property
     def told(self) -> str:
         """In words."""
-        memory = (
-            ""
-            if self.memory_mb is None
-            else f" and {self.memory_mb / 1000:.1f} GB of memory more"
-        )
+        memory = "" if self.memory_mb is None else f" and {_size(self.memory_mb)} more"
         return (
             f"about {_duration(self.seconds)}{memory}; then at most "
             f"{_duration(self.training_seconds)} to train what is found, and again "
             "should its file miss the budget"
         )
+
+
+def _size(memory_mb: float) -> str:
+    amount = f"{memory_mb:.0f} MB" if memory_mb < 1000 else f"{memory_mb / 1000:.1f} GB"
+    return f"{amount} of memory"
 
 
 def _duration(seconds: float) -> str:

@@ -545,8 +545,9 @@ def test_depth_and_the_widths_along_shortcuts_are_searched_and_certified(
     bundle = shrunk(network, "tas", latency_ms, tmp_path, reporter=Noting())
     (told,) = [one for one in stages if one.startswith(f"{SEARCHING}: ")]
     assert re.fullmatch(
-        rf"{SEARCHING}: about \d+ (s|min)(, \d+\.\d GB)?; then at most \d+ (s|min) to "
-        "train what is found",
+        rf"{SEARCHING}: about \d+ (s|min)( and \d+ MB of memory more)?; then at most "
+        r"\d+ (s|min) to train what is found, and again should its file miss the "
+        "budget",
         told,
     )
     assert bundle.manifest.supernet_sha256 == own_network(network).sha256

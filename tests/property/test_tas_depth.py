@@ -44,6 +44,11 @@ from tests.support.shrinking import made_up_prices, priced_by_macs
 SIZE = own_networks.SIZE
 
 
+@lru_cache(maxsize=1)
+def deep() -> OwnNetwork:
+    return resnet(32)
+
+
 # -- deep networks ---------------------------------------------------------------------
 
 
@@ -61,7 +66,7 @@ def test_every_stage_of_a_deep_network_is_searched(depth: int, blocks: int) -> N
 def test_a_settled_price_counts_what_is_left_where_depths_are_left_out(
     data: st.DataObject,
 ) -> None:
-    net = searched(resnet(32))
+    net = searched(deep())
     assert {one.choices for one in net.depth_distributions} == {(1, 3, 5)}
     widths, depths = chosen(data, net)
     price = ExpectedPrice(net, MacPrice(net.graph))
@@ -71,7 +76,7 @@ def test_a_settled_price_counts_what_is_left_where_depths_are_left_out(
 
 
 def test_the_expected_price_is_the_mean_where_depths_are_left_out() -> None:
-    net = searched(resnet(32))
+    net = searched(deep())
     scattered(net, 0)
     price = ExpectedPrice(net, MacPrice(net.graph))
     torch.manual_seed(0)
@@ -91,7 +96,7 @@ def narrowest(net: SearchedNetwork) -> list[int]:
 def test_blocks_go_only_where_they_leave_widths_too_little(
     seed: int, room: float
 ) -> None:
-    net = searched(resnet(32))
+    net = searched(deep())
     scattered(net, seed)
     price = ExpectedPrice(net, MacPrice(net.graph))
     likely = net.depths()
@@ -136,7 +141,7 @@ def test_the_blocks_that_go_first_are_the_least_likely_for_their_price() -> None
 @given(st.integers(0, 10**6), st.floats(0.1, 1.0))
 def test_what_all_widths_leave_over_goes_to_blocks(seed: int, share: float) -> None:
     tolerance = 0.05
-    net = searched(resnet(32))
+    net = searched(deep())
     scattered(net, seed)
     price = ExpectedPrice(net, MacPrice(net.graph))
     widest = [one.choices[-1] for one in net.width_distributions]

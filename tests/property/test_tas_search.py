@@ -184,6 +184,11 @@ def test_a_search_that_goes_on_says_what_is_left(ticking: None, tmp_path: Path) 
             "about 2 min and 1.3 GB of memory more; then at most 30 s to train what is "
             "found, and again",
         ),
+        (
+            12.4,
+            "about 2 min and 12 MB of memory more; then at most 30 s to train what is "
+            "found, and again",
+        ),
     ],
 )
 def test_what_it_says_is_in_words(memory_mb: float | None, told: str) -> None:
