@@ -14,13 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "MAX_DRIFT_LOG",
-    "QUIET_QUANTILE",
-    "TRIMMED_SHARE",
-    "QuietStateFit",
-    "quiet_state",
-]
+__all__ = ["MAX_DRIFT_LOG", "TRIMMED_SHARE", "QuietStateFit", "quiet_state"]
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.intp]
@@ -89,6 +83,7 @@ def quiet_state(
     *,
     model_count: int,
     window_index: IndexArray | None = None,
+    feels_anchor: NDArray[np.bool_] | None = None,
     beta: float | None = None,
     reference_log_anchor: float | None = None,
 ) -> QuietStateFit:
@@ -102,6 +97,9 @@ def quiet_state(
         window_index: `(visit_count,)`, in which stretch of time, numbered from 0 on;
             windows tell of drift by the models that they share. None has one window,
             and sees none.
+        feels_anchor: `(visit_count,)`, whether what slows the anchor may slow the
+            visit; None if so of all. Where it does of none, `beta` is 0, whatever is
+            given.
         beta: Taken as given, as an earlier run on this machine found it; None fits it.
         reference_log_anchor: Likewise; None takes it from `log_anchor`. A short run
             needs it: it may never see the quiet state.
@@ -121,6 +119,9 @@ def quiet_state(
     if reference_log_anchor is None:
         reference_log_anchor = float(np.quantile(log_anchor, QUIET_QUANTILE))
     slowdown = log_anchor - reference_log_anchor
+    if feels_anchor is not None:
+        slowdown = np.where(feels_anchor, slowdown, 0.0)
+        beta = beta if feels_anchor.any() else 0.0
 
     if windows.count == 1:
         if beta is None:

@@ -18,12 +18,7 @@ from profilers.measurement import (
     Stability,
     Visit,
 )
-from profilers.quiet import (
-    QUIET_QUANTILE,
-    TRIMMED_SHARE,
-    QuietStateFit,
-    quiet_state,
-)
+from profilers.quiet import TRIMMED_SHARE, QuietStateFit, quiet_state
 
 __all__ = [
     "at_level",
@@ -67,23 +62,18 @@ def fit_visits(
     tells = drift and len(visits) >= MIN_DRIFT_MODELS
     flat = [visit for of_model in visits for visit in of_model]
     counts = [len(of_model) for of_model in visits]
-    readings = np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat])
-    log_anchor = readings.mean(axis=1)
-    reference = (
-        float(np.quantile(log_anchor, QUIET_QUANTILE))
-        if anchor_reference_ns is None
-        else math.log(anchor_reference_ns)
-    )
-    feels_host = np.array([visit.feels_host for visit in flat])
     return quiet_state(
         np.log([median(visit.samples_ns) for visit in flat]),
-        # Whatever the anchor was then, the runs felt none of it.
-        np.where(feels_host, log_anchor, reference),
+        0.5
+        * np.log([(v.anchor_before_ns, v.anchor_after_ns) for v in flat]).sum(axis=1),
         np.repeat(np.arange(len(visits)), counts),
         model_count=len(visits),
         window_index=_windows(flat) if tells else None,
-        beta=beta if feels_host.any() else 0.0,
-        reference_log_anchor=reference,
+        feels_anchor=np.array([visit.feels_host for visit in flat]),
+        beta=beta,
+        reference_log_anchor=(
+            None if anchor_reference_ns is None else math.log(anchor_reference_ns)
+        ),
     )
 
 
