@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,7 +166,8 @@ def measure_prices(
             is damaged, or of another network.
         TraceError: The network's operations depend on values.
     """
-    digest = _digest(own, step=step)
+    forms = timed_forms(own, step=step)
+    digest = _digest(own, forms, step=step)
     device, runtime = _device_and_runtime(target, backend)
     name = _table_name(digest, device, runtime)
     path = folder / name
@@ -179,12 +180,13 @@ def measure_prices(
             own,
             target,
             backend,
+            forms=forms,
             step=step,
             digest=digest,
             path=path,
             reporter=reporter,
         )
-    return fit_prices(own, table, step=step)
+    return fit_prices(own, table, forms=forms, step=step)
 
 
 def keep_prices(prices: DevicePrices, work: Path) -> None:
@@ -253,9 +255,10 @@ def runtime_step(
     return int(remembered(folder / name, measured))
 
 
-def fit_prices(own: OwnNetwork, table: LatencyTable, *, step: int) -> DevicePrices:
+def fit_prices(
+    own: OwnNetwork, table: LatencyTable, *, forms: Mapping[str, TimedForm], step: int
+) -> DevicePrices:
     """The price that a table says."""
-    forms = timed_forms(own, step=step)
     measured_ms = np.array([table.networks[name].quiet_ms for name in forms])
     layers = LatencyPrice(
         own.graph,
@@ -346,20 +349,20 @@ def _measure(
     target: Target,
     backend: Backend,
     *,
+    forms: Mapping[str, TimedForm],
     step: int,
     digest: str,
     path: Path,
     reporter: Reporter,
 ) -> LatencyTable:
     blocks = timed_layers(own.graph, step=step)
-    networks = timed_forms(own, step=step)
-    anchor = next(iter(networks))  # the whole network
+    anchor = next(iter(forms))  # the whole network
 
     def write(name: str, folder: Path) -> Path:
-        if name in networks:
+        if name in forms:
             inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
             inside.mkdir(exist_ok=True)
-            return inside / networks[name].write(target=target, folder=inside)
+            return inside / forms[name].write(target=target, folder=inside)
         model = timed_block(
             blocks[name],
             backend_name=target.backend,
@@ -368,7 +371,7 @@ def _measure(
         return write_timed(folder, name, model, backend_name=target.backend)
 
     order = WorkOrder(
-        names=(*blocks, *networks),
+        names=(*blocks, *forms),
         backend=target.backend,
         threads=target.threads,
         settings=PROFILE_SETTINGS,
@@ -378,7 +381,7 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
         write(anchor, Path(folder))  # what cannot be written is told before the timing
     device, runtime = _device_and_runtime(target, backend)
-    reporter.begin(f"timing {len(blocks)} layers and {len(networks)} networks")
+    reporter.begin(f"timing {len(blocks)} layers and {len(forms)} networks")
     journal_path = path.with_suffix(".journal")
     path.parent.mkdir(parents=True, exist_ok=True)
     with Journal(
@@ -415,7 +418,7 @@ def _measure(
         anchor_reference_ns=result.anchor_reference_ns,
         created_at=journal.began_at,
         blocks={name: result.measurements[name] for name in blocks},
-        networks={name: result.measurements[name] for name in networks},
+        networks={name: result.measurements[name] for name in forms},
         random_networks=(),
         failures={},
     )
@@ -424,9 +427,9 @@ def _measure(
     return table
 
 
-def _digest(own: OwnNetwork, *, step: int) -> str:
+def _digest(own: OwnNetwork, forms: Iterable[str], *, step: int) -> str:
     """Of everything that decides what is timed."""
-    names = [*timed_layers(own.graph, step=step), *timed_forms(own, step=step)]
+    names = [*timed_layers(own.graph, step=step), *forms]
     cuts = [(cut.module, cut.side, cut.group) for cut in own.graph.cuts]
     # Activations, pools and skips cost, too; and so do layers that nothing narrows.
     layers = [str(layer) for layer in own.graph.layers]

@@ -319,7 +319,8 @@ def shrunk(
 def copied_prices(own: OwnNetwork, caches: Path, folder: Path) -> Path:
     """A table that a test may damage, of prices that were measured for others."""
     priced_ms(own, caches)
-    digest = device_prices._digest(own, step=4)[:12]
+    forms = device_prices.timed_forms(own, step=4)
+    digest = device_prices._digest(own, forms, step=4)[:12]
     (table,) = caches.glob(f"own-{digest}_*_onnxruntime-cpu-*.json")
     folder.mkdir()
     return Path(shutil.copy(table, folder))

@@ -199,7 +199,7 @@ def test_where_blocks_may_go_prices_are_fitted_to_forms_without_them() -> None:
         for key, block in timed_layers(own.graph, step=4).items()
     }
     table = replace(made_up_prices(own).table, networks=networks, blocks=blocks)
-    found = fit_prices(own, table, step=4)
+    found = fit_prices(own, table, forms=forms, step=4)
     assert found.price.scale == pytest.approx(0.7)
     assert found.price.constant_ms == pytest.approx(0.2)
     assert found.residual_ratio == pytest.approx(0, abs=1e-6)

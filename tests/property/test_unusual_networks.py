@@ -72,11 +72,12 @@ def grouped_norms(width: int) -> nn.Module:
 
 @pytest.mark.parametrize("narrowed", [True, False])
 def test_prices_are_of_all_widths_those_that_stay_included(narrowed: bool) -> None:
+    networks = [
+        own_network(grouped_norms(width), narrowed=narrowed) for width in (8, 16, 16)
+    ]
     digests = {
-        device_prices._digest(
-            own_network(grouped_norms(width), narrowed=narrowed), step=4
-        )
-        for width in (8, 16, 16)
+        device_prices._digest(own, device_prices.timed_forms(own, step=4), step=4)
+        for own in networks
     }
     assert len(digests) == 2
 
