@@ -1,6 +1,6 @@
 # make demo   specialise the zoo supernet for this CPU, in an environment without torch
 # make test   lint, types and all tests, in a development environment
-# make oracle our .tflite files against litert-torch, in an environment of its own (1.2 GB)
+# make oracle what needs litert-torch (1.2 GB), in an environment of its own
 # make check  lint and types only
 # make clean  remove what was built; `make distclean` removes .venv as well
 
@@ -81,7 +81,7 @@ $(ORACLE_STAMP): pyproject.toml constraints-oracle.txt
 	@echo "Installing the library and litert-torch into $(ORACLE) (minutes) ..."
 	@test -x $(ORACLE)/bin/python || $(PYTHON) -m venv $(ORACLE)
 	@$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oracle.txt -e '.[litert-convert,dev]'
+		-c constraints-oracle.txt -e '.[litert-convert,shrink,dev]'
 	@touch $@
 
 clean:

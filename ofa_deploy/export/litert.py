@@ -78,6 +78,25 @@ def serialise_block(graph: LiteRTGraph, block: BlockPlan) -> bytes:
     return graph.serialise(entered, graph.add_block(block, entered))
 
 
+def named_alike(model: bytes) -> bytes:
+    """A converter's model of one input and one output, under the names used here.
+
+    Args:
+        model: With one signature.
+
+    Returns:
+        The same, with an input `image` and an output `logits` in `serving_default`.
+    """
+    schema = _import_schema()
+    content = schema.ModelT.InitFromPackedBuf(model, 0)
+    (graph,), (signature,) = content.subgraphs, content.signatureDefs
+    (entered,), (value,) = signature.inputs, signature.outputs
+    signature.signatureKey = SIGNATURE
+    for entry, name in ((entered, INPUT_NAME), (value, OUTPUT_NAME)):
+        entry.name = graph.tensors[entry.tensorIndex].name = name
+    return _pack(content)
+
+
 class LiteRTGraph(Emitter[int]):
     """Tensors and operators of a model under construction."""
 
@@ -296,8 +315,6 @@ class LiteRTGraph(Emitter[int]):
 
     def serialise(self, entered: int, value: int) -> bytes:
         """The finished model, from one tensor to another."""
-        import flatbuffers
-
         schema = self.schema
         self._tensors[value].name = OUTPUT_NAME
         graph = schema.SubGraphT()
@@ -310,10 +327,7 @@ class LiteRTGraph(Emitter[int]):
         model.subgraphs, model.buffers = [graph], self._buffers
         model.operatorCodes = [_operator_code(schema, code) for code in self._codes]
         model.signatureDefs = [_signature(schema, entered, value)]
-        data_bytes = sum(b.data.nbytes for b in self._buffers[1:])
-        builder = flatbuffers.Builder(data_bytes + (1 << 17))
-        builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
-        return bytes(builder.Output())
+        return _pack(model)
 
 
 # Operator code and options table, by the name used here.
@@ -354,17 +368,33 @@ def _named_tensor(schema: Any, name: str, index: int) -> Any:
 
 
 def _aligned_buffer(schema: Any, data: Constant) -> Any:
-    class AlignedBuffer(schema.BufferT):  # type: ignore[misc]
-        """Data that starts at a multiple of `BUFFER_ALIGNMENT`."""
-
-        def Pack(self, builder: Any) -> int:  # noqa: N802 - the generated code's name
-            builder.Prep(BUFFER_ALIGNMENT, self.data.nbytes)
-            offset: int = super().Pack(builder)
-            return offset
-
-    buffer = AlignedBuffer()
+    buffer = schema.BufferT()
     buffer.data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return buffer
+
+
+def _pack(model: Any) -> bytes:
+    """As bytes, the data of each buffer at a multiple of `BUFFER_ALIGNMENT`."""
+    import flatbuffers
+
+    model.buffers = [_Aligned(buffer) for buffer in model.buffers]
+    data_bytes = sum(buffer.nbytes for buffer in model.buffers)
+    builder = flatbuffers.Builder(data_bytes + (1 << 17))
+    builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+class _Aligned:
+    """A buffer whose data start at a multiple of `BUFFER_ALIGNMENT`."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self.nbytes: int = 0 if buffer.data is None else buffer.data.nbytes
+
+    def Pack(self, builder: Any) -> int:  # noqa: N802 - the generated code's name
+        builder.Prep(BUFFER_ALIGNMENT, self.nbytes)
+        offset: int = self._buffer.Pack(builder)
+        return offset
 
 
 def _import_schema() -> Any:

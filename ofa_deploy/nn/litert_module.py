@@ -2,6 +2,7 @@
 
 For networks that have no plan. Those of a space are written by `export.litert`, in
 milliseconds and without a second framework; this takes about ten seconds of CPU time.
+Their names for what goes in and comes out are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
-from torch import nn
+from torch import Tensor, nn
 
 from ofa_deploy.errors import DeployError, MissingDependency, ModelRejected
+from ofa_deploy.export.litert import named_alike
 from ofa_deploy.nn.silence import silence
 from profilers.files import write_atomically
 
@@ -32,26 +33,27 @@ def convert_module(
     input_shape: tuple[int, int, int, int],
     cache: Path | None = None,
 ) -> bytes:
-    """A module's .tflite, taken from the cache where it was converted before.
+    """A module's .tflite.
 
     Args:
         module: From images `(N, channels, height, width)` to one tensor of rank 2. Not
             changed.
         input_shape: Of the images.
-        cache: Folder of converted models; by default in the user's cache folder.
+        cache: Folder of converted models, from which one that was converted before is
+            taken; None converts it in any case.
 
     Returns:
-        The model, in float32, with an input `args_0` `(N, height, width, channels)` and
-        an output `output_0` in the signature `serving_default`.
+        The model, in float32, with an input `image` `(N, height, width, channels)` and
+        an output `logits` in the signature `serving_default`.
 
     Raises:
         MissingDependency: `litert-torch` is not installed.
         ModelRejected: It does not convert this network.
     """
-    if cache is None:
-        cache = user_cache_path("ofa-deploy") / "litert"
     module = copy.deepcopy(module).eval()
     with _rejecting(module, input_shape):
+        if cache is None:
+            return _convert(module, input_shape)
         path = cache / f"{_content_sha256(module, input_shape)}.tflite"
         if path.exists():
             return path.read_bytes()
@@ -60,6 +62,18 @@ def convert_module(
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model)
     return model
+
+
+def require_converter() -> str:
+    """See that the converter is there; returns its version.
+
+    Raises:
+        MissingDependency: It is not installed.
+    """
+    try:
+        return version(_CONVERTER)
+    except ModuleNotFoundError as error:
+        raise MissingDependency(_CONVERTER, extra="litert-convert") from error
 
 
 @contextmanager
@@ -80,7 +94,7 @@ def _content_sha256(module: nn.Module, input_shape: tuple[int, ...]) -> str:
     """Digest of what decides the file: graph, weights, shape and versions."""
     program = torch.export.export(module, (torch.zeros(input_shape),))
     digest = hashlib.sha256()
-    for text in (_CONVERTER, _converter_version(), torch.__version__, str(input_shape)):
+    for text in (_CONVERTER, require_converter(), torch.__version__, str(input_shape)):
         digest.update(f"{text}\n".encode())
     digest.update(program.graph_module.code.encode())
     tensors = {**program.state_dict, **program.constants}
@@ -92,24 +106,66 @@ def _content_sha256(module: nn.Module, input_shape: tuple[int, ...]) -> str:
     return digest.hexdigest()
 
 
-def _converter_version() -> str:
-    try:
-        return version(_CONVERTER)
-    except ModuleNotFoundError as error:
-        raise MissingDependency(_CONVERTER, extra="litert-convert") from error
+def _spell_norms_out(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Make a product and a sum of each norm that no convolution takes in; in place.
+
+    The converter writes four operators of each.
+    """
+    graph = torch.export.export(module, (torch.zeros(input_shape),)).graph
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default:
+            continue
+        before = node.args[0]
+        if before.target is torch.ops.aten.conv2d.default and len(before.users) == 1:
+            continue
+        name, _ = list(node.meta["nn_module_stack"].values())[-1]
+        norm = module.get_submodule(name)
+        if type(norm) is nn.BatchNorm2d:  # not one with a forward of its own
+            norm.__class__ = _Affine
+
+
+class _Affine(nn.BatchNorm2d):
+    """A batch norm in eval mode, whose factors are constants to the converter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of maps `(N, channels, height, width)`."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = (self.running_var + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.affine:
+            shift = shift + self.bias
+        return input * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+class _ChannelsLast(nn.Module):
+    """A module that takes channels last, as the runtime's kernels want them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Of images `(N, height, width, channels)`."""
+        # In the order that the module knows: it may view maps as rows of features.
+        outputs: Tensor = self.module(image.permute(0, 3, 1, 2).contiguous())
+        return outputs
 
 
 def _convert(module: nn.Module, input_shape: tuple[int, int, int, int]) -> bytes:
+    require_converter()
     os.environ.setdefault("LITERT_TORCH_SHOW_PROGRESS", "n")
     with silence():
         import litert_torch
 
-        # The wrapper itself starts in training mode.
-        wrapped = litert_torch.to_channel_last_io(module, args=[0]).eval()
+        _spell_norms_out(module, input_shape)
+        wrapped = _ChannelsLast(module).eval()
         count, channels, height, width = input_shape
         sample = torch.zeros(count, height, width, channels)
         converted = litert_torch.convert(wrapped, (sample,))
         with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
             path = Path(folder) / "model.tflite"
             converted.export(str(path))
-            return path.read_bytes()
+            return named_alike(path.read_bytes())

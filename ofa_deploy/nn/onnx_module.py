@@ -1,21 +1,29 @@
-"""A user's torch module as ONNX, through torch's own exporter, and as OpenVINO IR."""
+"""A user's torch module as ONNX, through torch's own exporter, and as IR or .tflite."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from ofa_deploy.errors import MissingDependency, ModelRejected
-from ofa_deploy.export.model_files import IR_FILE, ONNX_FILE
+from ofa_deploy.export.model_files import (
+    IR_FILE,
+    LITERT_FILE,
+    ONNX_FILE,
+    model_file_of,
+)
 from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
 from ofa_deploy.export.openvino import write_ir
+from ofa_deploy.nn.litert_module import convert_module
 from ofa_deploy.nn.silence import silence
 from ofa_deploy.plan import IMAGE_CHANNELS
 from ofa_deploy.target import Target
 
 if TYPE_CHECKING:
     import onnx_ir
-    from torch import nn
 
 
 def write_module(
@@ -33,20 +41,21 @@ def write_module(
         Name of the file to load.
 
     Raises:
-        MissingDependency: torch's exporter lacks a package.
-        ModelRejected: It does not convert this network.
+        MissingDependency: torch's exporter lacks a package, or there is no converter.
+        ModelRejected: They do not convert this network.
     """
     path = folder / ONNX_FILE
     _export(module, resolution, path)
     if target.backend == "openvino-cpu":
         write_ir(path.read_bytes(), folder / IR_FILE)
-        return IR_FILE
-    return ONNX_FILE
+    if target.backend == "litert-cpu":
+        shape = (1, IMAGE_CHANNELS, resolution, resolution)
+        model = convert_module(module, input_shape=shape)
+        (folder / LITERT_FILE).write_bytes(model)
+    return model_file_of(target.backend)
 
 
 def _export(module: nn.Module, resolution: int, path: Path) -> None:
-    import torch
-
     image = torch.zeros(1, IMAGE_CHANNELS, resolution, resolution)
     try:
         with silence():

@@ -21,10 +21,10 @@ from ofa_deploy.dataset import ImageSet, load_images, split_validation
 from ofa_deploy.errors import (
     BundleError,
     DataError,
-    DeviceError,
     SpaceError,
     TrainingError,
 )
+from ofa_deploy.nn.litert_module import require_converter
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.report.shrunk import ShrinkHistory, shrunk_report
@@ -111,6 +111,7 @@ def shrink(
         DataError: The images do not fit the network, or hold `out` or `work`.
         TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
+        MissingDependency: The device needs a package that is not installed.
     """
     if method not in METHODS:
         raise SpaceError(f"method={method!r}; give one of {', '.join(METHODS)}")
@@ -162,11 +163,7 @@ def shrink(
     if recipe.distill or not (known == "tas" and recipe.tas.fresh):  # it is needed
         warn_if_by_chance(own, images.validation)
     if target.backend == "litert-cpu" and not own.is_chain:
-        raise DeviceError(
-            f"{own.family} on litert-cpu: only networks that were built from this "
-            "library's RepVGG space (a StaticNet) are written for LiteRT so far. Take "
-            "another device, or convert the model.onnx of a bundle for one"
-        )
+        require_converter()
     call = Shrinking(
         own=own,
         method=known,

@@ -72,18 +72,51 @@ def test_buffers_are_aligned_as_the_schema_asks() -> None:
     plan = lower(tiny.SPACE, tiny.SPACE.largest())
     weights = random_weights(plan.layers, rng=np.random.default_rng(0))
     model = litert.emit_network(plan, weights)
+    # Pads of two kernels, axes, and a sixth are constants, too.
+    assert aligned_buffers(model) == len(weights) + 4
+
+
+def aligned_buffers(model: bytes) -> int:
+    """How many buffers with data there are, all of which start where they should."""
     root = schema.Model.GetRootAsModel(model, 0)
-    checked = 0
+    base = np.frombuffer(model, np.uint8).__array_interface__["data"][0]
+    count = 0
     for index in range(root.BuffersLength()):
         buffer = root.Buffers(index)
         if buffer.DataIsNone():
             continue
-        data = buffer.DataAsNumpy()
-        start = data.__array_interface__["data"][0]
-        base = np.frombuffer(model, np.uint8).__array_interface__["data"][0]
+        start = buffer.DataAsNumpy().__array_interface__["data"][0]
         assert (start - base) % litert.BUFFER_ALIGNMENT == 0
-        checked += 1
-    assert checked == len(weights) + 4  # pads of two kernels, axes, a sixth
+        count += 1
+    return count
+
+
+def test_a_converter_s_model_gets_the_names_used_here_and_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = lower(tiny.SPACE, tiny.SPACE.largest())
+    weights = random_weights(plan.layers, rng=np.random.default_rng(0))
+    expected = litert.emit_network(plan, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(litert, "INPUT_NAME", "args_0")
+        patch.setattr(litert, "OUTPUT_NAME", "output_0")
+        patch.setattr(litert, "SIGNATURE", "main")
+        converted = litert.emit_network(plan, weights)
+    found = litert.named_alike(converted)
+    assert aligned_buffers(found) == aligned_buffers(expected)
+    size = plan.resolution
+    image = np.random.default_rng(1).standard_normal((1, size, size, 3), np.float32)
+    with LiteRtCpu().load(converted, threads=1) as session:
+        assert session.input_shapes.keys() == {"args_0"}
+    outputs = []
+    for model in (expected, found):
+        with LiteRtCpu().load(model, threads=1) as session:
+            outputs.append(session.run({"image": image})["logits"])
+    np.testing.assert_array_equal(*outputs)
+    root = schema.ModelT.InitFromPackedBuf(found, 0)
+    assert [bytes(entry.signatureKey) for entry in root.signatureDefs] == [
+        b"serving_default"
+    ]
 
 
 def test_equal_networks_give_equal_files() -> None:

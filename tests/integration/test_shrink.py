@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from ofa_deploy.errors import (
     BundleError,
     DataError,
     MeasurementError,
+    MissingDependency,
     SpaceError,
     TraceError,
     TrainingError,
@@ -49,7 +51,6 @@ from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.shrink import by_channels, device_prices, fitting, methods, to_budget
 from ofa_deploy.shrink.by_channels import ByChannels
-from ofa_deploy.shrink.cost import full_counts
 from ofa_deploy.shrink.device_prices import DevicePrices
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import Fitting
@@ -64,12 +65,10 @@ from ofa_deploy.target import Target
 from ofa_deploy.train.checkpoint import read_checkpoint
 from ofa_deploy.train.loop import CHECKPOINT_FILE, LoopProgress
 from ofa_deploy.train.recipe import Phase, Recipe
-from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from profilers.table import LatencyTable
 from tests.support import own_networks, tiny, tiny_session
 from tests.support.processes import is_running, waited_for
-from tests.support.quick import QUICK
 from tests.support.shrinking import (
     SIZE,
     ResidualNet,
@@ -79,7 +78,9 @@ from tests.support.shrinking import (
     made_up_prices,
     measured_as,
     own_network,
+    priced_ms,
     recipe,
+    time_quickly,
     train,
     trained_chain,
 )
@@ -97,15 +98,7 @@ GENEROUS_MS = 10_000.0
 def _quick_timing() -> Iterator[None]:
     """Few runs: how precise the timing is, is not what these tests are about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_prices, "PROFILE_SETTINGS", QUICK)
-        patch.setattr(device_prices, "STEP_SETTINGS", QUICK)
-        patch.setattr(device_prices, "CERTIFY_SETTINGS", QUICK)
-        patch.setattr(device_prices, "CERTIFY_PROCESSES", 1)
-        # So few runs scatter; that something near the budget is found is not asked.
-        patch.setattr(fitting, "NEAR_BUDGET", (0.5, 1.0))
-        # What misses by chance is followed by something that is far below.
-        patch.setattr(fitting, "AIMED_SHARE", 0.75)
-        patch.setattr(device_prices, "RANDOM_NETWORKS", 2)
+        time_quickly(patch)
         torch.set_num_threads(1)
         yield
 
@@ -498,21 +491,6 @@ def trained_weights(bundle: Bundle, folder: Path) -> Mapping[str, Tensor]:
     return read_checkpoint(checkpoint).weights
 
 
-def priced_ms(
-    own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
-) -> float:
-    """A whole network's price on a device, in channels by the four."""
-    prices = device_prices.measure_prices(
-        own,
-        target=Target(backend=backend, threads=1),
-        backend=get_backend(backend),
-        step=4,
-        folder=caches,
-        reporter=Silent(),
-    )
-    return float(prices.price(full_counts(own.graph)))
-
-
 class RowOfBlocks(nn.Module):
     """Three blocks whose shortcuts are modules, behind a layer of a few channels."""
 
@@ -613,10 +591,14 @@ def test_budgets_above_the_lowest_are_cut_from_one_search(
         assert "Other budgets of the same ranking" in page
 
 
-def test_a_network_with_skips_is_refused_where_it_cannot_be_written(
+@pytest.mark.skipif(
+    find_spec("litert_torch") is not None, reason="the converter is there"
+)
+def test_what_writes_a_network_with_skips_is_asked_for_before_anything_is_timed(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(DeployError, match="this library's RepVGG space"):
+    cure = re.escape("pip install 'ofa-deploy[litert-convert]'")
+    with pytest.raises(MissingDependency, match=cure):
         specialize(
             "litert-cpu",
             model=ResidualNet(),

@@ -18,9 +18,10 @@ from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import StaticNet
 from ofa_deploy.plan import lower
 from ofa_deploy.reporting import Silent
+from ofa_deploy.shrink import device_prices, fitting
 from ofa_deploy.shrink.channel_prices import LatencyPrice, timed_layers
 from ofa_deploy.shrink.cost import full_counts
-from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.device_prices import DevicePrices, measure_prices
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.groups import ChannelGraph
 from ofa_deploy.shrink.legr import LegrSettings
@@ -35,6 +36,7 @@ from ofa_deploy.train.recipe import Phase, Recipe
 from profilers.backends import get_backend
 from profilers.fresh import FreshMeasurement
 from tests.support import tiny, tiny_session
+from tests.support.quick import QUICK
 
 SIZE = tiny.IMAGE_SIZE
 
@@ -46,6 +48,19 @@ QUICK_LEGR = LegrSettings(
     training_count=36,
     validation_count=12,
 )
+
+
+def time_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Few runs: for tests that do not ask how precise the timing is."""
+    patch.setattr(device_prices, "PROFILE_SETTINGS", QUICK)
+    patch.setattr(device_prices, "STEP_SETTINGS", QUICK)
+    patch.setattr(device_prices, "CERTIFY_SETTINGS", QUICK)
+    patch.setattr(device_prices, "CERTIFY_PROCESSES", 1)
+    patch.setattr(device_prices, "RANDOM_NETWORKS", 2)
+    # So few runs scatter; that something near the budget is found is not asked.
+    patch.setattr(fitting, "NEAR_BUDGET", (0.5, 1.0))
+    # What misses by chance is followed by something that is far below.
+    patch.setattr(fitting, "AIMED_SHARE", 0.75)
 
 
 def data() -> ImageSet:
@@ -114,6 +129,21 @@ def trained_chain() -> StaticNet:
     network = train(branched())
     assert isinstance(network, StaticNet)
     return network
+
+
+def priced_ms(
+    own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
+) -> float:
+    """A whole network's price on a device, in channels by the four."""
+    prices = measure_prices(
+        own,
+        target=Target(backend=backend, threads=1),
+        backend=get_backend(backend),
+        step=4,
+        folder=caches,
+        reporter=Silent(),
+    )
+    return float(prices.price(full_counts(own.graph)))
 
 
 def own_network(network: nn.Module, *, narrowed: bool = True) -> OwnNetwork:
