@@ -60,15 +60,15 @@ class _BranchedGraph(LiteRTGraph):
             name = layer.identity_name
             constants = [self._stored(f"{name}.{part}") for part in ("scale", "shift")]
             inner = self._shape(value)
-            scaled = self._add("Mul", [value, constants[0]], f"{name}.scaled", inner)
-            out = self._add("Add", [scaled, constants[1]], f"{name}.out", inner)
+            scaled = self.add("Mul", [value, constants[0]], f"{name}.scaled", inner)
+            out = self.add("Add", [scaled, constants[1]], f"{name}.out", inner)
             parts.append(self._widen(layer, out, shape))
         options: dict[str, Any] = {}
         for place, part in enumerate(parts[1:], start=1):
             if place == len(parts) - 1:
                 options = {"fusedActivationFunction": self._fused(layer.activation)}
             label = f"{layer.name}.sum{place}"
-            parts[0] = self._add("Add", [parts[0], part], label, shape, **options)
+            parts[0] = self.add("Add", [parts[0], part], label, shape, **options)
         return parts[0]
 
     def _widen(self, layer: RepConvLayer, value: int, shape: tuple[int, ...]) -> int:
@@ -81,4 +81,4 @@ class _BranchedGraph(LiteRTGraph):
         amounts = np.zeros((4, 2), dtype=np.int32)
         amounts[3, 1] = missing
         pads = self._constant(f"{layer.identity_name}.pads", amounts)
-        return self._add("Pad", [value, pads], f"{layer.identity_name}.wide", shape)
+        return self.add("Pad", [value, pads], f"{layer.identity_name}.wide", shape)

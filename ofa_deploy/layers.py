@@ -1,7 +1,8 @@
 """What a plan is made of: layers with all their sizes known.
 
 A layer names the stored supernet tensors it is cut from (`name`) and how large the cut
-is; nothing else in the product decides a size. Spatial sizes are square, in pixels.
+is; nothing else in the product decides a size. Spatial sizes are square, in pixels; a
+`Window` goes over any map, as networks that have no plan need it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,44 @@ from dataclasses import dataclass
 from typing import Literal
 
 LayerActivation = Literal["none", "relu", "hswish"]
+# Height and width.
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """How a convolution goes over a map of any height and width.
+
+    Args:
+        kernel: Places that it reads.
+        stride: Places that it moves by.
+        dilation: Between two places that it reads, 1 for neighbours.
+        pads: Rows and columns of zeros: above, left, below, right.
+    """
+
+    kernel: Pair
+    stride: Pair = (1, 1)
+    dilation: Pair = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def extent(self) -> Pair:
+        """Rows and columns from the first place that it reads to the last."""
+        height, width = (
+            dilation * (kernel - 1) + 1
+            for kernel, dilation in zip(self.kernel, self.dilation, strict=True)
+        )
+        return height, width
+
+    def out_size(self, in_size: Pair) -> Pair:
+        """Height and width of what it writes of such a map."""
+        height, width = (
+            (size + self.pads[axis] + self.pads[axis + 2] - extent) // stride + 1
+            for axis, (size, extent, stride) in enumerate(
+                zip(in_size, self.extent, self.stride, strict=True)
+            )
+        )
+        return height, width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +89,16 @@ class ConvLayer:
     def out_size(self) -> int:
         """Height and width of the output."""
         return (self.in_size - 1) // self.stride + 1
+
+    @property
+    def window(self) -> Window:
+        """How it goes over its input."""
+        border = self.kernel // 2
+        return Window(
+            kernel=(self.kernel, self.kernel),
+            stride=(self.stride, self.stride),
+            pads=(border, border, border, border),
+        )
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:

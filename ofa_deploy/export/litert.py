@@ -20,8 +20,10 @@ from ofa_deploy.layers import (
     ConvLayer,
     LayerActivation,
     LinearLayer,
+    Pair,
     PoolLayer,
     SqueezeExciteLayer,
+    Window,
 )
 from ofa_deploy.materialise import Weights
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
@@ -34,6 +36,7 @@ BUFFER_ALIGNMENT = 16
 _NO_TENSOR = -1
 _HEIGHT_AND_WIDTH = np.array([1, 2], dtype=np.int32)
 
+Floats = NDArray[np.float32]
 Constant = NDArray[np.float32] | NDArray[np.int32] | NDArray[np.int8]
 
 
@@ -136,7 +139,7 @@ class LiteRTGraph(Emitter[int]):
     def add_sum(self, block: BlockPlan, value: int, entered: int) -> int:
         """See `Emitter`."""
         name = f"{block.name}.sum"
-        return self._add("Add", [value, entered], name, self._shape(value))
+        return self.add("Add", [value, entered], name, self._shape(value))
 
     def add_pool(self, layer: PoolLayer, value: int) -> int:
         """See `Emitter`."""
@@ -150,49 +153,84 @@ class LiteRTGraph(Emitter[int]):
         """See `Emitter`."""
         if len(self._shape(value)) == 2:  # after the pool
             return self._add_dense(layer, value, activation=layer.activation)
-        value, padding = self._pad(layer, value)
         weight = self._weights[f"{layer.name}.weight"]
-        if layer.depthwise:
-            options = {"padding": padding, "depthMultiplier": 1}
-            kind, weight = "DepthwiseConv2D", weight.transpose(1, 2, 3, 0)
-        else:
-            options = {"padding": padding}
-            kind, weight = "Conv2D", weight.transpose(0, 2, 3, 1)
-        size = layer.out_size
-        inputs = [value, self._constant(f"{layer.name}.weight", weight)]
+        inputs = [
+            value,
+            self._constant(
+                f"{layer.name}.weight",
+                channels_last(weight, depthwise=layer.depthwise),
+            ),
+        ]
         if layer.batch_norm:
             inputs.append(self._stored(f"{layer.name}.bias"))
-        value = self._add(
-            kind,
+        value = self.add_window(
+            layer.window,
             inputs,
             f"{layer.name}.conv",
-            (1, size, size, layer.out_channels),
-            strideH=layer.stride,
-            strideW=layer.stride,
-            dilationHFactor=1,
-            dilationWFactor=1,
-            fusedActivationFunction=self._fused(layer.activation),
-            **options,
+            multiplier=1 if layer.depthwise else None,
+            fused=self._fused(layer.activation),
         )
         return self._add_activation(layer.name, layer.activation, value)
 
-    def _pad(self, layer: ConvLayer, value: int) -> tuple[int, int]:
+    def add_window(
+        self,
+        window: Window,
+        inputs: list[int],
+        output: str,
+        *,
+        multiplier: int | None,
+        fused: int,
+    ) -> int:
+        """Add a convolution, and return the output's index.
+
+        Args:
+            window: How it goes over the map.
+            inputs: The map, the weight, channels last, and the bias if there is one.
+            output: Name of what it writes.
+            multiplier: Channels written for each one read, of a depthwise convolution;
+                None for any other.
+            fused: The schema's activation.
+        """
+        value, padding = self._pad(window, inputs[0], name=output)
+        options = {} if multiplier is None else {"depthMultiplier": multiplier}
+        axis = 0 if multiplier is None else 3
+        _, *in_size, _ = self._shape(inputs[0])
+        height, width = window.out_size((in_size[0], in_size[1]))
+        return self.add(
+            "Conv2D" if multiplier is None else "DepthwiseConv2D",
+            [value, *inputs[1:]],
+            output,
+            (1, height, width, self._shape(inputs[1])[axis]),
+            padding=padding,
+            strideH=window.stride[0],
+            strideW=window.stride[1],
+            dilationHFactor=window.dilation[0],
+            dilationWFactor=window.dilation[1],
+            fusedActivationFunction=fused,
+            **options,
+        )
+
+    def _pad(self, window: Window, value: int, *, name: str) -> tuple[int, int]:
         """The value to convolve, and the padding to do it with.
 
-        SAME pads an even size at the end only when the stride is 2; the plan pads both
-        sides alike, which then takes an operator of its own.
+        SAME pads as much as gives every stride a place, and of that the smaller half
+        above and left; other pads take an operator of their own.
         """
-        if layer.kernel == 1 or layer.stride == 1 or layer.in_size % 2 == 1:
-            return value, self.schema.Padding.SAME
-        border = layer.kernel // 2
-        amounts = np.zeros((4, 2), dtype=np.int32)
-        amounts[1:3] = border
         batch, height, width, channels = self._shape(value)
-        padded = self._add(
+        if window.pads == _same_pads(window, (height, width)):
+            return value, self.schema.Padding.SAME
+        if not any(window.pads):
+            return value, self.schema.Padding.VALID
+        above, left, below, right = window.pads
+        amounts = np.array(
+            [[0, 0], [above, below], [left, right], [0, 0]], dtype=np.int32
+        )
+        label = "pad" + ".".join(map(str, window.pads))
+        padded = self.add(
             "Pad",
-            [value, self._constant(f"pad{border}", amounts)],
-            f"{layer.name}.padded",
-            (batch, height + 2 * border, width + 2 * border, channels),
+            [value, self._constant(label, amounts)],
+            f"{name}.padded",
+            (batch, height + above + below, width + left + right, channels),
         )
         return padded, self.schema.Padding.VALID
 
@@ -209,7 +247,7 @@ class LiteRTGraph(Emitter[int]):
         weight = self._weights[f"{name}.weight"].reshape(shape)
         biased = f"{name}.bias" in self._weights
         bias = self._stored(f"{name}.bias") if biased else _NO_TENSOR
-        value = self._add(
+        value = self.add(
             "FullyConnected",
             [value, self._constant(f"{name}.weight", weight), bias],
             f"{name}.out",
@@ -237,42 +275,34 @@ class LiteRTGraph(Emitter[int]):
             fused=kinds.RELU6,
         )
         sixth = self._constant("sixth", np.array([1 / 6], dtype=np.float32))
-        gate = self._add("Mul", [gate, sixth], f"{name}.gate", self._shape(gate))
-        return self._add("Mul", [value, gate], f"{name}.scaled", self._shape(value))
+        gate = self.add("Mul", [gate, sixth], f"{name}.gate", self._shape(gate))
+        return self.add("Mul", [value, gate], f"{name}.scaled", self._shape(value))
 
     def _add_gate_conv(
         self, name: str, value: int, *, bias: NDArray[np.float32], fused: int
     ) -> int:
-        weight = self._weights[f"{name}.weight"].transpose(0, 2, 3, 1)
+        weight = channels_last(self._weights[f"{name}.weight"], depthwise=False)
         constants = [
             self._constant(f"{name}.weight", weight),
             self._constant(f"{name}.bias", bias),
         ]
-        return self._add(
-            "Conv2D",
-            [value, *constants],
-            name,
-            (1, 1, 1, len(weight)),
-            padding=self.schema.Padding.SAME,
-            strideH=1,
-            strideW=1,
-            dilationHFactor=1,
-            dilationWFactor=1,
-            fusedActivationFunction=fused,
+        window = Window(kernel=(1, 1))
+        return self.add_window(
+            window, [value, *constants], name, multiplier=None, fused=fused
         )
 
     def _add_mean(self, name: str, value: int, *, keep_dims: bool) -> int:
         batch, _, _, channels = self._shape(value)
         shape = (batch, 1, 1, channels) if keep_dims else (batch, channels)
         axes = self._constant("height_and_width", _HEIGHT_AND_WIDTH)
-        return self._add("Mean", [value, axes], name, shape, keepDims=keep_dims)
+        return self.add("Mean", [value, axes], name, shape, keepDims=keep_dims)
 
     def _add_activation(
         self, name: str, activation: LayerActivation, value: int
     ) -> int:
         if activation != "hswish":
             return value  # fused into the operator before
-        return self._add("HardSwish", [value], f"{name}.act", self._shape(value))
+        return self.add("HardSwish", [value], f"{name}.act", self._shape(value))
 
     def _fused(self, activation: LayerActivation) -> int:
         kinds = self.schema.ActivationFunctionType
@@ -290,7 +320,7 @@ class LiteRTGraph(Emitter[int]):
     def _shape(self, tensor: int) -> tuple[int, ...]:
         return tuple(self._tensors[tensor].shape)
 
-    def _add(
+    def add(
         self,
         kind: str,
         inputs: list[int],
@@ -328,6 +358,26 @@ class LiteRTGraph(Emitter[int]):
         model.operatorCodes = [_operator_code(schema, code) for code in self._codes]
         model.signatureDefs = [_signature(schema, entered, value)]
         return _pack(model)
+
+
+def channels_last(weight: Floats, *, depthwise: bool) -> Floats:
+    """A convolution's weight `(out, in / groups, height, width)` as .tflite has it.
+
+    `(out, height, width, in / groups)`; of a depthwise one `(1, height, width, out)`.
+    """
+    return weight.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1))
+
+
+def _same_pads(window: Window, in_size: Pair) -> tuple[int, int, int, int]:
+    """What the format's SAME pads: above, left, below, right."""
+    totals = [
+        max((-(-size // stride) - 1) * stride + extent - size, 0)
+        for size, stride, extent in zip(
+            in_size, window.stride, window.extent, strict=True
+        )
+    ]
+    above, left = (total // 2 for total in totals)
+    return above, left, totals[0] - above, totals[1] - left
 
 
 # Operator code and options table, by the name used here.

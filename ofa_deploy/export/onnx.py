@@ -26,6 +26,7 @@ from ofa_deploy.layers import (
     PoolLayer,
     RepConvLayer,
     SqueezeExciteLayer,
+    Window,
 )
 from ofa_deploy.materialise import Weights, fused_shapes
 from ofa_deploy.plan import IMAGE_CHANNELS, NetworkPlan
@@ -158,19 +159,35 @@ class OnnxGraph(Emitter[str]):
         inputs = [value, self._constant(f"{name}.weight")]
         if layer.batch_norm and self._form == "fused":
             inputs.append(self._constant(f"{name}.bias"))
-        padding = layer.kernel // 2
-        value = self.add(
-            "Conv",
-            inputs,
-            f"{name}.conv",
-            kernel_shape=[layer.kernel] * 2,
-            strides=[layer.stride] * 2,
-            pads=[padding] * 4,
-            group=layer.groups,
+        value = self.add_window(
+            layer.window, inputs, f"{name}.conv", groups=layer.groups
         )
         if layer.batch_norm:
             value = self._add_norm(name, layer.out_channels, value)
         return self._add_activation(name, layer.activation, value)
+
+    def add_window(
+        self, window: Window, inputs: list[str], output: str, *, groups: int
+    ) -> str:
+        """Add a convolution, and return the output's name.
+
+        Args:
+            window: How it goes over the map.
+            inputs: Names of the map, of the weight, and of the bias if there is one.
+            output: Name of what it writes.
+            groups: Of channels.
+        """
+        dilated = {} if window.dilation == (1, 1) else {"dilations": window.dilation}
+        return self.add(
+            "Conv",
+            inputs,
+            output,
+            kernel_shape=list(window.kernel),
+            strides=list(window.stride),
+            pads=list(window.pads),
+            group=groups,
+            **{name: list(value) for name, value in dilated.items()},
+        )
 
     def add_rep_conv(self, layer: RepConvLayer, value: str) -> str:
         """See `Emitter`; unfused, every branch is there, with a norm of its own."""

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from ofa_deploy.export import litert, onnx, timed_int8
+from ofa_deploy.export import litert, lone_layer, onnx, timed_int8
+from ofa_deploy.export.lone_layer import LoneLayer
 from ofa_deploy.layers import BlockPlan
 from ofa_deploy.plan import NetworkPlan
 
@@ -40,6 +41,15 @@ def timed_block(
             block, rng=rng, integer_biases=not on_tensorrt
         )
     return onnx.emit_block(block, rng=rng)
+
+
+def timed_layer(
+    layer: LoneLayer, *, backend_name: str, rng: np.random.Generator
+) -> bytes:
+    """A layer with random weights, in the backend's format."""
+    if model_suffix(backend_name) == ".tflite":
+        return lone_layer.emit_litert(layer, rng=rng)
+    return lone_layer.emit_onnx(layer, rng=rng)
 
 
 def timed_network(

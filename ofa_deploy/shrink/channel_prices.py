@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ofa_deploy.errors import MeasurementError
-from ofa_deploy.layers import BlockPlan, ConvLayer, Layer, LinearLayer
+from ofa_deploy.export.lone_layer import LoneLayer
 from ofa_deploy.shrink.cost import Counts
 from ofa_deploy.shrink.groups import ChannelGraph, Side, TracedLayer
 
@@ -52,62 +52,39 @@ def side_grid(
     return channel_grid(channels, step=step) if cut else [channels]
 
 
-def timed_layer(layer: TracedLayer, *, read: int, written: int) -> BlockPlan:
-    """A layer between that many channels, as a block to be timed.
-
-    A grouped convolution as one that multiplies as often: it reads what a group reads.
-    A linear layer that is called on maps as a 1×1 convolution.
-    """
-    if not layer.depthwise:
-        read //= layer.groups
-    return BlockPlan(
+def timed_layer(layer: TracedLayer, *, read: int, written: int) -> LoneLayer:
+    """A layer between that many channels, to be timed."""
+    return LoneLayer(
         name=layer.name,
         in_channels=read,
         out_channels=written,
-        in_size=layer.padded_size,
-        layers=(_timed_operation(layer, read=read, written=written),),
-        residual=False,
+        in_size=layer.in_size,
+        window=layer.window,
+        groups=written if layer.depthwise else layer.groups,
     )
 
 
-def _timed_operation(layer: TracedLayer, *, read: int, written: int) -> Layer:
-    if layer.is_linear and layer.in_size == 1:
-        return LinearLayer(name="linear", in_channels=read, out_channels=written)
-    return ConvLayer(
-        name="conv",
-        in_channels=read,
-        out_channels=written,
-        kernel=layer.kernel,
-        kernels=(layer.kernel,),
-        stride=layer.stride,
-        depthwise=layer.depthwise,
-        batch_norm=True,
-        activation="relu",
-        in_size=layer.padded_size,
-    )
-
-
-def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, BlockPlan]:
+def timed_layers(graph: ChannelGraph, *, step: int) -> dict[str, LoneLayer]:
     """All layers at all points of their grids, by key.
 
     Small linear layers are left out. So are layers that stay as they are, and where
     they are: what every network of the graph has is in the calibration's constant.
     """
-    found: dict[str, BlockPlan] = {}
+    found: dict[str, LoneLayer] = {}
     for layer in graph.layers:
         if not _is_priced(graph, layer):
             continue
         for read, written in product(*_grids(graph, layer, step=step)):
             read = written if layer.depthwise else read
-            block = timed_layer(layer, read=read, written=written)
-            found.setdefault(block.key, block)
+            timed = timed_layer(layer, read=read, written=written)
+            found.setdefault(timed.key, timed)
     return found
 
 
 def _is_priced(graph: ChannelGraph, layer: TracedLayer) -> bool:
     cuts = graph.cuts_at(layer.name, "in") + graph.cuts_at(layer.name, "out")
     weights = layer.in_channels * layer.out_channels
-    if layer.is_linear and weights * layer.in_size**2 < TIMED_WEIGHTS:
+    if layer.is_linear and weights * max(layer.call_places) < TIMED_WEIGHTS:
         return False
     return bool(cuts) or layer.name in graph.removable
 
@@ -271,15 +248,15 @@ def _surface(
     for (row, in_count), (column, out_count) in product(
         enumerate(read), enumerate(written)
     ):
-        block = timed_layer(
+        timed = timed_layer(
             layer, read=out_count if layer.depthwise else in_count, written=out_count
         )
-        if block.key not in latency_ms:
+        if timed.key not in latency_ms:
             raise MeasurementError(
                 f"{layer.name} with {in_count} and {out_count} channels was not "
                 "measured; measure the network's layers anew"
             )
-        values[row, column] = latency_ms[block.key]
+        values[row, column] = latency_ms[timed.key]
     rows, columns = (_at_least_two(points) for points in (read, written))
     grown = np.pad(
         values,

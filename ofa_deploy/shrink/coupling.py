@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ofa_deploy.errors import MissingDependency, TraceError
+from ofa_deploy.layers import Pair, Window
 from ofa_deploy.nn.projection import projection_paths
 from ofa_deploy.nn.silence import silence
 from ofa_deploy.shrink.groups import (
@@ -127,16 +128,14 @@ def called_layers(network: nn.Module, image: Tensor) -> tuple[TracedLayer, ...]:
     found: dict[str, TracedLayer] = {}
 
     def note(name: str, module: nn.Module, read: Tensor, written: Tensor) -> None:
-        if name in found:
-            before = found[name]
-            again = _traced_layer(name, module, read, written)
-            found[name] = replace(
-                before,
-                in_size=max(before.in_size, again.in_size),
-                call_places=before.call_places + again.call_places,
-            )
-        else:
-            found[name] = _traced_layer(name, module, read, written)
+        called = _traced_layer(name, module, read, written)
+        before = found.get(name)
+        if before is None:
+            found[name] = called
+            return
+        largest = max(before, called, key=lambda layer: max(layer.call_places))
+        calls = before.call_places + called.call_places
+        found[name] = replace(largest, call_places=calls)
 
     handles = [
         module.register_forward_hook(
@@ -169,39 +168,67 @@ def _traced_layer(
         places = written.numel() // module.out_features
         return TracedLayer(
             name=name,
-            is_linear=True,
-            kernel=1,
-            stride=1,
+            window=None,
             groups=1,
             in_channels=module.in_features,
             out_channels=module.out_features,
-            # Of a square map with as many places.
-            in_size=max(1, round(places**0.5)),
+            in_size=(places, 1),
             call_places=(places,),
         )
     assert isinstance(module, nn.Conv2d)
-    square = (
-        module.kernel_size[0] == module.kernel_size[1]
-        and module.stride[0] == module.stride[1]
-        and read.shape[2] == read.shape[3]
-    )
-    if not square:
-        raise TraceError(
-            f"{name}: kernel {tuple(module.kernel_size)}, stride "
-            f"{tuple(module.stride)}, input {tuple(read.shape[2:])}; only square ones "
-            "can be priced"
-        )
+    in_size, window = _window(module, read=_map_size(read), written=_map_size(written))
     return TracedLayer(
         name=name,
-        is_linear=False,
-        kernel=int(module.kernel_size[0]),
-        stride=int(module.stride[0]),
+        window=window,
         groups=module.groups,
         in_channels=module.in_channels,
         out_channels=module.out_channels,
-        in_size=int(read.shape[2]),
+        in_size=in_size,
         call_places=(written[0, 0].numel(),) * len(written),
     )
+
+
+def _map_size(values: Tensor) -> Pair:
+    height, width = values.shape[2:]
+    return int(height), int(width)
+
+
+def _window(conv: nn.Conv2d, *, read: Pair, written: Pair) -> tuple[Pair, Window]:
+    """The map that a convolution reads, and how it goes over it.
+
+    Args:
+        conv: A convolution, which may pad in a forward of its own.
+        read: Height and width of what it is called with.
+        written: Height and width of what it gives.
+    """
+    window = Window(
+        kernel=_pair(conv.kernel_size),
+        stride=_pair(conv.stride),
+        dilation=_pair(conv.dilation),
+    )
+    pads = conv.padding
+    if isinstance(pads, str):  # "same" pads behind where it cannot pad alike
+        height, width = window.extent if pads == "same" else (1, 1)
+        above, left = (height - 1) // 2, (width - 1) // 2
+        around = (above, left, height - 1 - above, width - 1 - left)
+    else:
+        around = (pads[0], pads[1], pads[0], pads[1])
+    told = replace(window, pads=around)
+    if told.out_size(read) == written:
+        return read, told
+    # The map without pads of which it computes as many places.
+    height, width = (
+        (count - 1) * stride + extent
+        for count, stride, extent in zip(
+            written, window.stride, window.extent, strict=True
+        )
+    )
+    return (height, width), window
+
+
+def _pair(sizes: tuple[int, ...]) -> Pair:
+    height, width = sizes
+    return height, width
 
 
 # A channel of one side of one module.

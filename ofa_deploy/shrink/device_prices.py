@@ -17,7 +17,7 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import FormatError, MeasurementError
-from ofa_deploy.export.runtime_format import timed_block, write_timed
+from ofa_deploy.export.runtime_format import timed_layer, write_timed
 from ofa_deploy.probe import Prober, channel_step
 from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
 from ofa_deploy.reporting import Reporter
@@ -355,7 +355,7 @@ def _measure(
     path: Path,
     reporter: Reporter,
 ) -> LatencyTable:
-    blocks = timed_layers(own.graph, step=step)
+    layers = timed_layers(own.graph, step=step)
     anchor = next(iter(forms))  # the whole network
 
     def write(name: str, folder: Path) -> Path:
@@ -363,15 +363,15 @@ def _measure(
             inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
             inside.mkdir(exist_ok=True)
             return inside / forms[name].write(target=target, folder=inside)
-        model = timed_block(
-            blocks[name],
+        model = timed_layer(
+            layers[name],
             backend_name=target.backend,
             rng=np.random.default_rng(0),
         )
         return write_timed(folder, name, model, backend_name=target.backend)
 
     order = WorkOrder(
-        names=(*blocks, *forms),
+        names=(*layers, *forms),
         backend=target.backend,
         threads=target.threads,
         settings=PROFILE_SETTINGS,
@@ -381,7 +381,7 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
         write(anchor, Path(folder))  # what cannot be written is told before the timing
     device, runtime = _device_and_runtime(target, backend)
-    reporter.begin(f"timing {len(blocks)} layers and {len(forms)} networks")
+    reporter.begin(f"timing {len(layers)} layers and {len(forms)} networks")
     journal_path = path.with_suffix(".journal")
     path.parent.mkdir(parents=True, exist_ok=True)
     with Journal(
@@ -417,7 +417,7 @@ def _measure(
         beta=result.beta,
         anchor_reference_ns=result.anchor_reference_ns,
         created_at=journal.began_at,
-        blocks={name: result.measurements[name] for name in blocks},
+        blocks={name: result.measurements[name] for name in layers},
         networks={name: result.measurements[name] for name in forms},
         random_networks=(),
         failures={},

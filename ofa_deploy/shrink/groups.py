@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ofa_deploy.layers import LinearLayer, RepConvLayer
+from ofa_deploy.layers import LinearLayer, Pair, RepConvLayer, Window
 from ofa_deploy.nn.static import PlannedNet
 
 Side = Literal["in", "out"]
@@ -54,46 +54,40 @@ class TracedLayer:
 
     Args:
         name: Path of the module.
-        is_linear: Whether it is a linear layer.
-        kernel: Height and width; 1 of a linear layer.
-        stride: 1 or more.
+        window: How it goes over its input; None of a linear layer.
         groups: Of the convolution.
         in_channels: Of the whole network.
         out_channels: Of the whole network.
-        in_size: Height and width of its input; of the largest, if it has several.
+        in_size: Height and width of its input, of the largest call, if it has several;
+            of a linear layer the places that it is called at, and 1.
         call_places: Places of its output at which it computes, of each call.
         is_projection: Whether it is left out where it reads as many channels as it
             writes.
     """
 
     name: str
-    is_linear: bool
-    kernel: int
-    stride: int
+    window: Window | None
     groups: int
     in_channels: int
     out_channels: int
-    in_size: int
+    in_size: Pair
     call_places: tuple[int, ...]
     is_projection: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer."""
+        return self.window is None
+
+    @property
+    def kernel(self) -> Pair:
+        """Height and width; 1 and 1 of a linear layer."""
+        return self.window.kernel if self.window else (1, 1)
 
     @property
     def depthwise(self) -> bool:
         """Whether each channel is filtered alone."""
         return 1 < self.groups == self.in_channels == self.out_channels
-
-    @property
-    def padded_size(self) -> int:
-        """Height and width of an input from which a padded one computes as many places.
-
-        Those that are timed are padded by half their kernel. Where that moves by half a
-        pixel, as of an even kernel at stride 1, they compute a row and a column more.
-        """
-        if self.is_linear:
-            return self.in_size
-        written = round(max(self.call_places) ** 0.5)
-        fits = self.kernel % 2 == 1 and -(-self.in_size // self.stride) == written
-        return self.in_size if fits else (written - 1) * self.stride + 1
 
     @property
     def places(self) -> int:
@@ -111,7 +105,9 @@ class TracedLayer:
 
         Of a depthwise convolution, of one channel.
         """
-        return self.kernel**2 * self.places / (1 if self.depthwise else self.groups)
+        height, width = self.kernel
+        products = height * width * self.places
+        return products / (1 if self.depthwise else self.groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -174,13 +170,11 @@ def planned_channels(network: PlannedNet) -> ChannelGraph:
             layers.append(
                 TracedLayer(
                     name=path,
-                    is_linear=is_linear,
-                    kernel=1 if conv is None else conv.kernel,
-                    stride=1 if conv is None else conv.stride,
+                    window=None if conv is None else conv.window,
                     groups=1,
                     in_channels=layer.in_channels,
                     out_channels=layer.out_channels,
-                    in_size=1 if conv is None else conv.in_size,
+                    in_size=(1, 1) if conv is None else (conv.in_size, conv.in_size),
                     call_places=(1 if conv is None else conv.out_size**2,),
                 )
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ofa_deploy.layers import Pair
 from ofa_deploy.report.shrunk import BLOCKS
 from ofa_deploy.shrink.coupling import read_by, trace_channels
 from ofa_deploy.shrink.groups import ChannelGraph, TracedLayer
@@ -330,7 +331,7 @@ class _Block:
         )
 
     @property
-    def _operations(self) -> Counter[tuple[int, bool]]:
+    def _operations(self) -> Counter[tuple[Pair, bool]]:
         return Counter(
             (layer.kernel, layer.depthwise)
             for layer in self.layers

@@ -112,7 +112,7 @@ def test_a_converter_s_model_gets_the_names_used_here_and_computes_the_same(
     for model in (expected, found):
         with LiteRtCpu().load(model, threads=1) as session:
             outputs.append(session.run({"image": image})["logits"])
-    np.testing.assert_array_equal(*outputs)
+    np.testing.assert_array_equal(outputs[0], outputs[1])
     root = schema.ModelT.InitFromPackedBuf(found, 0)
     assert [bytes(entry.signatureKey) for entry in root.signatureDefs] == [
         b"serving_default"

@@ -77,6 +77,7 @@ from tests.support.shrinking import (
     data,
     made_up_prices,
     measured_as,
+    measured_prices,
     own_network,
     priced_ms,
     recipe,
@@ -351,6 +352,25 @@ class Called(Exception):
     def __init__(self, call: Shrinking) -> None:
         super().__init__()
         self.call = call
+
+
+@pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu"])
+def test_layers_of_any_shape_are_timed_as_they_are(
+    backend: str, tmp_path: Path
+) -> None:
+    own = OwnNetwork.of(
+        own_networks.randomise(own_networks.OblongNet()),
+        resolution=own_networks.SIZE,
+        normalisation=tiny.NORMALISATION,
+        class_names=tuple("abcde"),
+    )
+    prices = measured_prices(own, tmp_path, backend=backend)
+    names = " ".join(prices.table.blocks)
+    for told in ("k1x5-s1x2", "k3x1-s2x1", "k3x3-s1x1-d2x2"):
+        assert told in names
+    whole = next(iter(prices.table.networks.values()))
+    fitted_ms = priced_ms(own, tmp_path, backend=backend)
+    assert fitted_ms == pytest.approx(whole.quiet_ms, rel=1.0)
 
 
 @pytest.mark.parametrize("method", ["pas", "legr"])

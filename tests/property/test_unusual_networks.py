@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -82,27 +82,59 @@ def test_prices_are_of_all_widths_those_that_stay_included(narrowed: bool) -> No
     assert len(digests) == 2
 
 
+pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
 @given(
-    kernel=st.integers(1, 5),
-    stride=st.integers(1, 4),
-    padding=st.integers(0, 2),
-    size=st.integers(6, 33),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=pairs,
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    size=st.integers(9, 33),
 )
-def test_a_layer_is_timed_at_as_many_places_as_it_computes(
-    kernel: int, stride: int, padding: int, size: int
+def test_a_layer_is_timed_as_it_goes_over_its_map(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int],
+    size: int,
 ) -> None:
-    """Whatever it is padded by; those that are timed are by half their kernel."""
-    assume(kernel % 2 or stride > 1)  # half of an even kernel moves by half a pixel
-    conv = nn.Conv2d(3, 4, kernel, stride, padding)
+    conv = nn.Conv2d(3, 4, kernel, stride, padding, dilation)
     network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     (layer,) = trace_channels(network, input_shape=(3, size, size)).layers
-    block = timed_layer(layer, read=3, written=4)
-    assert block.out_size**2 == max(layer.call_places)
-    ours = nn.Conv2d(3, 4, kernel, stride, kernel // 2)
-    assert ours(torch.zeros(1, 3, block.in_size, block.in_size)).shape[2:] == (
-        block.out_size,
-        block.out_size,
-    )
+    timed = timed_layer(layer, read=3, written=4)
+    written = conv(torch.zeros(1, 3, size, size))
+    assert timed.in_size == (size, size)
+    assert (4, *timed.out_size) == written.shape[1:]
+    assert timed.weight_shape == conv.weight.shape
+    assert timed.mac_count == mac_count(network, torch.zeros(1, 3, size, size))
+
+
+class PaddingItself(nn.Conv2d):
+    """Pads in its forward, as some libraries' convolutions do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Twice as many columns behind as before."""
+        return super().forward(F.pad(input, (1, 2, 0, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    "conv",
+    [
+        PaddingItself(3, 4, (2, 4), (1, 2)),
+        nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)),
+        nn.Conv2d(3, 4, (2, 3), padding="valid"),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+    ],
+    ids=["itself", "same", "valid", "reflect"],
+)
+def test_whatever_pads_it_a_layer_is_timed_at_as_many_places(conv: nn.Conv2d) -> None:
+    network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    (layer,) = trace_channels(network, input_shape=SHAPE).layers
+    timed = timed_layer(layer, read=3, written=4)
+    assert timed.out_size == tuple(conv(IMAGE).shape[2:])
+    assert timed.mac_count == mac_count(network, IMAGE)
 
 
 def quadrants(x: Tensor) -> Tensor:

@@ -262,6 +262,24 @@ class AliasedNet(nn.Module):
         return cast(Tensor, self.head(self.features(x).mean((2, 3))))
 
 
+class OblongNet(nn.Module):
+    """Kernels and strides that are not square, and one with places between its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 16)
+        self.row = nn.Conv2d(16, 20, (1, 5), (1, 2), (0, 2))
+        self.column = nn.Conv2d(20, 24, (3, 1), (2, 1), (1, 0), bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.far = nn.Conv2d(24, 24, 3, padding=2, dilation=2)
+        self.head = nn.Linear(24, CLASS_COUNT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.column(F.relu(self.row(self.stem(x))))))
+        x = F.relu(x + self.far(x))
+        return cast(Tensor, self.head(x.mean((2, 3))))
+
+
 ALL: dict[str, type[nn.Module]] = {
     "residual": ResidualNet,
     "padded": PaddedResidualNet,
@@ -272,6 +290,7 @@ ALL: dict[str, type[nn.Module]] = {
     "shared": SharedNet,
     "asking": AskingNet,
     "aliased": AliasedNet,
+    "oblong": OblongNet,
 }
 
 

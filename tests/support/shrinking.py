@@ -131,11 +131,11 @@ def trained_chain() -> StaticNet:
     return network
 
 
-def priced_ms(
+def measured_prices(
     own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
-) -> float:
-    """A whole network's price on a device, in channels by the four."""
-    prices = measure_prices(
+) -> DevicePrices:
+    """Of a network on a device, in channels by the four."""
+    return measure_prices(
         own,
         target=Target(backend=backend, threads=1),
         backend=get_backend(backend),
@@ -143,6 +143,13 @@ def priced_ms(
         folder=caches,
         reporter=Silent(),
     )
+
+
+def priced_ms(
+    own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
+) -> float:
+    """A whole network's price on a device."""
+    prices = measured_prices(own, caches, backend=backend)
     return float(prices.price(full_counts(own.graph)))
 
 
