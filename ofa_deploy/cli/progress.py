@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -32,8 +34,15 @@ class _Bars(Progress):
             yield self.below
 
 
+# Between two lines of a stage that lasts, where nothing can be drawn.
+LINE_EVERY_S = 60.0
+
+
 class StageBar:
     """One bar per stage, with what is left of it; a pipeline `Reporter`.
+
+    Where nothing can be drawn, as in the log of a call in the background, each stage is
+    a line, and of one that lasts there is another every minute.
 
     Args:
         console: Where to draw.
@@ -54,13 +63,17 @@ class StageBar:
         )
         self._task: TaskID | None = None
         self._stage = ""
+        self._in_lines = not console.is_terminal
+        self._began_at = self._told_at = 0.0
 
     def __enter__(self) -> StageBar:
-        self._progress.start()
+        if not self._in_lines:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if not self._in_lines:
+            self._progress.stop()
 
     def begin(self, stage: str) -> None:
         """Start a stage's bar in place of the last one's, and nothing below it."""
@@ -69,6 +82,8 @@ class StageBar:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(stage, total=None, count="")
         self._stage = stage
+        self._began_at = time.monotonic()
+        self._tell(stage)
 
     def advance(self, done: int, total: int) -> None:
         """Move the current stage's bar."""
@@ -76,6 +91,16 @@ class StageBar:
             self._progress.update(
                 self._task, completed=done, total=total, count=f"{done}/{total}"
             )
+        now = time.monotonic()
+        if done and now - self._told_at >= LINE_EVERY_S:
+            left_s = (now - self._began_at) / done * (total - done)
+            left = timedelta(seconds=round(left_s))
+            self._tell(f"{self._stage}: {done}/{total}, {left} left")
+
+    def _tell(self, line: str) -> None:
+        self._told_at = time.monotonic()
+        if self._in_lines:
+            self._progress.console.print(line, markup=False, emoji=False)
 
     def show_below(self, content: RenderableType) -> None:
         """Show something below the bar, until the stage ends."""

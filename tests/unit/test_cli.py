@@ -75,7 +75,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def assert_refused(outcome: Outcome, message: str) -> None:
-    assert outcome.told.strip() == f"error: {message}"
+    stages, _, error = outcome.told.partition("error: ")
+    assert error.strip() == message
+    assert "\n\n" not in stages
     assert (outcome.code, outcome.output) == (1, "")
 
 
