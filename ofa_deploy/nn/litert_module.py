@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ofa_deploy.errors import DeployError, MissingDependency, ModelRejected
+from ofa_deploy.errors import (
+    DeployError,
+    DeviceError,
+    MissingDependency,
+    ModelRejected,
+)
 from ofa_deploy.export.litert import named_alike
 from ofa_deploy.nn.silence import silence
 from profilers.files import write_atomically
 
 _CONVERTER = "litert-torch"
+# What the compiled part of version 0.10 has packages for.
+_CONVERTS_ON = {("Linux", "x86_64"), ("Darwin", "arm64")}
 
 
 def convert_module(
@@ -48,6 +56,7 @@ def convert_module(
 
     Raises:
         MissingDependency: `litert-torch` is not installed.
+        DeviceError: Nor can it be, on this machine.
         ModelRejected: It does not convert this network.
     """
     module = copy.deepcopy(module).eval()
@@ -69,10 +78,18 @@ def require_converter() -> str:
 
     Raises:
         MissingDependency: It is not installed.
+        DeviceError: Nor can it be, on this machine.
     """
     try:
         return version(_CONVERTER)
     except ModuleNotFoundError as error:
+        here = (platform.system(), platform.machine())
+        if here not in _CONVERTS_ON:
+            raise DeviceError(
+                f"{_CONVERTER}, which writes networks without a plan as .tflite, has "
+                f"no packages for {' on '.join(here)}; take onnxruntime-cpu or "
+                "openvino-cpu for these"
+            ) from error
         raise MissingDependency(_CONVERTER, extra="litert-convert") from error
 
 
