@@ -63,8 +63,10 @@ class StageBar:
         )
         self._task: TaskID | None = None
         self._stage = ""
-        self._in_lines = not console.is_terminal
-        self._began_at = self._told_at = 0.0
+        self._in_lines = not console.is_terminal or console.is_dumb_terminal
+        self._told_at = 0.0
+        # Of the current stage, which may go on from where an earlier call ended.
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> StageBar:
         if not self._in_lines:
@@ -82,7 +84,7 @@ class StageBar:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(stage, total=None, count="")
         self._stage = stage
-        self._began_at = time.monotonic()
+        self._first = None
         self._tell(stage)
 
     def advance(self, done: int, total: int) -> None:
@@ -92,15 +94,20 @@ class StageBar:
                 self._task, completed=done, total=total, count=f"{done}/{total}"
             )
         now = time.monotonic()
-        if done and now - self._told_at >= LINE_EVERY_S:
-            left_s = (now - self._began_at) / done * (total - done)
+        if self._first is None:
+            self._first = done, now
+        first_done, first_at = self._first
+        if done > first_done and now - self._told_at >= LINE_EVERY_S:
+            left_s = (now - first_at) / (done - first_done) * (total - done)
             left = timedelta(seconds=round(left_s))
             self._tell(f"{self._stage}: {done}/{total}, {left} left")
 
     def _tell(self, line: str) -> None:
         self._told_at = time.monotonic()
         if self._in_lines:
-            self._progress.console.print(line, markup=False, emoji=False)
+            self._progress.console.print(
+                line, markup=False, emoji=False, soft_wrap=True
+            )
 
     def show_below(self, content: RenderableType) -> None:
         """Show something below the bar, until the stage ends."""

@@ -92,7 +92,8 @@ def named_alike(model: bytes) -> bytes:
     """
     schema = _import_schema()
     content = schema.ModelT.InitFromPackedBuf(model, 0)
-    (graph,), (signature,) = content.subgraphs, content.signatureDefs
+    (signature,) = content.signatureDefs
+    graph = content.subgraphs[signature.subgraphIndex]
     (entered,), (value,) = signature.inputs, signature.outputs
     signature.signatureKey = SIGNATURE
     for entry, name in ((entered, INPUT_NAME), (value, OUTPUT_NAME)):

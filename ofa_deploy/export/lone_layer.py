@@ -6,7 +6,7 @@ layers of any kernel, stride, dilation, padding and grouping, on maps of any sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class LoneLayer:
         groups: Of channels.
     """
 
-    name: str
+    name: str = field(compare=False)
     in_channels: int
     out_channels: int
     in_size: Pair
@@ -66,12 +66,6 @@ class LoneLayer:
         """`(out, in / groups, height, width)`; of a linear layer `(out, in)`."""
         read = self.in_channels // self.groups
         return (self.out_channels, read, *(self.window.kernel if self.window else ()))
-
-    @property
-    def mac_count(self) -> int:
-        """Multiply-accumulates of one image."""
-        height, width = self.out_size
-        return int(np.prod(self.weight_shape)) * height * width
 
     @property
     def is_depthwise(self) -> bool:

@@ -31,6 +31,9 @@ from ofa_deploy.nn.silence import silence
 from profilers.files import write_atomically
 
 _CONVERTER = "litert-torch"
+# What its files are made into here, for those that are kept.
+_WRITTEN_AS = "image to logits, norms alone spelt out"
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
 # What the compiled part of version 0.10 has packages for.
 _CONVERTS_ON = {("Linux", "x86_64"), ("Darwin", "arm64")}
 
@@ -111,7 +114,8 @@ def _content_sha256(module: nn.Module, input_shape: tuple[int, ...]) -> str:
     """Digest of what decides the file: graph, weights, shape and versions."""
     program = torch.export.export(module, (torch.zeros(input_shape),))
     digest = hashlib.sha256()
-    for text in (_CONVERTER, require_converter(), torch.__version__, str(input_shape)):
+    converter = f"{_CONVERTER} {require_converter()}"
+    for text in (converter, _WRITTEN_AS, torch.__version__, str(input_shape)):
         digest.update(f"{text}\n".encode())
     digest.update(program.graph_module.code.encode())
     tensors = {**program.state_dict, **program.constants}
@@ -133,11 +137,12 @@ def _spell_norms_out(module: nn.Module, input_shape: tuple[int, ...]) -> None:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
         before = node.args[0]
-        if before.target is torch.ops.aten.conv2d.default and len(before.users) == 1:
+        if before.target in _CONVOLUTIONS and len(before.users) == 1:
             continue
         name, _ = list(node.meta["nn_module_stack"].values())[-1]
         norm = module.get_submodule(name)
-        if type(norm) is nn.BatchNorm2d:  # not one with a forward of its own
+        # Not one with a forward of its own, or without statistics.
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
             norm.__class__ = _Affine
 
 

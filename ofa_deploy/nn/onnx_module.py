@@ -42,6 +42,7 @@ def write_module(
 
     Raises:
         MissingDependency: torch's exporter lacks a package, or there is no converter.
+        DeviceError: Nor can it be had for this machine.
         ModelRejected: They do not convert this network.
     """
     path = folder / ONNX_FILE

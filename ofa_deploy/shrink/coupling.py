@@ -212,7 +212,7 @@ def _window(conv: nn.Conv2d, *, read: Pair, written: Pair) -> tuple[Pair, Window
         above, left = (height - 1) // 2, (width - 1) // 2
         around = (above, left, height - 1 - above, width - 1 - left)
     else:
-        around = (pads[0], pads[1], pads[0], pads[1])
+        around = (*_pair(pads), *_pair(pads))
     told = replace(window, pads=around)
     if told.out_size(read) == written:
         return read, told
@@ -226,8 +226,9 @@ def _window(conv: nn.Conv2d, *, read: Pair, written: Pair) -> tuple[Pair, Window
     return (height, width), window
 
 
-def _pair(sizes: tuple[int, ...]) -> Pair:
-    height, width = sizes
+def _pair(sizes: int | tuple[int, ...]) -> Pair:
+    """As torch takes them where they are set on a layer that is there."""
+    height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
     return height, width
 
 

@@ -17,6 +17,7 @@ from ofa_deploy.constraints import Constraints
 from ofa_deploy.device_bench import CERTIFY_SETTINGS
 from ofa_deploy.drift import MAX_DRIFT_RATIO
 from ofa_deploy.errors import FormatError, MeasurementError
+from ofa_deploy.export.lone_layer import LoneLayer
 from ofa_deploy.export.runtime_format import timed_layer, write_timed
 from ofa_deploy.probe import Prober, channel_step
 from ofa_deploy.profiling import BLOCK_GROUP_SIZE, PROFILE_SETTINGS, forget_if_old
@@ -358,18 +359,6 @@ def _measure(
     layers = timed_layers(own.graph, step=step)
     anchor = next(iter(forms))  # the whole network
 
-    def write(name: str, folder: Path) -> Path:
-        if name in forms:
-            inside = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
-            inside.mkdir(exist_ok=True)
-            return inside / forms[name].write(target=target, folder=inside)
-        model = timed_layer(
-            layers[name],
-            backend_name=target.backend,
-            rng=np.random.default_rng(0),
-        )
-        return write_timed(folder, name, model, backend_name=target.backend)
-
     order = WorkOrder(
         names=(*layers, *forms),
         backend=target.backend,
@@ -378,27 +367,29 @@ def _measure(
         group_size=BLOCK_GROUP_SIZE,
         anchor_name=anchor,
     )
-    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as folder:
-        write(anchor, Path(folder))  # what cannot be written is told before the timing
     device, runtime = _device_and_runtime(target, backend)
-    reporter.begin(f"timing {len(layers)} layers and {len(forms)} networks")
     journal_path = path.with_suffix(".journal")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(
-        journal_path,
-        subject={
-            "device": device.fingerprint,
-            "runtime": encode_flat(runtime),
-            "settings": encode_flat(PROFILE_SETTINGS),
-            "order": order.digest,
-            "network": digest,
-        },
-    ) as journal:
-        forget_if_old(journal, journal_path)
-        journal.retry_failures()
-        result = execute(order, write, journal=journal, progress=reporter.advance)
+    with tempfile.TemporaryDirectory(prefix="ofa-deploy-") as kept:
+        write = _writer(layers, forms, target=target, kept=Path(kept))
+        write(anchor, Path(kept))  # what cannot be written is told before the timing
+        reporter.begin(f"timing {len(layers)} layers and {len(forms)} networks")
+        with Journal(
+            journal_path,
+            subject={
+                "device": device.fingerprint,
+                "runtime": encode_flat(runtime),
+                "settings": encode_flat(PROFILE_SETTINGS),
+                "order": order.digest,
+                "network": digest,
+            },
+        ) as journal:
+            forget_if_old(journal, journal_path)
+            journal.retry_failures()
+            result = execute(order, write, journal=journal, progress=reporter.advance)
     if result.failures:
-        name, reason = next(iter(result.failures.items()))
+        key, reason = next(iter(result.failures.items()))
+        name = layers[key].name if key in layers else key
         raise MeasurementError(
             f"{len(result.failures)} of {len(order.names)} layers and networks could "
             f"not be measured; {name}: {reason}. Without them no price is known; run "
@@ -425,6 +416,41 @@ def _measure(
     table.save(path)
     remove_journal(journal_path)
     return table
+
+
+def _writer(
+    layers: Mapping[str, LoneLayer],
+    forms: Mapping[str, TimedForm],
+    *,
+    target: Target,
+    kept: Path,
+) -> Callable[[str, Path], Path]:
+    """What writes a layer, or a form of the network, to be timed.
+
+    Args:
+        layers: By name.
+        forms: By name.
+        target: What the files are for.
+        kept: Gets the forms, each of which is timed in several processes, and takes
+            seconds to be written.
+    """
+    files: dict[str, Path] = {}
+
+    def write(name: str, folder: Path) -> Path:
+        if name in layers:
+            model = timed_layer(
+                layers[name],
+                backend_name=target.backend,
+                rng=np.random.default_rng(0),
+            )
+            return write_timed(folder, name, model, backend_name=target.backend)
+        if name not in files:
+            inside = kept / hashlib.sha256(name.encode()).hexdigest()[:16]
+            inside.mkdir()
+            files[name] = inside / forms[name].write(target=target, folder=inside)
+        return files[name]
+
+    return write
 
 
 def _digest(own: OwnNetwork, forms: Iterable[str], *, step: int) -> str:

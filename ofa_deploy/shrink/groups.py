@@ -59,7 +59,8 @@ class TracedLayer:
         in_channels: Of the whole network.
         out_channels: Of the whole network.
         in_size: Height and width of its input, of the largest call, if it has several;
-            of a linear layer the places that it is called at, and 1.
+            of one that pads itself, of a map of as many places; of a linear layer the
+            places that it is called at, and 1.
         call_places: Places of its output at which it computes, of each call.
         is_projection: Whether it is left out where it reads as many channels as it
             writes.

@@ -112,6 +112,7 @@ def shrink(
         TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
         MissingDependency: The device needs a package that is not installed.
+        DeviceError: Or one that there is none of for this machine.
     """
     if method not in METHODS:
         raise SpaceError(f"method={method!r}; give one of {', '.join(METHODS)}")

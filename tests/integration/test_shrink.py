@@ -50,7 +50,7 @@ from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.reporting import Reporter, Silent
 from ofa_deploy.shrink import by_channels, device_prices, fitting, methods, to_budget
 from ofa_deploy.shrink.by_channels import ByChannels
-from ofa_deploy.shrink.device_prices import DevicePrices
+from ofa_deploy.shrink.device_prices import DevicePrices, TimedForm
 from ofa_deploy.shrink.finetuning import finetune, freeze
 from ofa_deploy.shrink.fitting import Fitting
 from ofa_deploy.shrink.methods import SEARCHING, _executor
@@ -355,8 +355,16 @@ class Called(Exception):
 
 @pytest.mark.parametrize("backend", ["openvino-cpu", "onnxruntime-cpu"])
 def test_layers_of_any_shape_are_timed_as_they_are(
-    backend: str, tmp_path: Path
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written: list[str] = []
+    write = TimedForm.write
+
+    def counted(form: TimedForm, *, target: Target, folder: Path) -> str:
+        written.append(str(form.counts.tolist()))
+        return write(form, target=target, folder=folder)
+
+    monkeypatch.setattr(TimedForm, "write", counted)
     own = OwnNetwork.of(
         own_networks.randomise(own_networks.OblongNet()),
         resolution=own_networks.SIZE,
@@ -367,6 +375,8 @@ def test_layers_of_any_shape_are_timed_as_they_are(
     names = " ".join(prices.table.blocks)
     for told in ("k1x5-s1x2", "k3x1-s2x1", "k3x3-s1x1-d2x2"):
         assert told in names
+    # Once each, in however many processes they are timed.
+    assert len(written) == len(set(written)) == len(prices.table.networks)
     whole = next(iter(prices.table.networks.values()))
     fitted_ms = priced_ms(own, tmp_path, backend=backend)
     assert fitted_ms == pytest.approx(whole.quiet_ms, rel=1.0)

@@ -124,7 +124,6 @@ def test_linear_layers_at_any_number_of_places(
     with LiteRtCpu().load(model, threads=1) as session:
         last = session.run({"image": rows})["logits"]
     np.testing.assert_allclose(last, expected, atol=1e-5)
-    assert layer.mac_count == places * read * written
 
 
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 40))

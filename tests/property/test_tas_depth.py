@@ -39,7 +39,7 @@ from tests.support.searching import (
     searched,
     shape_of,
 )
-from tests.support.shrinking import made_up_prices, priced_by_macs
+from tests.support.shrinking import made_up_prices, priced_by_macs, products
 
 SIZE = own_networks.SIZE
 
@@ -195,8 +195,8 @@ def test_where_blocks_may_go_prices_are_fitted_to_forms_without_them() -> None:
         for name, ms in zip(forms, sums_ms, strict=True)
     }
     blocks = {
-        key: tiny.measurement(key, block.mac_count / 1e6)
-        for key, block in timed_layers(own.graph, step=4).items()
+        key: tiny.measurement(key, products(layer) / 1e6)
+        for key, layer in timed_layers(own.graph, step=4).items()
     }
     table = replace(made_up_prices(own).table, networks=networks, blocks=blocks)
     found = fit_prices(own, table, forms=forms, step=4)

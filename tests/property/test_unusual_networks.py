@@ -33,7 +33,7 @@ from ofa_deploy.target import Target
 from profilers.backends import get_backend
 from tests.support import own_networks, tiny
 from tests.support.searching import owned, searched
-from tests.support.shrinking import SIZE, branched, own_network
+from tests.support.shrinking import SIZE, branched, own_network, products
 
 IMAGE = torch.zeros(1, 3, SIZE, SIZE)
 SHAPE = (3, SIZE, SIZE)
@@ -107,7 +107,7 @@ def test_a_layer_is_timed_as_it_goes_over_its_map(
     assert timed.in_size == (size, size)
     assert (4, *timed.out_size) == written.shape[1:]
     assert timed.weight_shape == conv.weight.shape
-    assert timed.mac_count == mac_count(network, torch.zeros(1, 3, size, size))
+    assert products(timed) == mac_count(network, torch.zeros(1, 3, size, size))
 
 
 class PaddingItself(nn.Conv2d):
@@ -118,6 +118,13 @@ class PaddingItself(nn.Conv2d):
         return super().forward(F.pad(input, (1, 2, 0, 1)))
 
 
+def set_afterwards() -> nn.Conv2d:
+    """As torch takes it, too."""
+    conv = nn.Conv2d(3, 4, 3)
+    conv.padding, conv.dilation = cast(Any, 1), cast(Any, 2)
+    return conv
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     "conv",
@@ -126,15 +133,16 @@ class PaddingItself(nn.Conv2d):
         nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)),
         nn.Conv2d(3, 4, (2, 3), padding="valid"),
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        set_afterwards(),
     ],
-    ids=["itself", "same", "valid", "reflect"],
+    ids=["itself", "same", "valid", "reflect", "afterwards"],
 )
 def test_whatever_pads_it_a_layer_is_timed_at_as_many_places(conv: nn.Conv2d) -> None:
     network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     (layer,) = trace_channels(network, input_shape=SHAPE).layers
     timed = timed_layer(layer, read=3, written=4)
     assert timed.out_size == tuple(conv(IMAGE).shape[2:])
-    assert timed.mac_count == mac_count(network, IMAGE)
+    assert products(timed) == mac_count(network, IMAGE)
 
 
 def quadrants(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ofa_deploy.constraints import Constraints
 from ofa_deploy.dataset import ImageSet
+from ofa_deploy.export.lone_layer import LoneLayer
 from ofa_deploy.exporting import ExportedNetwork
 from ofa_deploy.families import repvgg
 from ofa_deploy.nn.static import StaticNet
@@ -131,6 +133,11 @@ def trained_chain() -> StaticNet:
     return network
 
 
+def products(layer: LoneLayer) -> int:
+    """Multiply-accumulates of a layer that is timed by itself."""
+    return math.prod((*layer.weight_shape, *layer.out_size))
+
+
 def measured_prices(
     own: OwnNetwork, caches: Path, *, backend: str = "onnxruntime-cpu"
 ) -> DevicePrices:
@@ -206,10 +213,10 @@ def priced_by_macs(
     graph: ChannelGraph, *, step: int, constant_ms: float = 0.0
 ) -> LatencyPrice:
     """As if a million multiply-accumulates took a millisecond."""
-    blocks = timed_layers(graph, step=step)
+    layers = timed_layers(graph, step=step)
     return LatencyPrice(
         graph,
-        latency_ms={key: block.mac_count / 1e6 for key, block in blocks.items()},
+        latency_ms={key: products(layer) / 1e6 for key, layer in layers.items()},
         step=step,
         constant_ms=constant_ms,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from io import StringIO
 
 import pytest
@@ -36,6 +37,32 @@ def test_in_a_log_a_stage_that_lasts_says_what_is_left(
     assert [re.sub(r"\d:\d\d:\d\d", "?", line) for line in lines] == [
         f"timing: {done}/4, ? left" for done in range(1, 5)
     ]
+
+
+def test_what_is_left_is_told_by_what_this_call_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nine of ten steps were an earlier call's, which was killed."""
+    now_s = iter([0.0, 0.0, 60.0, 60.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
+    file = StringIO()
+    bar = StageBar(Console(file=file))
+    bar.begin("training")
+    bar.advance(900, 1000)
+    bar.advance(910, 1000)
+    assert file.getvalue() == "training\ntraining: 910/1000, 0:09:00 left\n"
+
+
+def test_a_line_is_as_long_as_it_has_to_be() -> None:
+    file = StringIO()
+    with StageBar(Console(file=file, width=80)) as bar:
+        bar.begin("x" * 100)
+    assert file.getvalue() == "x" * 100 + "\n"
+
+
+def test_a_terminal_that_cannot_draw_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert told(terminal=True) == told()
 
 
 def test_nothing_is_told_where_nothing_is_to_be() -> None:
