@@ -194,14 +194,17 @@ class LiteRTGraph(Emitter[int]):
         """
         value, padding = self._pad(window, inputs[0], name=output)
         options = {} if multiplier is None else {"depthMultiplier": multiplier}
-        axis = 0 if multiplier is None else 3
+        channels = self._shape(inputs[1])[0 if multiplier is None else 3]
+        if len(inputs) == 2:  # some kernels take none without a bias
+            zeros = np.zeros(channels, dtype=np.float32)
+            inputs = [*inputs, self.add_tensor(f"{output}.bias", zeros.shape, zeros)]
         _, *in_size, _ = self._shape(inputs[0])
         height, width = window.out_size((in_size[0], in_size[1]))
         return self.add(
             "Conv2D" if multiplier is None else "DepthwiseConv2D",
             [value, *inputs[1:]],
             output,
-            (1, height, width, self._shape(inputs[1])[axis]),
+            (1, height, width, channels),
             padding=padding,
             strideH=window.stride[0],
             strideW=window.stride[1],
@@ -217,23 +220,49 @@ class LiteRTGraph(Emitter[int]):
         SAME pads as much as gives every stride a place, and of that the smaller half
         above and left; other pads take an operator of their own.
         """
-        batch, height, width, channels = self._shape(value)
-        if window.pads == _same_pads(window, (height, width)):
+        _, height, width, _ = self._shape(value)
+        if window.pads == same_pads(window, (height, width)):
             return value, self.schema.Padding.SAME
-        if not any(window.pads):
-            return value, self.schema.Padding.VALID
-        above, left, below, right = window.pads
+        return self.padded(window.pads, value, name=name), self.schema.Padding.VALID
+
+    def padded(self, pads: tuple[int, int, int, int], value: int, *, name: str) -> int:
+        """A map with zeros around it; itself where there are none.
+
+        Args:
+            pads: Above, left, below, right.
+            value: The map.
+            name: Of what reads it.
+        """
+        if not any(pads):
+            return value
+        batch, height, width, channels = self._shape(value)
+        above, left, below, right = pads
         amounts = np.array(
             [[0, 0], [above, below], [left, right], [0, 0]], dtype=np.int32
         )
-        label = "pad" + ".".join(map(str, window.pads))
-        padded = self.add(
+        label = "pad" + ".".join(map(str, pads))
+        return self.add(
             "Pad",
             [value, self._constant(label, amounts)],
             f"{name}.padded",
             (batch, height + above + below, width + left + right, channels),
         )
-        return padded, self.schema.Padding.VALID
+
+    def fuse_activation(self, value: int, activation: int) -> bool:
+        """Have what writes a value apply an activation to it; whether it can.
+
+        Args:
+            value: That nobody has read yet.
+            activation: The schema's.
+        """
+        writer = next((o for o in self._operators if o.outputs == [value]), None)
+        options: Any = None if writer is None else writer.builtinOptions
+        fuses = type(options).__name__ in _FUSING
+        none = self.schema.ActivationFunctionType.NONE
+        if not fuses or options.fusedActivationFunction != none:
+            return False
+        options.fusedActivationFunction = activation
+        return True
 
     def _add_dense(
         self,
@@ -327,7 +356,7 @@ class LiteRTGraph(Emitter[int]):
         inputs: list[int],
         output: str,
         shape: tuple[int, ...],
-        **options: int | bool,
+        **options: float | NDArray[np.int32],
     ) -> int:
         """Add an operator with one output, and return the output's index."""
         builtin, table = _OPERATORS[kind]
@@ -335,8 +364,9 @@ class LiteRTGraph(Emitter[int]):
         operator = self.schema.OperatorT()
         operator.opcodeIndex = self._codes.setdefault(code, len(self._codes))
         operator.inputs = inputs
-        operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
-        operator.builtinOptions = getattr(self.schema, f"{table}T")()
+        if table is not None:
+            operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
+            operator.builtinOptions = getattr(self.schema, f"{table}T")()
         for name, value in options.items():
             setattr(operator.builtinOptions, name, value)
         index = self.add_tensor(output, shape)
@@ -369,7 +399,7 @@ def channels_last(weight: Floats, *, depthwise: bool) -> Floats:
     return weight.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1))
 
 
-def _same_pads(window: Window, in_size: Pair) -> tuple[int, int, int, int]:
+def same_pads(window: Window, in_size: Pair) -> tuple[int, int, int, int]:
     """What the format's SAME pads: above, left, below, right."""
     totals = [
         max((-(-size // stride) - 1) * stride + extent - size, 0)
@@ -382,15 +412,38 @@ def _same_pads(window: Window, in_size: Pair) -> tuple[int, int, int, int]:
 
 
 # Operator code and options table, by the name used here.
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[str, str | None]] = {
     "Add": ("ADD", "AddOptions"),
+    "AveragePool2D": ("AVERAGE_POOL_2D", "Pool2DOptions"),
+    "Concatenation": ("CONCATENATION", "ConcatenationOptions"),
     "Conv2D": ("CONV_2D", "Conv2DOptions"),
     "DepthwiseConv2D": ("DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"),
+    "Div": ("DIV", "DivOptions"),
+    "Elu": ("ELU", None),
     "FullyConnected": ("FULLY_CONNECTED", "FullyConnectedOptions"),
     "HardSwish": ("HARD_SWISH", "HardSwishOptions"),
+    "LeakyRelu": ("LEAKY_RELU", "LeakyReluOptions"),
+    "Logistic": ("LOGISTIC", None),
+    "MaxPool2D": ("MAX_POOL_2D", "Pool2DOptions"),
+    "Maximum": ("MAXIMUM", "MaximumMinimumOptions"),
     "Mean": ("MEAN", "ReducerOptions"),
+    "Minimum": ("MINIMUM", "MaximumMinimumOptions"),
     "Mul": ("MUL", "MulOptions"),
     "Pad": ("PAD", "PadOptions"),
+    "Prelu": ("PRELU", None),
+    "Relu": ("RELU", None),
+    "Relu6": ("RELU6", None),
+    "Reshape": ("RESHAPE", "ReshapeOptions"),
+    "Softmax": ("SOFTMAX", "SoftmaxOptions"),
+    "StridedSlice": ("STRIDED_SLICE", "StridedSliceOptions"),
+    "Sub": ("SUB", "SubOptions"),
+    "Tanh": ("TANH", None),
+    "Transpose": ("TRANSPOSE", "TransposeOptions"),
+}
+# Those that apply an activation to what they write.
+_FUSING = {
+    *("AddOptionsT", "Conv2DOptionsT", "DepthwiseConv2DOptionsT", "DivOptionsT"),
+    *("FullyConnectedOptionsT", "MulOptionsT", "SubOptionsT"),
 }
 
 

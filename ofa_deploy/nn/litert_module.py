@@ -1,8 +1,8 @@
 """A torch module as .tflite, through the well-kept converter.
 
-For networks that have no plan. Those of a space are written by `export.litert`, in
-milliseconds and without a second framework; this takes about ten seconds of CPU time.
-Their names for what goes in and comes out are the same.
+For what `export.onnx_to_litert` has no operators for: that takes milliseconds and no
+second framework, this about ten seconds of CPU time. The names of what goes in and
+comes out are the same.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import torch
 from torch import nn
 
-from ofa_deploy.errors import MissingDependency, ModelRejected
+from ofa_deploy.errors import DeviceError, MissingDependency, ModelRejected
 from ofa_deploy.export.model_files import (
     IR_FILE,
     LITERT_FILE,
@@ -16,6 +17,7 @@ from ofa_deploy.export.model_files import (
     model_file_of,
 )
 from ofa_deploy.export.onnx import INPUT_NAME, OPSET, OUTPUT_NAME
+from ofa_deploy.export.onnx_to_litert import UnwrittenOperator, convert_onnx
 from ofa_deploy.export.openvino import write_ir
 from ofa_deploy.nn.litert_module import convert_module
 from ofa_deploy.nn.silence import silence
@@ -41,19 +43,32 @@ def write_module(
         Name of the file to load.
 
     Raises:
-        MissingDependency: torch's exporter lacks a package, or there is no converter.
-        DeviceError: Nor can it be had for this machine.
-        ModelRejected: They do not convert this network.
+        MissingDependency: torch's exporter lacks a package.
+        ModelRejected: It, or what the runtime needs, does not take this network.
     """
     path = folder / ONNX_FILE
     _export(module, resolution, path)
     if target.backend == "openvino-cpu":
         write_ir(path.read_bytes(), folder / IR_FILE)
     if target.backend == "litert-cpu":
-        shape = (1, IMAGE_CHANNELS, resolution, resolution)
-        model = convert_module(module, input_shape=shape)
+        model = _as_tflite(module, onnx.load(path), resolution)
         (folder / LITERT_FILE).write_bytes(model)
     return model_file_of(target.backend)
+
+
+def _as_tflite(module: nn.Module, exported: onnx.ModelProto, resolution: int) -> bytes:
+    """By our own writer, and what that has no operators for by the converter."""
+    try:
+        return convert_onnx(exported)
+    except UnwrittenOperator as unwritten:
+        shape = (1, IMAGE_CHANNELS, resolution, resolution)
+        try:
+            return convert_module(module, input_shape=shape)
+        except (DeviceError, MissingDependency) as error:
+            raise ModelRejected(
+                f"{type(module).__name__} cannot be written as .tflite without "
+                f"litert-torch: {unwritten}. {error}"
+            ) from error
 
 
 def _export(module: nn.Module, resolution: int, path: Path) -> None:

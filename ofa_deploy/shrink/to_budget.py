@@ -24,7 +24,6 @@ from ofa_deploy.errors import (
     SpaceError,
     TrainingError,
 )
-from ofa_deploy.nn.litert_module import require_converter
 from ofa_deploy.preprocess import Normalisation, require_pixel_scale
 from ofa_deploy.report.page import REPORT_FILE
 from ofa_deploy.report.shrunk import ShrinkHistory, shrunk_report
@@ -111,8 +110,7 @@ def shrink(
         DataError: The images do not fit the network, or hold `out` or `work`.
         TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
-        MissingDependency: The device needs a package that is not installed.
-        DeviceError: Or one that there is none of for this machine.
+        ModelRejected: The network cannot be written for the device.
     """
     if method not in METHODS:
         raise SpaceError(f"method={method!r}; give one of {', '.join(METHODS)}")
@@ -163,8 +161,6 @@ def shrink(
     require_classes(evaluation, Source(own=own, sha256=""))
     if recipe.distill or not (known == "tas" and recipe.tas.fresh):  # it is needed
         warn_if_by_chance(own, images.validation)
-    if target.backend == "litert-cpu" and not own.is_chain:
-        require_converter()
     call = Shrinking(
         own=own,
         method=known,

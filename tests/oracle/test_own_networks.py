@@ -1,8 +1,8 @@
-"""Networks that people bring, on LiteRT: what is converted, timed and shrunk."""
+"""Networks that people bring: our .tflite files beside the converter's, and where it
+steps in."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,85 +15,87 @@ pytest.importorskip(
 )
 
 import torch
+from torch import Tensor, nn
 
-from ofa_deploy import specialize
+from ofa_deploy.nn.litert_module import convert_module
 from ofa_deploy.nn.onnx_module import write_module
-from ofa_deploy.shrink import to_budget
-from ofa_deploy.shrink.to_budget import HISTORY_FILE
 from ofa_deploy.target import parse_target
 from ofa_deploy.verify import compare_outputs, run_one_by_one
 from profilers.backends.litert_cpu import LiteRtCpu
-from profilers.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from tests.support import own_networks, tiny
+from tests.support import own_networks
 from tests.support.litert_models import operators
-from tests.support.shrinking import (
-    ResidualNet,
-    data,
-    own_network,
-    priced_ms,
-    recipe,
-    time_quickly,
-    train,
-)
 
 IMAGES = 4
+SIZE = own_networks.SIZE
 # XNNPACK has no slices of every other place, of which shortcuts without parameters are.
 IN_PIECES = {"padded"}
 
 
-@pytest.mark.parametrize("name", own_networks.ALL)
-def test_the_files_of_a_network_agree_and_run_in_one_piece(
-    name: str, tmp_path: Path
-) -> None:
-    network = own_networks.randomise(own_networks.ALL[name]())
-    size = own_networks.SIZE
-    target = parse_target("litert-cpu")
-    file = write_module(network, resolution=size, target=target, folder=tmp_path)
-    assert file == "model.tflite"
-    images = np.random.default_rng(0).standard_normal(
-        (IMAGES, 3, size, size), dtype=np.float32
-    )
+class SameNet(nn.Module):
+    """Pads by a word, which torch exports as another operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding="same")
+        self.norm, self.last = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.norm(self.stem(x)).relu().mean((2, 3)))
+        return logits
+
+
+class UnwrittenNet(SameNet):
+    """With an operator that is not written here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sin()
+
+
+NETWORKS: dict[str, type[nn.Module]] = {**own_networks.ALL, "same": SameNet}
+
+
+def images() -> np.ndarray:
+    shape = (IMAGES, 3, SIZE, SIZE)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def logits_of(model: Path | bytes) -> np.ndarray:
+    with LiteRtCpu().load(model, threads=1) as session:
+        return run_one_by_one(session, images())
+
+
+def computed(network: nn.Module) -> np.ndarray:
     with torch.no_grad():
-        expected = network(torch.from_numpy(images)).numpy()
+        found: np.ndarray = network(torch.from_numpy(images())).numpy()
+    return found
+
+
+def written(network: nn.Module, folder: Path) -> Path:
+    target = parse_target("litert-cpu")
+    return folder / write_module(network, resolution=SIZE, target=target, folder=folder)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_writer_agrees_with_the_converter(name: str, tmp_path: Path) -> None:
+    network = own_networks.randomise(NETWORKS[name]())
+    ours = written(network, tmp_path)
+    theirs = convert_module(network, input_shape=(1, 3, SIZE, SIZE))
+    expected = computed(network)
+    assert compare_outputs(logits_of(ours), expected, tolerance=1e-5).agrees
     told = pytest.warns(match="partitions") if name in IN_PIECES else nullcontext()
-    with told, LiteRtCpu().load(tmp_path / file, threads=1) as session:
-        assert (session.fallback is None) == (name not in IN_PIECES)
-        found = run_one_by_one(session, images)
-    assert compare_outputs(found, expected, tolerance=1e-5).agrees
-    with OnnxRuntimeCpu().load(tmp_path / "model.onnx", threads=1) as session:
-        assert compare_outputs(run_one_by_one(session, images), expected).agrees
-    kinds = Counter(operators((tmp_path / file).read_bytes()))
-    # At the end alone, where maps become rows of features.
-    assert kinds["TRANSPOSE"] <= 1
-    # Norms are in the convolutions before them; those that have none take two. Others
-    # are of a gate, and of a slope.
-    assert kinds["MUL"] == {"dense": 3, "gated": 1, "asking": 2}.get(name, 0)
-    assert kinds["SUB"] == 0
+    with told:
+        assert compare_outputs(logits_of(theirs), expected, tolerance=1e-5).agrees
+    assert len(operators(ours.read_bytes())) <= len(operators(theirs))
+    # Of the converter's norms, too, those behind convolutions are in them.
+    alone = {"dense": 3, "gated": 1, "asking": 2, "shared": 2}.get(name, 0)
+    kinds = Counter(operators(theirs))
+    assert (kinds["MUL"], kinds["SUB"]) == (alone, 0)
 
 
-def test_a_network_with_skips_is_shrunk_to_a_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caches = tmp_path / "prices"
-    caches.mkdir()
-    time_quickly(monkeypatch)
-    monkeypatch.setattr(to_budget, "cache_folder", lambda: caches)
-    network = train(ResidualNet())
-    bundle = specialize(
-        "litert-cpu",
-        model=network,
-        method="legr",
-        data=data(),
-        eval_data=tiny.images(per_class=40, seed=12),
-        out=tmp_path / "out",
-        latency_ms=0.85 * priced_ms(own_network(network), caches, backend="litert-cpu"),
-        recipe=recipe(),
-    )
-    manifest = bundle.manifest
-    assert manifest.model_file == "model.tflite"
-    assert manifest.binding.met
-    assert manifest.accuracy.kind == "measured"
-    assert manifest.accuracy.value > 0.6
-    assert bundle.check().agrees
-    history = json.loads((bundle.path / HISTORY_FILE).read_text())
-    assert sum(history["kept"]) < sum(history["channels"])
+def test_what_is_not_written_here_is_converted(tmp_path: Path) -> None:
+    network = own_networks.randomise(UnwrittenNet())
+    file = written(network, tmp_path)
+    assert "SIN" in operators(file.read_bytes())
+    with pytest.warns(match="outside of the XNNPACK delegate"):
+        found = logits_of(file)
+    assert compare_outputs(found, computed(network), tolerance=1e-5).agrees
