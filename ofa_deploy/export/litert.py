@@ -198,13 +198,13 @@ class LiteRTGraph(Emitter[int]):
         if len(inputs) == 2:  # some kernels take none without a bias
             zeros = np.zeros(channels, dtype=np.float32)
             inputs = [*inputs, self.add_tensor(f"{output}.bias", zeros.shape, zeros)]
-        _, *in_size, _ = self._shape(inputs[0])
-        height, width = window.out_size((in_size[0], in_size[1]))
+        batch, rows, columns, _ = self._shape(inputs[0])
+        height, width = window.out_size((rows, columns))
         return self.add(
             "Conv2D" if multiplier is None else "DepthwiseConv2D",
             [value, *inputs[1:]],
             output,
-            (1, height, width, channels),
+            (batch, height, width, channels),
             padding=padding,
             strideH=window.stride[0],
             strideW=window.stride[1],

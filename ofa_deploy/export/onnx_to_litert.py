@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
 
 from ofa_deploy.errors import ModelRejected
 from ofa_deploy.export.litert import LiteRTGraph, channels_last, same_pads
@@ -28,11 +29,13 @@ Floats = NDArray[np.float32]
 Shape = tuple[int, ...]
 Attributes = Mapping[str, Any]
 
+# The first whose operators have what they are set to as inputs.
+LEAST_OPSET = 13
 # Where the axes of a map are stored, and which axes those of a stored map are.
 _STORED_AXIS = (0, 3, 1, 2)
 _TO_LAST = (0, 2, 3, 1)
 _TO_FIRST = (0, 3, 1, 2)
-# Of an average and of a zero on either side, where a gate is made of ReLU6.
+# Slope of the hard sigmoid that is relu6(x + 3) / 6.
 _SIXTH = 1 / 6
 
 
@@ -54,6 +57,11 @@ def convert_onnx(model: onnx.ModelProto) -> bytes:
         UnwrittenOperator: Names the operator.
         MissingDependency: `ai-edge-litert` is not installed.
     """
+    opset = next((o.version for o in model.opset_import if not o.domain), 0)
+    if opset < LEAST_OPSET:
+        raise UnwrittenOperator(
+            f"its operators are of opset {opset}; those from {LEAST_OPSET} are written"
+        )
     return _Conversion(shape_inference.infer_shapes(model).graph).run()
 
 
@@ -79,31 +87,50 @@ class _Conversion:
         # order by the shape `(C, H, W)` of the maps that they were.
         self._tensors: dict[str, int] = {}
         self._unordered: dict[str, Shape] = {}
+        self._kept: dict[str, int] = {}
         self._not_negative: set[int] = set()
 
     def run(self) -> bytes:
-        (entered,) = (
-            value for value in self._source.input if value.name not in self._constants
-        )
-        (left,) = self._source.output
-        shape = _stored(self._shapes[entered.name])
-        self._tensors[entered.name] = self._graph.add_tensor(entered.name, shape)
+        entered, left = self._ends()
+        shape = _stored(self._shapes[entered])
+        self._tensors[entered] = self._graph.add_tensor(entered, shape)
         for node in self._source.node:
             self._write(node)
-        return self._graph.serialise(
-            self._tensors[entered.name], self._tensors[left.name]
-        )
+        if left not in self._tensors:
+            raise UnwrittenOperator(f"its output {left!r} does not depend on the image")
+        return self._graph.serialise(self._tensors[entered], self._tensors[left])
+
+    def _ends(self) -> tuple[str, str]:
+        """Names of the image and of the logits."""
+        entered = [v for v in self._source.input if v.name not in self._constants]
+        ends = [*entered, *self._source.output]
+        if len(entered) != 1 or len(ends) != 2:
+            raise UnwrittenOperator(
+                f"it has {len(entered)} inputs and {len(ends) - len(entered)} outputs; "
+                "one of each is written"
+            )
+        kinds = {value.type.tensor_type.elem_type for value in ends}
+        shape = self._shapes[ends[0].name]
+        if kinds != {onnx.TensorProto.FLOAT} or shape[:1] != (1,) or 0 in shape:
+            raise UnwrittenOperator(
+                f"its input is of shape {shape}; one image in float32, of a known "
+                "size, is written"
+            )
+        return ends[0].name, ends[1].name
 
     def _write(self, node: onnx.NodeProto) -> None:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Constant":
-            self._constants[node.output[0]] = numpy_helper.to_array(attributes["value"])
+        kind, read = node.op_type, [name for name in node.input if name]
+        if all(name in self._constants for name in read):
+            self._constants.update(_evaluated(node, self._constants))
             return
-        writer = _WRITERS.get(node.op_type)
+        writer = _WRITERS.get(kind)
         if writer is None or node.domain not in ("", "ai.onnx"):
             raise _unwritten(node, "no such operator is written")
-        if not all(self._shapes.get(name) for name in node.output):
-            raise _unwritten(node, "its sizes depend on the image")
+        if any(not (s := self._shapes.get(o)) or 0 in s for o in node.output if o):
+            raise _unwritten(node, "its sizes are not known")
+        if node.input[0] in self._constants and kind not in _TAKE_CONSTANTS:
+            raise _unwritten(node, "what it reads first is no part of the image")
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         found = writer(self, node, attributes)
         if found is not None:
             self._tensors[node.output[0]] = found
@@ -111,33 +138,34 @@ class _Conversion:
     # -- values ------------------------------------------------------------------------
 
     def _constant(self, node: onnx.NodeProto, place: int) -> Array:
-        """An input that must be known; of one that is left out there is none."""
+        """An input that must be known."""
         name = node.input[place]
         if name not in self._constants:
             raise _unwritten(node, f"its input {name!r} depends on the image")
         return self._constants[name]
 
     def _optional(self, node: onnx.NodeProto, place: int) -> Array | None:
+        """An input that may be left out."""
         if place >= len(node.input) or not node.input[place]:
             return None
         return self._constant(node, place)
-
-    def _shape(self, name: str) -> Shape:
-        constant = self._constants.get(name)
-        return self._shapes[name] if constant is None else tuple(constant.shape)
 
     def _out_shape(self, node: onnx.NodeProto) -> Shape:
         return _stored(self._shapes[node.output[0]])
 
     def _keep(self, name: str, array: Array) -> int:
-        return self._graph.add_tensor(name, array.shape, np.ascontiguousarray(array))
+        """A constant; of one name there is one, such as of a layer called twice."""
+        if name not in self._kept:
+            array = np.ascontiguousarray(array).reshape(array.shape)
+            self._kept[name] = self._graph.add_tensor(name, array.shape, array)
+        return self._kept[name]
 
-    def _first(self, name: str) -> tuple[int, bool]:
-        """A value in the order that ONNX has it, and whether its shape is another."""
+    def _first(self, name: str) -> int:
+        """A value in the order that ONNX has it."""
         tensor, shape = self._tensors[name], self._shapes[name]
         if len(shape) != 4 or _orders_agree(shape):
-            return tensor, len(shape) == 4
-        return self._transposed(tensor, f"{name}.first", _TO_FIRST, shape), False
+            return tensor
+        return self._transposed(tensor, f"{name}.first", _TO_FIRST, shape)
 
     def _transposed(
         self, tensor: int, name: str, order: Sequence[int], shape: Shape
@@ -156,18 +184,19 @@ class _Conversion:
         weight = self._constant(node, 1)
         if weight.ndim != 4:
             raise _unwritten(node, "its maps have no height and width")
-        in_shape = self._shapes[node.input[0]]
-        window = _window(node, attributes, in_size=(in_shape[2], in_shape[3]))
-        groups, read = attributes.get("group", 1), in_shape[1]
-        depthwise = 1 < groups == read
-        name = node.output[0]
+        window = _window(node, {"kernel_shape": weight.shape[2:], **attributes})
+        groups = attributes.get("group", 1)
+        depthwise = 1 < groups == self._shapes[node.input[0]][1]
+        name, form = node.output[0], "depthwise" if depthwise else "dense"
         inputs = [
             self._tensors[node.input[0]],
-            self._keep(f"{name}.weight", channels_last(weight, depthwise=depthwise)),
+            self._keep(
+                f"{node.input[1]}.{form}", channels_last(weight, depthwise=depthwise)
+            ),
         ]
         bias = self._optional(node, 2)
         if bias is not None:
-            inputs.append(self._keep(f"{name}.bias", bias))
+            inputs.append(self._keep(node.input[2], bias))
         return self._graph.add_window(
             window,
             inputs,
@@ -185,6 +214,8 @@ class _Conversion:
             weight = weight.T
         bias = self._optional(node, 2)
         if bias is not None:
+            if bias.ndim == 2 and len(bias) != 1:
+                raise _unwritten(node, "its rows have biases of their own")
             bias = bias * np.float32(attributes.get("beta", 1.0))
             bias = np.broadcast_to(bias.reshape(-1), (len(weight),))
         return self._dense(node, weight, bias)
@@ -209,6 +240,8 @@ class _Conversion:
         return self._graph.add("FullyConnected", inputs, name, shape, **options)
 
     def _norm(self, node: onnx.NodeProto, attributes: Attributes) -> int:
+        if attributes.get("training_mode", 0):
+            raise _unwritten(node, "it normalises by the image")
         gamma, beta, mean, variance = (
             self._constant(node, place).astype(np.float64) for place in range(1, 5)
         )
@@ -244,6 +277,11 @@ class _Conversion:
         value = self._tensors[node.input[0]]
         return self._graph.add(kind, [value], node.output[0], self._out_shape(node))
 
+    def _elu(self, node: onnx.NodeProto, attributes: Attributes) -> int:
+        if attributes.get("alpha", 1.0) != 1.0:
+            raise _unwritten(node, "its alpha is not 1")
+        return self._unary(node, attributes, kind="Elu")
+
     def _leaky(self, node: onnx.NodeProto, attributes: Attributes) -> int:
         value = self._tensors[node.input[0]]
         return self._graph.add(
@@ -256,8 +294,12 @@ class _Conversion:
 
     def _prelu(self, node: onnx.NodeProto, attributes: Attributes) -> int:
         shape = self._out_shape(node)
-        slope = _spread(self._constant(node, 1), len(shape)).reshape(-1)
-        wide = np.broadcast_to(slope, shape[-1:]).reshape(*[1] * (len(shape) - 2), -1)
+        slope = _spread(self._constant(node, 1), len(shape))
+        if slope.size not in (1, *slope.shape[-1:]):
+            raise _unwritten(node, "its slopes are not of channels")
+        wide = np.broadcast_to(slope.reshape(-1), shape[-1:]).reshape(
+            *[1] * (len(shape) - 2), -1
+        )
         name = node.output[0]
         inputs = [self._tensors[node.input[0]], self._keep(f"{name}.slope", wide)]
         return self._graph.add("Prelu", inputs, name, shape)
@@ -267,8 +309,10 @@ class _Conversion:
 
     def _clip(self, node: onnx.NodeProto, attributes: Attributes) -> int:
         least, most = self._optional(node, 1), self._optional(node, 2)
-        low = -math.inf if least is None else float(least)
-        high = math.inf if most is None else float(most)
+        low = -math.inf if least is None else least.item()
+        high = math.inf if most is None else most.item()
+        if (low, high) == (-math.inf, math.inf):
+            return self._same(node, attributes)
         known = {
             (0.0, math.inf): (self._kinds.RELU, "Relu"),
             (0.0, 6.0): (self._kinds.RELU6, "Relu6"),
@@ -331,9 +375,9 @@ class _Conversion:
     def _pool(self, node: onnx.NodeProto, attributes: Attributes, kind: str) -> int:
         in_shape = self._shapes[node.input[0]]
         if len(in_shape) != 4 or len(node.output) > 1:
-            raise _unwritten(node, "its maps have no height and width")
+            raise _unwritten(node, "it reads no maps, or tells places")
         in_size = in_shape[2], in_shape[3]
-        window = _window(node, attributes, in_size=in_size)
+        window = _window(node, attributes)
         name, shape = node.output[0], self._out_shape(node)
         if window.dilation != (1, 1) or window.out_size(in_size) != shape[1:3]:
             raise _unwritten(node, "it is dilated, or rounds sizes up")
@@ -378,10 +422,14 @@ class _Conversion:
         ), padding.VALID
 
     def _global_pool(self, node: onnx.NodeProto, attributes: Attributes) -> int:
+        if len(self._shapes[node.input[0]]) != 4:
+            raise _unwritten(node, "it reads no maps")
         return self._mean(node, (2, 3), keeps=True)
 
     def _reduce_mean(self, node: onnx.NodeProto, attributes: Attributes) -> int:
         axes = self._optional(node, 1)
+        if axes is None:  # where they were until opset 18
+            axes = attributes.get("axes")
         if axes is None:
             raise _unwritten(node, "it is over all axes")
         rank = len(self._shapes[node.input[0]])
@@ -390,7 +438,8 @@ class _Conversion:
 
     def _mean(self, node: onnx.NodeProto, axes: Sequence[int], *, keeps: bool) -> int:
         in_shape = self._shapes[node.input[0]]
-        if len(in_shape) == 4 and not keeps and {*axes} != {2, 3}:
+        maps = 4 in (len(in_shape), len(self._shapes[node.output[0]]))
+        if maps and not keeps and (len(in_shape), {*axes}) != (4, {2, 3}):
             raise _unwritten(node, "what it leaves is no row of features")
         name, shape = node.output[0], self._out_shape(node)
         stored = sorted(_stored_axis(axis, len(in_shape)) for axis in axes)
@@ -403,7 +452,7 @@ class _Conversion:
     def _pad(self, node: onnx.NodeProto, attributes: Attributes) -> int:
         fill, axes = self._optional(node, 2), self._optional(node, 3)
         if attributes.get("mode", b"constant") != b"constant" or (
-            fill is not None and float(fill) != 0
+            fill is not None and fill.item() != 0
         ):
             raise _unwritten(node, "it pads with something else than zeros")
         rank = len(self._shapes[node.input[0]])
@@ -422,7 +471,7 @@ class _Conversion:
         rank = len(self._shapes[node.output[0]])
         axis = _stored_axis(attributes["axis"] % rank, rank)
         values = [
-            self._keep(f"{node.output[0]}.{name}", _spread(self._constants[name], rank))
+            self._keep(f"{name}.stored", _last(self._constants[name]))
             if name in self._constants
             else self._tensors[name]
             for name in node.input
@@ -498,7 +547,7 @@ class _Conversion:
         if self._becomes_features(source, name):
             self._unordered[name] = in_shape[1:]
             return self._reshaped(self._tensors[source], name, shape)
-        value, _ = self._first(source)
+        value = self._first(source)
         if len(shape) != 4 or _orders_agree(shape):
             return self._reshaped(value, name, _stored(shape))
         value = self._reshaped(value, f"{name}.first", shape)
@@ -521,8 +570,8 @@ class _Conversion:
         )
 
     def _transpose(self, node: onnx.NodeProto, attributes: Attributes) -> int:
-        order = tuple(attributes["perm"])
         name, shape = node.output[0], self._out_shape(node)
+        order = tuple(attributes.get("perm", reversed(range(len(shape)))))
         if len(order) == 4:
             # An axis of what is written is one of what is read, both as stored.
             order = tuple(_STORED_AXIS[order[axis]] for axis in _TO_LAST)
@@ -555,7 +604,7 @@ _WRITERS: dict[str, Writer] = {
     "Conv": _Conversion._conv,
     "Div": _arithmetic("Div"),
     "Dropout": _Conversion._same,
-    "Elu": _elementwise("Elu"),
+    "Elu": _Conversion._elu,
     "Flatten": _Conversion._reshape,
     "Gemm": _Conversion._gemm,
     "GlobalAveragePool": _Conversion._global_pool,
@@ -583,8 +632,25 @@ _WRITERS: dict[str, Writer] = {
 }
 
 
-def _window(node: onnx.NodeProto, attributes: Attributes, *, in_size: Pair) -> Window:
-    """How a convolution or a pool goes over maps of a size."""
+_TAKE_CONSTANTS = {"Add", "Concat", "Div", "Mul", "Sub"}
+
+
+def _evaluated(
+    node: onnx.NodeProto, constants: Mapping[str, Array]
+) -> dict[str, Array]:
+    """What an operator gives that reads nothing of the image."""
+    read = {name: constants[name] for name in node.input if name}
+    try:
+        found = ReferenceEvaluator(node).run(None, read)
+    except Exception as error:  # whatever onnx's own code does not expect
+        raise _unwritten(node, f"its constants give nothing: {error}") from error
+    return {
+        name: np.asarray(value) for name, value in zip(node.output, found, strict=True)
+    }
+
+
+def _window(node: onnx.NodeProto, attributes: Attributes) -> Window:
+    """How a convolution or a pool goes over maps."""
     kernel = _pair(attributes["kernel_shape"])
     window = Window(
         kernel=kernel,
@@ -627,13 +693,18 @@ def _skips(spans: Sequence[tuple[int, int, int]], shape: Shape) -> bool:
     return whole and steps[:2] == [1, 1] and steps[2:] != [1, 1]
 
 
+def _last(array: Array) -> Array:
+    """A constant as it is stored."""
+    return array.transpose(_TO_LAST) if array.ndim == 4 else array
+
+
 def _spread(array: Array, rank: int) -> Array:
     """A constant beside values of that many axes, as it is stored."""
     if array.size == 1:
         return array.reshape(())
     if rank != 4:
         return array
-    return array.reshape((*[1] * (4 - array.ndim), *array.shape)).transpose(_TO_LAST)
+    return _last(array.reshape((*[1] * (4 - array.ndim), *array.shape)))
 
 
 def _unwritten(node: onnx.NodeProto, why: str) -> UnwrittenOperator:

@@ -342,7 +342,7 @@ class OwnNetwork:
             folder: Gets the files.
 
         Raises:
-            MissingDependency: A converter is not installed.
+            ModelRejected: It cannot be written for the target.
         """
         narrow = self._narrowed(kept) if self.is_chain else trained.eval()
         model_file = self._write(narrow, target, folder)

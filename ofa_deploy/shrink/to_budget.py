@@ -111,6 +111,7 @@ def shrink(
         TrainingError: The recipe does not fit the images.
         InfeasibleBudget: No form of the network keeps the limits.
         ModelRejected: The network cannot be written for the device.
+        MissingDependency: A package that this needs is not installed.
     """
     if method not in METHODS:
         raise SpaceError(f"method={method!r}; give one of {', '.join(METHODS)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed")
 
 from ofa_deploy.export.onnx_to_litert import UnwrittenOperator, convert_onnx
+from ofa_deploy.nn import onnx_module
 from ofa_deploy.nn.onnx_module import write_module
 from ofa_deploy.target import parse_target
 from ofa_deploy.verify import compare_outputs, run_one_by_one
@@ -95,6 +96,27 @@ def halved(x: Tensor) -> Tensor:
     return torch.cat([last, first * last, x], dim=1)
 
 
+class Standardised(nn.Conv2d):
+    """Its weights have no mean."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As weight standardisation has them."""
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(input, weight, self.bias)
+
+
+class Twice(nn.Module):
+    """One layer for rows and for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.layer(self.layer(x.flatten(2)[:, :, :SIZE]).relu())
+        return rows
+
+
 def norm(channels: int) -> nn.BatchNorm2d:
     """As if trained."""
     torch.manual_seed(1)
@@ -140,6 +162,19 @@ PARTS: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "columns": lambda x: x.permute(0, 2, 3, 1),
     "turned": lambda x: x.transpose(2, 3),
     "shares": lambda x: x.flatten(1).softmax(1),
+    "shares-of-channels": lambda x: x.softmax(1),
+    "standardised": Standardised(8, 4, 3),
+    "twice": Twice(),
+    "rest": lambda x: 1 - x,
+    "along-width": lambda x: x + torch.linspace(-1, 1, SIZE),
+    "means-of-channels": lambda x: x.mean(1, keepdim=True),
+    "unequal": lambda x: torch.cat([t * 2 for t in torch.split(x, [1, 5, 2], 1)], 1),
+    "ones": lambda x: torch.cat([x, torch.ones(len(x), 1, SIZE, SIZE)], 1),
+    "features-twice": lambda x: torch.cat([x.flatten(1), x.flatten(1).tanh()], 1),
+    "read-twice": lambda x: F.relu(x * 2 - 1) + (x * 2 - 1),
+    "places": lambda x: (
+        x + torch.linspace(0, 1, 96**2).view(1, 1, 96, 96)[:, :, :SIZE, :SIZE]
+    ),
 }
 
 
@@ -158,8 +193,14 @@ def test_each_operator_that_is_written(name: str, tmp_path: Path) -> None:
         (nn.MaxPool2d(3, 2, ceil_mode=True), "rounds sizes up"),
         (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "Pad .*than zeros"),
         (lambda x: x @ x.transpose(2, 3), "MatMul .*depends on the image"),
+        (nn.ELU(0.5), "Elu .*alpha is not 1"),
+        (lambda x: torch.stack([x, x * 2], 1).mean(1), "ReduceMean .*no row"),
+        (nn.Sequential(nn.Flatten(2), nn.PReLU(8)), "PRelu .*not of channels"),
     ],
-    ids=["sin", "pool", "average", "ceil", "reflect", "product"],
+    ids=[
+        *("sin", "pool", "average", "ceil", "reflect", "product"),
+        *("elu", "stack", "slopes"),
+    ],
 )
 def test_what_is_not_written_is_named(
     part: nn.Module | Callable[[Tensor], Tensor], told: str, tmp_path: Path
@@ -167,3 +208,30 @@ def test_what_is_not_written_is_named(
     model = exported(Between(part, relu=False), tmp_path)
     with pytest.raises(UnwrittenOperator, match=told):
         convert_onnx(model)
+
+
+def test_sizes_that_are_not_known_are_told(tmp_path: Path) -> None:
+    model = exported(Between(nn.Identity()), tmp_path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    with pytest.raises(UnwrittenOperator, match="one image in float32"):
+        convert_onnx(model)
+
+
+def test_kernels_are_as_large_as_their_weights(tmp_path: Path) -> None:
+    """Older exporters do not say so."""
+    model = exported(Between(nn.Identity()), tmp_path)
+    expected = convert_onnx(model)
+    (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+    (told,) = (a for a in conv.attribute if a.name == "kernel_shape")
+    conv.attribute.remove(told)
+    assert convert_onnx(model) == expected
+
+
+def test_what_is_not_written_is_left_to_the_converter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "convert_module", lambda *_, **__: b"converted")
+    target = parse_target("litert-cpu")
+    network = Between(torch.sin).eval()
+    file = write_module(network, resolution=SIZE, target=target, folder=tmp_path)
+    assert (tmp_path / file).read_bytes() == b"converted"
