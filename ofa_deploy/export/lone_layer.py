@@ -103,24 +103,21 @@ def emit_litert(layer: LoneLayer, *, rng: np.random.Generator) -> bytes:
     """As .tflite; its input is `image`, channels last."""
     graph = LiteRTGraph({})
     weight, bias = _random(layer, rng)
-    if layer.window is None:
-        places = layer.in_size[0]
-        entered = graph.add_tensor(INPUT_NAME, (places, layer.in_channels))
-        inputs = [
-            entered,
-            graph.add_tensor("weight", weight.shape, weight),
-            graph.add_tensor("bias", bias.shape, bias),
-        ]
-        shape = (places, layer.out_channels)
-        value = graph.add("FullyConnected", inputs, "out", shape)
-        return graph.serialise(entered, value)
-    entered = graph.add_tensor(INPUT_NAME, (1, *layer.in_size, layer.in_channels))
-    weight = channels_last(weight, depthwise=layer.is_depthwise)
+    entered_shape: tuple[int, ...] = (layer.in_size[0], layer.in_channels)
+    if layer.window is not None:
+        weight = channels_last(weight, depthwise=layer.is_depthwise)
+        entered_shape = (1, *layer.in_size, layer.in_channels)
+    entered = graph.add_tensor(INPUT_NAME, entered_shape)
     inputs = [
         entered,
         graph.add_tensor("weight", weight.shape, weight),
         graph.add_tensor("bias", bias.shape, bias),
     ]
+    if layer.window is None:
+        shape = (layer.in_size[0], layer.out_channels)
+        return graph.serialise(
+            entered, graph.add("FullyConnected", inputs, "out", shape)
+        )
     value = graph.add_window(
         layer.window,
         inputs,

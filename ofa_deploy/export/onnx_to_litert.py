@@ -31,10 +31,9 @@ Attributes = Mapping[str, Any]
 
 # The first whose operators have what they are set to as inputs.
 LEAST_OPSET = 13
-# Where the axes of a map are stored, and which axes those of a stored map are.
+# Where a map's axes are stored, which is also the way back; and the way there.
 _STORED_AXIS = (0, 3, 1, 2)
 _TO_LAST = (0, 2, 3, 1)
-_TO_FIRST = (0, 3, 1, 2)
 # Slope of the hard sigmoid that is relu6(x + 3) / 6.
 _SIXTH = 1 / 6
 
@@ -165,7 +164,7 @@ class _Conversion:
         tensor, shape = self._tensors[name], self._shapes[name]
         if len(shape) != 4 or _orders_agree(shape):
             return tensor
-        return self._transposed(tensor, f"{name}.first", _TO_FIRST, shape)
+        return self._transposed(tensor, f"{name}.first", _STORED_AXIS, shape)
 
     def _transposed(
         self, tensor: int, name: str, order: Sequence[int], shape: Shape
@@ -651,9 +650,8 @@ def _evaluated(
 
 def _window(node: onnx.NodeProto, attributes: Attributes) -> Window:
     """How a convolution or a pool goes over maps."""
-    kernel = _pair(attributes["kernel_shape"])
     window = Window(
-        kernel=kernel,
+        kernel=_pair(attributes["kernel_shape"]),
         stride=_pair(attributes.get("strides", (1, 1))),
         dilation=_pair(attributes.get("dilations", (1, 1))),
         pads=tuple(attributes.get("pads", (0, 0, 0, 0))),
